@@ -1,0 +1,87 @@
+// The C ABI of the native libraries: one struct per op, filled by fastpe/backends/native.py.
+//
+// No torch header is needed to build or to load them. Sizes are checked by the caller.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { FASTPE_F32 = 0, FASTPE_F64 = 1, FASTPE_BF16 = 2, FASTPE_F16 = 3 };
+enum { FASTPE_IDENTITY = 0, FASTPE_ELU1 = 1, FASTPE_RELU = 2, FASTPE_EXP = 3 };
+enum { FASTPE_NORM_NONE = 0, FASTPE_NORM_SUM = 1, FASTPE_NORM_ABS = 2 };
+// 0 picks the best that the machine has
+enum { FASTPE_ISA_BEST = 0, FASTPE_ISA_PORTABLE = 1, FASTPE_ISA_AVX2 = 2, FASTPE_ISA_AVX512 = 3 };
+
+// [B, T, H, width]; strides in elements, any sign
+typedef struct {
+  void *data;
+  int64_t stride[4];
+  int32_t dtype;
+} FastpeTensor;
+
+// Causal linear attention with its feature map, rotation and normaliser, and its gradient.
+// Scratch, states and parameter gradients are contiguous in the arithmetic type: double if the
+// inputs are, else float; null where absent. Parameters and their gradients are double.
+typedef struct {
+  int64_t B, T, H, D, E;
+  int32_t chunk, threads, isa;
+  int32_t feature_map, normalize;
+  double eps;
+  // rotation, if freq is given: freq [Hf, W, L], positions [Bp, T, L]
+  int32_t interleaved, pool, map_first;
+  double scale;
+  int64_t Hf, W, L, Bp;
+  const double *freq, *positions;
+  FastpeTensor q, k, v, o;
+  void *den;               // [B, H, T], the sum of weights before eps
+  const void *s0, *z0;     // [B, H, R, E], [B, H, Rz]
+  void *s, *z;             // final state
+  // gradient; `grad_o` and what follows are read or written by causal_dot_backward only
+  FastpeTensor grad_o, grad_q, grad_k, grad_v;
+  const void *grad_s, *grad_z;
+  void *grad_s0, *grad_z0;
+  double *grad_freq;       // [B, H, W, L]
+  double *grad_positions;  // [B, H, T, L]
+} FastpeCausalDot;
+
+// Features of SPE and F-StrIPE, and their gradient.
+typedef struct {
+  int64_t B, T, H, D, K, J, R, L, Bp;
+  int32_t threads, isa, pool, group;
+  const double *positions;  // [Bp, T, L]
+  const double *freq;       // [H, D, K, L], cycles
+  const double *offset;     // [H, D, K], cycles
+  const double *gain;       // [H, D, K]
+  const double *gate;       // [H, D]
+  const void *noise;        // [H, D, J, R], arithmetic type
+  FastpeTensor x, y;
+  FastpeTensor grad_y, grad_x;
+  double *grad_freq, *grad_offset, *grad_gain, *grad_gate;  // shapes as above
+  double *grad_positions;                                   // [B, H, T, L]
+} FastpePhaseFeatures;
+
+// Standard normal numbers [hd, rows, r], MATH section 9.
+typedef struct {
+  uint64_t seed;
+  uint32_t step, module, kind;
+  int32_t threads, isa, dtype;
+  int64_t hd, rows, r;
+  void *out;
+} FastpePhiloxNormal;
+
+// 0 on success, else the message of fastpe_error()
+int fastpe_causal_dot(const FastpeCausalDot *args);
+int fastpe_causal_dot_backward(const FastpeCausalDot *args);
+int fastpe_phase_features(const FastpePhaseFeatures *args);
+int fastpe_phase_features_backward(const FastpePhaseFeatures *args);
+int fastpe_philox_normal(const FastpePhiloxNormal *args);
+const char *fastpe_error(void);
+// FASTPE_ISA_* that an isa of 0 stands for; the largest that was built
+int fastpe_best_isa(void);
+int fastpe_openmp(void);
+
+#ifdef __cplusplus
+}
+#endif

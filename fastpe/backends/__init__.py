@@ -1,0 +1,73 @@
+"""Which backends there are, which can run here, and which one `auto` takes.
+
+"reference" is plain PyTorch and needs no module; the others have the functions of ops.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import warnings
+from types import ModuleType
+
+import torch
+
+_MODULES = {"cpu": "native"}
+NAMES = ("auto", *_MODULES, "reference")
+
+_log = logging.getLogger("fastpe")
+
+
+def load(name: str) -> ModuleType:
+    """Return the module of a backend."""
+    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+
+
+@functools.cache
+def unavailable(name: str) -> str | None:
+    """Return why a backend cannot run on this machine, or None if it can."""
+    if name == "reference":
+        return None
+    return load(name).unavailable()
+
+
+def describe(name: str) -> str:
+    """Return in a few words how an available backend runs here."""
+    return "plain PyTorch, every device" if name == "reference" else load(name).describe()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Return every backend with None if it can run here, else the reason why not."""
+    return {name: unavailable(name) for name in NAMES if name != "auto"}
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """Return the backend to run on this device; a named one that cannot raises with the reason."""
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    if name == "auto":
+        return _choose(device.type)
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+    reason = unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+@functools.cache
+def _choose(device_type: str) -> str:
+    if device_type == "cpu":
+        reason, name = unavailable("cpu"), "cpu"
+    else:
+        reason, name = f"this version has no kernels for {device_type} devices", "reference"
+    if reason is None:
+        _log.debug("backend for %s: %s", device_type, name)
+        return name
+    warnings.warn(
+        f"fastpe uses its PyTorch reference on {device_type}, which is slower: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "reference"

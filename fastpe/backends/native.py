@@ -1,0 +1,321 @@
+"""Backend "cpu": the C++ library, called through its C ABI (csrc/fastpe.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..maps import SineMap
+
+LIBRARY = Path(__file__).parent.parent / "_lib" / "libfastpe_cpu.so"
+ISAS = ("best", "portable", "avx2", "avx512")
+# the code path to run, an index into ISAS; tests try each
+isa = 0
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
+_NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
+
+
+class _Tensor(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_int32)]
+
+
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+class _CausalDot(Structure):
+    _fields_ = _fields(
+        (c_int64, "B T H D E"),
+        (c_int32, "chunk threads isa feature_map normalize"),
+        (c_double, "eps"),
+        (c_int32, "interleaved pool map_first"),
+        (c_double, "scale"),
+        (c_int64, "Hf W L Bp"),
+        (c_void_p, "freq positions"),
+        (_Tensor, "q k v o"),
+        (c_void_p, "den s0 z0 s z"),
+        (_Tensor, "grad_o grad_q grad_k grad_v"),
+        (c_void_p, "grad_s grad_z grad_s0 grad_z0 grad_freq grad_positions"),
+    )
+
+
+class _PhaseFeatures(Structure):
+    _fields_ = _fields(
+        (c_int64, "B T H D K J R L Bp"),
+        (c_int32, "threads isa pool group"),
+        (c_void_p, "positions freq offset gain gate noise"),
+        (_Tensor, "x y grad_y grad_x"),
+        (c_void_p, "grad_freq grad_offset grad_gain grad_gate grad_positions"),
+    )
+
+
+class _PhiloxNormal(Structure):
+    _fields_ = _fields(
+        (c_uint64, "seed"),
+        (c_uint32, "step module kind"),
+        (c_int32, "threads isa dtype"),
+        (c_int64, "hd rows r"),
+        (c_void_p, "out"),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.fastpe_error.restype = ctypes.c_char_p
+    return library
+
+
+def unavailable() -> str | None:
+    """Return why the library cannot be used, or None."""
+    if not LIBRARY.exists():
+        return (
+            f"{LIBRARY.name} was not built: install a C++ compiler (g++ or clang++) and run "
+            "`FASTPE_CPU=1 pip install -e .`, which shows the compiler's error"
+        )
+    try:
+        _library()
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
+
+
+def describe() -> str:
+    """Return the code path and threading in use."""
+    openmp = "OpenMP" if _library().fastpe_openmp() else "one thread, built without OpenMP"
+    return f"{ISAS[_library().fastpe_best_isa()]}, {openmp}"
+
+
+def _call(name: str, args: Structure) -> None:
+    if getattr(_library(), name)(ctypes.byref(args)):
+        raise RuntimeError(f"{name}: {_library().fastpe_error().decode()}")
+
+
+def _tensor(x: Tensor) -> _Tensor:  # [B, T, H, width]
+    return _Tensor(x.data_ptr(), x.stride(), _DTYPES[x.dtype])
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None or not x.numel() else x.data_ptr()
+
+
+def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Scan:
+    """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
+
+    def __init__(self, inputs: Sequence[Tensor | None], options: tuple) -> None:
+        q, k, v, s0, z0, positions, freq = inputs
+        b, t, h, d = q.shape
+        self.dtype = _arithmetic(q)
+        self.positions = _contiguous(positions, torch.float64)
+        self.freq = _contiguous(freq, torch.float64)
+        self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
+        self.args = _CausalDot(
+            B=b,
+            T=t,
+            H=h,
+            D=d,
+            E=v.shape[-1],
+            chunk=min(options.chunk, 2**30),
+            threads=torch.get_num_threads(),
+            isa=isa,
+            feature_map=_FEATURE_MAPS[options.feature_map],
+            normalize=_NORMALIZE[options.normalize],
+            eps=options.eps,
+            interleaved=options.interleaved,
+            pool=options.pool,
+            map_first=options.map_first,
+            scale=options.scale,
+            q=_tensor(q),
+            k=_tensor(k),
+            v=_tensor(v),
+            s0=_pointer(self.s0),
+            z0=_pointer(self.z0),
+        )
+        if freq is not None:
+            self.args.Hf, self.args.W, self.args.L = self.freq.shape
+            self.args.Bp = positions.shape[0]
+            self.args.freq, self.args.positions = _pointer(self.freq), _pointer(self.positions)
+
+
+def causal_dot(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    positions: Tensor | None,
+    freq: Tensor | None,
+    options: tuple,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return o, den [B, H, T] and the final state (`ops.CausalDot`)."""
+    scan = _Scan((q, k, v, s0, z0, positions, freq), options)
+    b, t, h, d = q.shape
+    r = d // 2 if options.pool else d
+    rz = 0 if options.normalize == "none" else d if options.map_first else r
+    o = torch.empty(v.shape, dtype=v.dtype)
+    den = torch.empty(b, h, t if rz else 0, dtype=scan.dtype)
+    s = torch.empty(b, h, r, v.shape[-1], dtype=scan.dtype)
+    z = torch.empty(b, h, rz, dtype=scan.dtype)
+    scan.args.o, scan.args.den = _tensor(o), _pointer(den)
+    scan.args.s, scan.args.z = _pointer(s), _pointer(z)
+    _call("fastpe_causal_dot", scan.args)
+    return o, den, s, z
+
+
+def causal_dot_backward(
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    options: tuple,
+    o: Tensor,
+    den: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the inputs; empty where not needed."""
+    scan, (q, *_, positions, freq) = _Scan(inputs, options), inputs
+    grad_o, grad_s, grad_z = grads[0], *(_contiguous(x, scan.dtype) for x in grads[1:])
+    b, t, h, _ = q.shape
+    args, none = scan.args, torch.empty(0)
+
+    def out(i: int, like: Tensor | None) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype) if needs[i] else none
+
+    dq, dk, dv, ds0, dz0 = (out(i, x) for i, x in enumerate(inputs[:5]))
+    dpositions = torch.empty(b, h, t, args.L, dtype=torch.float64) if needs[5] else none
+    dfreq = torch.empty(b, h, args.W, args.L, dtype=torch.float64) if needs[6] else none
+    args.o, args.den, args.grad_o = _tensor(o), _pointer(den), _tensor(grad_o)
+    args.grad_s, args.grad_z = _pointer(grad_s), _pointer(grad_z)
+    for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
+        if x.numel():
+            setattr(args, name, _tensor(x))
+    args.grad_s0, args.grad_z0 = _pointer(ds0), _pointer(dz0)
+    args.grad_freq, args.grad_positions = _pointer(dfreq), _pointer(dpositions)
+    _call("fastpe_causal_dot_backward", args)
+    if needs[5]:
+        dpositions = _sum_to(dpositions.sum(1), positions)
+    if needs[6]:
+        dfreq = _sum_to(dfreq.sum(0), freq)
+    return dq, dk, dv, ds0, dz0, dpositions, dfreq
+
+
+def _sum_to(x: Tensor, like: Tensor) -> Tensor:
+    # over the batch or the heads, where they share
+    return (x.sum(0, keepdim=True) if like.shape[0] == 1 else x).to(like.dtype)
+
+
+class _Sines:
+    """Arguments common to the features and their gradient; holds on to the tensors behind them."""
+
+    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
+        b, t, h, d = x.shape
+        self.dtype = _arithmetic(x)
+        wide = torch.float64
+        self.tensors = {
+            "positions": _contiguous(positions, wide),
+            "freq": _contiguous(sines.freq, wide),
+            "offset": _contiguous(sines.offset, wide),
+            "gain": _contiguous(sines.gain, wide),
+            "gate": _contiguous(sines.gate, wide),
+            "noise": _contiguous(sines.noise, self.dtype),
+        }
+        self.args = _PhaseFeatures(
+            B=b,
+            T=t,
+            H=h,
+            D=d,
+            K=sines.gain.shape[-1],
+            J=sines.rows,
+            R=sines.feature_dim,
+            L=positions.shape[-1],
+            Bp=positions.shape[0],
+            threads=torch.get_num_threads(),
+            isa=isa,
+            pool=sines.pool,
+            group=group,
+            x=_tensor(x),
+            **{name: _pointer(value) for name, value in self.tensors.items()},
+        )
+
+
+def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
+    """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
+    call = _Sines(x, positions, sines, group)
+    y = torch.empty(*x.shape[:-1], sines.feature_dim, dtype=x.dtype)
+    call.args.y = _tensor(y)
+    _call("fastpe_phase_features", call.args)
+    return y
+
+
+def phase_features_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    sines: SineMap,
+    group: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    call, none = _Sines(x, positions, sines, group), torch.empty(0)
+    b, t, h, _ = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else none
+    dpositions = none
+    if needs[1]:
+        dpositions = torch.empty(b, h, t, positions.shape[-1], dtype=torch.float64)
+    call.args.grad_y = _tensor(grad_y)
+    if needs[0]:
+        call.args.grad_x = _tensor(dx)
+    call.args.grad_positions = _pointer(dpositions)
+    grads = []
+    for i, name in enumerate(("freq", "offset", "gain", "gate"), start=2):
+        parameter = getattr(sines, name)
+        grad = torch.zeros(parameter.shape, dtype=torch.float64) if needs[i] else none
+        setattr(call.args, f"grad_{name}", _pointer(grad))
+        grads.append(grad)
+    _call("fastpe_phase_features_backward", call.args)
+    if needs[1]:
+        dpositions = _sum_to(dpositions.sum(1), positions)
+    grads = [
+        grad.to(getattr(sines, name).dtype) if need else none
+        for grad, name, need in zip(
+            grads, ("freq", "offset", "gain", "gate"), needs[2:], strict=True
+        )
+    ]
+    return dx, dpositions, *grads
+
+
+def philox_normal(
+    seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
+    out = torch.empty(tuple(shape), dtype=dtype)
+    hd, rows, r = shape
+    args = _PhiloxNormal(
+        seed=int(seed) & (2**64 - 1),
+        step=int(step) & (2**32 - 1),
+        module=module,
+        kind=kind,
+        threads=torch.get_num_threads(),
+        isa=isa,
+        dtype=_DTYPES[dtype],
+        hd=hd,
+        rows=rows,
+        r=r,
+        out=_pointer(out),
+    )
+    _call("fastpe_philox_normal", args)
+    return out

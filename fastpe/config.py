@@ -1,0 +1,23 @@
+"""What this installation can do."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import backends
+
+
+def show_config() -> None:
+    """Print versions, and what each backend can do here or why it cannot."""
+    from . import __version__
+
+    print(f"fastpe {__version__}, torch {torch.__version__}, python {platform.python_version()}")
+    print(f"{platform.platform()}, {torch.get_num_threads()} threads")
+    for name, reason in backends.available_backends().items():
+        if reason is not None:
+            print(f"  {name:10} unavailable: {reason}")
+        else:
+            print(f"  {name:10} {backends.describe(name)}")
+    print(f"  auto       {backends.resolve('auto', torch.device('cpu'))!r} for tensors on the CPU")

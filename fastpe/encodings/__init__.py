@@ -1,0 +1,8 @@
+"""Positional encodings of linear cost, as modules."""
+
+from .base import PositionalEncoding
+from .fstripe import FStripe
+from .rope import RoPE, RoPEPool
+from .spe import SineSPE
+
+__all__ = ["FStripe", "PositionalEncoding", "RoPE", "RoPEPool", "SineSPE"]

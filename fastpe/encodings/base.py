@@ -1,0 +1,93 @@
+"""What a positional encoding is to the attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..maps import Rotation, SineMap
+
+
+class PositionalEncoding(nn.Module):
+    """A linear map of queries and keys that depends on their positions.
+
+    A new encoding overrides `features` (works on every backend at once), or `position_map`, which
+    the fused kernels read; and `kernel`.
+
+    Args:
+        head_dim: Size D of queries and keys.
+        num_heads: H, or None where the encoding is the same for every head.
+        num_levels: Components L of a position.
+    """
+
+    # random encodings have noise to redraw and a key that a state must match
+    noise_key: Tensor | None = None
+
+    def __init__(self, head_dim: int, num_heads: int | None = None, num_levels: int = 1) -> None:
+        super().__init__()
+        for name, value in (
+            ("head_dim", head_dim),
+            ("num_heads", num_heads),
+            ("num_levels", num_levels),
+        ):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+
+    @property
+    def feature_dim(self) -> int:
+        """R, the number of features of a query or key."""
+        raise NotImplementedError
+
+    def position_map(
+        self, side: str, device: torch.device | None = None
+    ) -> Rotation | SineMap | None:
+        """Return the map of queries ("q") or keys ("k"); None if `features` is overridden."""
+        return None
+
+    def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
+        """Return the encoded queries or keys in plain PyTorch, before any feature map.
+
+        Args:
+            x: [B, T, H, D].
+            positions: [B or 1, T, L], float64.
+            side: "q" or "k".
+        Returns:
+            [B, T, H, R].
+        """
+        position_map = self.position_map(side, x.device)
+        if isinstance(position_map, Rotation):
+            return reference.rotate(x, positions, position_map)
+        return reference.sine_features(x, positions, position_map)
+
+    def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
+        """Return C with E[features(q) . features(k)] = sqrt(R / D) q^T C k, in closed form.
+
+        The factor sqrt(R / D) gives a feature map of temperature 1 / sqrt(R) the usual logits
+        divided by sqrt(D); with scale="paper" it is 1.
+
+        Args:
+            positions_q: [...] for one level, else [..., L].
+            positions_k: Likewise, broadcast against positions_q; default 0, so that a
+                shift-invariant encoding takes lags alone.
+        Returns:
+            [..., H or 1, D, D], float64.
+        """
+        raise NotImplementedError
+
+    def _levels(self, positions: Tensor | None) -> Tensor:  # [..., L]
+        if positions is None:
+            return torch.zeros(self.num_levels, dtype=torch.float64)
+        positions = torch.as_tensor(positions).double()
+        return positions[..., None] if self.num_levels == 1 else positions
+
+    def maybe_resample_(self) -> None:
+        """Redraw the noise where a training forward is due to; called by the layer."""
+
+    @property
+    def signature(self) -> str:
+        """The configuration as text: a state made with another one is refused."""
+        return f"{type(self).__name__}({self.extra_repr()})"

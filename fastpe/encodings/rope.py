@@ -1,0 +1,207 @@
+"""Rotary encodings: RoPE and RoPEPool."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..maps import Rotation
+from .base import PositionalEncoding
+
+
+class RoPE(PositionalEncoding):
+    """Rotary position embedding (Su et al. 2021), for linear attention.
+
+    Pair i of a query or key turns by theta_i times the position, theta_i = base^(-2i/rotary_dim).
+    With apply="after" psi(q) and psi(k) are rotated in the numerator only, as in RoFormer: the
+    normaliser stays positive, the weights may be negative and do not sum to 1. With apply="before"
+    psi sees the rotated vectors: the weights are positive and sum to 1, but relative only in so far
+    as psi's kernel depends on inner products.
+
+    Args:
+        head_dim: Size D of queries and keys, even.
+        num_heads: H; needed with per_head.
+        base: Of the geometric frequencies.
+        rotary_dim: Rotate only the first so many components (even); default all.
+        interleaved: Pairs (2i, 2i + 1) as in RoFormer, else halves (i, i + rotary_dim / 2) as in
+            GPT-NeoX; the two differ by a permutation of the components.
+        learned: theta is a parameter, [H or 1, rotary_dim / 2, L], radians per unit of position.
+        per_head: Each head has frequencies of its own, base^(-2(i + h/H)/rotary_dim) at first.
+        num_levels: Components L of a position; the angle is theta_i . position, each
+            theta_i / L at first.
+        apply: "after" or "before" the feature map.
+
+    Raises:
+        ValueError: an odd head_dim or rotary_dim, or per_head without num_heads.
+    """
+
+    _pool, _scale = False, 1.0
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int | None = None,
+        *,
+        base: float = 10000.0,
+        rotary_dim: int | None = None,
+        interleaved: bool = True,
+        learned: bool = False,
+        per_head: bool = False,
+        num_levels: int = 1,
+        apply: str = "after",
+    ) -> None:
+        super().__init__(head_dim, num_heads, num_levels)
+        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even to form pairs, got {head_dim}")
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise ValueError(f"rotary_dim must be even and in 2..{head_dim}, got {rotary_dim}")
+        if per_head and num_heads is None:
+            raise ValueError("num_heads must be given with per_head=True, got None")
+        if apply not in ("after", "before"):
+            raise ValueError(f"apply must be 'after' or 'before', got {apply!r}")
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base}")
+        self.base, self.rotary_dim, self.interleaved = base, rotary_dim, interleaved
+        self.learned, self.per_head, self.apply_order = learned, per_head, apply
+        heads = num_heads if per_head else 1
+        pair = torch.arange(rotary_dim // 2, dtype=torch.float64)
+        shift = torch.arange(heads, dtype=torch.float64)[:, None] / heads
+        theta = base ** (-2 * (pair + shift) / rotary_dim) / num_levels
+        theta = theta[..., None].repeat(1, 1, num_levels)
+        if learned:
+            self.theta = nn.Parameter(theta.to(torch.get_default_dtype()))
+        else:
+            # no buffer: `module.bfloat16()` must not round the frequencies
+            self._theta = {torch.device("cpu"): theta}
+
+    @property
+    def feature_dim(self) -> int:
+        """R = D."""
+        return self.head_dim
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Return theta / 2 pi, cycles per unit, [H or 1, rotary_dim / 2, L], float64."""
+        if self.learned:
+            return self.theta.double() / (2 * math.pi)
+        device = torch.device("cpu") if device is None else device
+        if device not in self._theta:
+            self._theta[device] = self._theta[torch.device("cpu")].to(device)
+        return self._theta[device] / (2 * math.pi)
+
+    def position_map(self, side: str, device: torch.device | None = None) -> Rotation:
+        """Return the rotation, the same for both sides."""
+        return Rotation(
+            freq=self.frequencies(device),
+            interleaved=self.interleaved,
+            pool=self._pool,
+            map_first=self.apply_order == "after",
+            scale=self._scale,
+        )
+
+    def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
+        """Return the rotation by the lag (2504.05364, eq. 14), [..., H or 1, D, D]; R = D."""
+        freq = self.frequencies().cpu()
+        lag = self._levels(positions_q) - self._levels(positions_k)
+        angle = 2 * math.pi * torch.tensordot(lag, freq, dims=([-1], [-1]))
+        cos, sin = angle.cos(), angle.sin()
+        return self._blocks(cos, sin, -sin, cos)
+
+    def _blocks(self, c11: Tensor, c12: Tensor, c21: Tensor, c22: Tensor) -> Tensor:
+        # [..., H, W] entries of each pair's 2 x 2 block into [..., H, D, D]
+        width = self.rotary_dim // 2
+        i = torch.arange(width)
+        first, second = (2 * i, 2 * i + 1) if self.interleaved else (i, i + width)
+        out = torch.diag(torch.arange(self.head_dim) >= self.rotary_dim).double()
+        out = out.expand(*c11.shape[:-1], -1, -1).clone()
+        out[..., first, first], out[..., first, second] = c11, c12
+        out[..., second, first], out[..., second, second] = c21, c22
+        return out
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        return (
+            f"{self.head_dim}, num_heads={self.num_heads}, base={self.base}, "
+            f"rotary_dim={self.rotary_dim}, interleaved={self.interleaved}, "
+            f"learned={self.learned}, per_head={self.per_head}, num_levels={self.num_levels}, "
+            f"apply={self.apply_order!r}"
+        )
+
+
+class RoPEPool(RoPE):
+    """RoPE with the two rotated components of each pair added (arXiv 2504.05364, section III.D).
+
+    Half the features, hence half the state and the cost of RoPE. Not shift invariant: products of
+    features depend on the sum of two positions too (eq. 23), so a packed or resumed sequence must
+    carry its positions exactly.
+
+    Args:
+        head_dim: Size D of queries and keys, even; R = D / 2.
+        num_heads: H; needed with per_head.
+        base: Of the geometric frequencies.
+        interleaved: Pairs (2i, 2i + 1), else (i, i + D / 2).
+        learned: theta is a parameter, [H or 1, D / 2, L], radians per unit of position.
+        per_head: Each head has frequencies of its own.
+        num_levels: Components L of a position.
+        apply: "after" or "before" the feature map.
+        scale: "matched" multiplies the features by (R / D)^(1/4) (`PositionalEncoding.kernel`),
+            "paper" does not.
+    """
+
+    _pool = True
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int | None = None,
+        *,
+        base: float = 10000.0,
+        interleaved: bool = True,
+        learned: bool = True,
+        per_head: bool = True,
+        num_levels: int = 1,
+        apply: str = "after",
+        scale: str = "matched",
+    ) -> None:
+        super().__init__(
+            head_dim,
+            num_heads,
+            base=base,
+            interleaved=interleaved,
+            learned=learned,
+            per_head=per_head,
+            num_levels=num_levels,
+            apply=apply,
+        )
+        if scale not in ("matched", "paper"):
+            raise ValueError(f"scale must be 'matched' or 'paper', got {scale!r}")
+        self.scale = scale
+
+    @property
+    def _scale(self) -> float:
+        return 0.5**0.25 if self.scale == "matched" else 1.0
+
+    @property
+    def feature_dim(self) -> int:
+        """R = D / 2."""
+        return self.head_dim // 2
+
+    def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
+        """Return eq. (23) as a form of q and k, [..., H or 1, D, D]."""
+        freq = self.frequencies().cpu()
+        positions_q, positions_k = self._levels(positions_q), self._levels(positions_k)
+        turn = 2 * math.pi
+        minus = turn * torch.tensordot(positions_q - positions_k, freq, dims=([-1], [-1]))
+        plus = turn * torch.tensordot(positions_q + positions_k, freq, dims=([-1], [-1]))
+        return self._blocks(
+            minus.cos() + plus.sin(),
+            minus.sin() + plus.cos(),
+            plus.cos() - minus.sin(),
+            minus.cos() - plus.sin(),
+        )
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        return f"{super().extra_repr()}, scale={self.scale!r}"

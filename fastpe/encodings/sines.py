@@ -1,0 +1,265 @@
+"""What SineSPE and F-StrIPE share: sines with learned frequencies, offsets, gains, and noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..maps import SineMap
+from ..noise import GATE, SINE
+from ..ops import philox_normal
+from .base import PositionalEncoding
+
+
+class SineEncoding(PositionalEncoding):
+    """K sines per component, f = sigmoid(freqs)/2 cycles per unit, lambda = softplus(gains).
+
+    With num_realizations the sines are projected by Gaussian noise to R features. The noise is a
+    function of (seed, step), both in the state dict: fixed in evaluation, and in training redrawn
+    by the layer at every `resample`-th forward.
+
+    Args:
+        head_dim: Size D of queries and keys.
+        num_heads: H.
+        num_levels: Components L of a position.
+        num_sines: K.
+        num_realizations: R, or None for features without noise.
+        pool: Without noise: sum the features over D (2 K remain), else keep all.
+        gated: A learned part of each component ignores position.
+        mean_over: Denominator of the sum over sines, 2 K in SPE, K in F-StrIPE.
+        resample: "forward", "never", or n for every n-th training forward.
+        seed: Of the noise; default drawn from torch's generator.
+        scale: "matched" or "paper", see `PositionalEncoding.kernel`.
+        unit_gains: lambda = 1 and offsets 0, not learned.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        num_levels: int,
+        num_sines: int,
+        num_realizations: int | None,
+        pool: bool,
+        gated: bool,
+        mean_over: int,
+        resample: str | int,
+        seed: int | None,
+        scale: str,
+        unit_gains: bool = False,
+    ) -> None:
+        super().__init__(head_dim, num_heads, num_levels)
+        for name, value in (("num_sines", num_sines), ("num_realizations", num_realizations)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if num_heads is None:
+            raise ValueError("num_heads must be a positive int, got None")
+        every = {"forward": 1, "never": 0}.get(resample, resample)
+        if not isinstance(every, int) or every < 0 or resample == 0:
+            raise ValueError(
+                f"resample must be 'forward', 'never' or a positive int, got {resample!r}"
+            )
+        if scale not in ("matched", "paper"):
+            raise ValueError(f"scale must be 'matched' or 'paper', got {scale!r}")
+        self.num_sines, self.num_realizations, self.pool = num_sines, num_realizations, pool
+        self.gated, self.scale, self.unit_gains = gated, scale, unit_gains
+        self.resample, self._every, self._mean_over = resample, every, mean_over
+        shape = (num_heads, head_dim, num_sines)
+        self.freqs = nn.Parameter(torch.empty(*shape, num_levels))
+        if not unit_gains:
+            self.offsets = nn.Parameter(torch.empty(shape))
+            self.gains = nn.Parameter(torch.empty(shape))
+        if gated:
+            self.gate = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.module_id = 0
+        if num_realizations is not None:
+            seed = int(torch.randint(2**62, ())) if seed is None else seed
+            self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+            # counts training forwards; the noise changes with step // every
+            self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
+        self._steps_drawn: dict[int, int] = {}
+        self._last_step: int | None = None
+        self._cache: tuple | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as SPE's code does."""
+        with torch.no_grad():
+            self.freqs.normal_().sub_(4)
+            if not self.unit_gains:
+                self.offsets.normal_()
+                self.gains.normal_()
+                # the square root of the norm, as published
+                self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
+            if self.gated:
+                self.gate.normal_()
+
+    @property
+    def feature_dim(self) -> int:
+        """R with noise; else 2 K pooled, or D (2 K + gate)."""
+        if self.num_realizations is not None:
+            return self.num_realizations
+        rows = 2 * self.num_sines + self.gated
+        return rows if self.pool else rows * self.head_dim
+
+    def _sines(self) -> SineEncoding:
+        # the module that holds frequencies and noise; another one where they are shared
+        return self
+
+    def _lambda_offset(self) -> tuple[Tensor, Tensor | None]:
+        source = self._sines()
+        if source.unit_gains:
+            return torch.ones_like(source.freqs[..., 0]), None
+        return F.softplus(_wide(source.gains)), _wide(source.offsets) / (2 * math.pi)
+
+    def position_map(self, side: str, device: torch.device | None = None) -> SineMap:
+        """Return the sines; queries alone have the offsets."""
+        d, r = self.head_dim, self.feature_dim
+        gain, offset = self._lambda_offset()
+        gain = gain * self._mean_over**-0.5
+        noisy = self.num_realizations is not None
+        if self.scale == "matched":
+            scale = (r * d) ** -0.25 if noisy else (r / d) ** 0.25
+        else:
+            scale = r**-0.5 if noisy else 1.0
+        gate = None
+        if self.gated:
+            # sqrt(g) and sqrt(1 - g) through logarithms: their slopes stay finite when g saturates
+            gate = (F.logsigmoid(_wide(self.gate)) / 2).exp() * scale
+            gain = gain * (F.logsigmoid(-_wide(self.gate)) / 2).exp()[..., None]
+        return SineMap(
+            freq=_wide(self._sines().freqs).sigmoid() / 2,
+            offset=offset if side == "q" else None,
+            gain=gain * scale,
+            gate=gate,
+            noise=self._noise() if noisy else None,
+            pool=self.pool,
+        )
+
+    # noise
+
+    @property
+    def noise_key(self) -> Tensor | None:
+        """The (seed, step) in use, int64 [2]; None without noise."""
+        source = self._sines()
+        if source.num_realizations is None:
+            return None
+        return torch.stack((source.seed, source.step // max(source._every, 1)))
+
+    def resample_(self) -> None:
+        """Draw new noise (and go on from there)."""
+        source = self._sines()
+        if source.num_realizations is None:
+            return
+        every = max(source._every, 1)
+        source._set_step((source._read_last_step() // every + 1) * every)
+
+    def maybe_resample_(self) -> None:
+        """Count a training forward, which redraws the noise where `resample` says so."""
+        if not self.training or self._sines() is not self or not self._every:
+            return
+        if self.num_realizations is None:
+            return
+        if torch.compiler.is_compiling():
+            self.step.add_(1)
+            return
+        # activation checkpointing restores torch's generator before it runs a forward again: the
+        # token is then the same, and tells which noise to use again
+        token = int(torch.randint(2**62, ()))
+        if token in self._steps_drawn:
+            self.step.fill_(self._steps_drawn[token])
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a forward was run again inside backward with another state of torch's generator, "
+                "so its noise is lost: use checkpoint(..., preserve_rng_state=True)"
+            )
+        self._set_step(self._read_last_step() + 1)
+        self._steps_drawn[token] = self._last_step
+        if len(self._steps_drawn) > 1024:
+            del self._steps_drawn[next(iter(self._steps_drawn))]
+
+    def _read_last_step(self) -> int:
+        if self._last_step is None:
+            self._last_step = int(self.step)
+        return self._last_step
+
+    def _set_step(self, step: int) -> None:
+        self._last_step = step
+        self.step.fill_(step)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._last_step, self._cache = None, None
+        self._steps_drawn.clear()
+
+    def _noise(self) -> Tensor:  # [H, D, J, R], the gate's noise in the last row
+        source = self._sines()
+        dtype = torch.promote_types(self._sines().freqs.dtype, torch.float32)
+        if torch.compiler.is_compiling():
+            return self._draw(dtype)
+        step = source.step
+        stamp = (step._version, source.seed._version, id(step), id(source.seed), step.device, dtype)
+        if self._cache is None or self._cache[0] != stamp:
+            self._cache = stamp, self._draw(dtype)
+        return self._cache[1]
+
+    def _draw(self, dtype: torch.dtype) -> Tensor:
+        seed, step = self.noise_key
+        h, d, r = self.num_heads, self.head_dim, self.num_realizations
+
+        def draw(module_id: int, kind: int, rows: int) -> Tensor:
+            z = philox_normal(seed, step, module_id, kind, (h * d, rows, r), dtype)
+            return z.view(h, d, rows, r)
+
+        rows = draw(self._sines().module_id, SINE, 2 * self.num_sines)
+        if not self.gated:
+            return rows
+        return torch.cat((rows, draw(self.module_id, GATE, 1)), dim=2)
+
+    # closed form
+
+    def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
+        """Return C, [..., H, D, D]: diagonal but for pooled features.
+
+        C_d = (1 - g_d) sum_k lambda^2 cos(2 pi f . (s_m - s_n) + theta) / N + g_d, N = 2K in SPE,
+        K in F-StrIPE without noise. Pooled features have the products of different components too:
+        entry (d, e) is sum_k lambda_dk lambda_ek cos(phase_dk(s_m) - phase_ek(s_n)) / K.
+        """
+        gain, offset = (
+            None if x is None else x.detach().cpu().double() for x in self._lambda_offset()
+        )
+        freq = self._sines().freqs.detach().cpu().double().sigmoid() / 2
+        positions_q, positions_k = self._levels(positions_q), self._levels(positions_k)
+        turn = 2 * math.pi
+        shift = 0 if offset is None else turn * offset
+        if self.num_realizations is None and self.pool:
+            q = turn * torch.tensordot(positions_q, freq, dims=([-1], [-1])) + shift
+            k = turn * torch.tensordot(positions_k, freq, dims=([-1], [-1]))
+            angle = q[..., :, None, :] - k[..., None, :, :]  # [..., H, D, D, K]
+            return (gain[:, :, None] * gain[:, None] * angle.cos()).sum(-1) / self._mean_over
+        lag = positions_q - positions_k
+        angle = turn * torch.tensordot(lag, freq, dims=([-1], [-1])) + shift
+        c = (gain**2 * angle.cos()).sum(-1) / self._mean_over  # [..., H, D]
+        if self.gated:
+            g = self.gate.detach().cpu().double().sigmoid()
+            c = (1 - g) * c + g
+        return torch.diag_embed(c)
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        return (
+            f"{self.head_dim}, {self.num_heads}, num_levels={self.num_levels}, "
+            f"num_sines={self.num_sines}, num_realizations={self.num_realizations}, "
+            f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
+            f"scale={self.scale!r}"
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    # parameters of a half-precision model are used in float32
+    return x.to(torch.promote_types(x.dtype, torch.float32))

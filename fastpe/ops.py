@@ -1,0 +1,212 @@
+"""The operators, their fakes, and the two autograd Functions around them.
+
+    causal_dot       features, causal linear attention and normaliser of q, k, v
+    phase_features   features of SPE and F-StrIPE
+    philox_normal    noise
+
+An operator is registered once and forwards to the module of the backend it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, noise
+from .maps import SineMap
+
+_LIB = torch.library.Library("fastpe", "DEF")
+
+
+def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the operator of this schema."""
+
+    def register(impl: Callable) -> Callable:
+        name = schema.partition("(")[0]
+        _LIB.define(schema)
+        _LIB.impl(name, impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastpe::{name}", fake, lib=_LIB)
+        return getattr(torch.ops.fastpe, name).default
+
+    return register
+
+
+class ScanOptions(NamedTuple):
+    """How `causal_dot` makes features and weights; see `maps.Rotation` for the middle four."""
+
+    feature_map: str
+    normalize: str  # "none", "sum" or "abs"
+    eps: float
+    interleaved: bool
+    pool: bool
+    map_first: bool
+    scale: float
+    chunk: int  # 0: the backend's choice
+    backend: str
+
+
+_SCAN_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? s0, Tensor? z0, Tensor? positions, Tensor? freq, "
+    "str feature_map, str normalize, float eps, bool interleaved, bool pool, bool map_first, "
+    "float scale, int chunk, str backend"
+)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of arithmetic and states: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _causal_dot_fake(q, k, v, s0, z0, positions, freq, *options):
+    options = ScanOptions(*options)
+    b, t, h, d = q.shape
+    r = d // 2 if options.pool else d
+    # the normaliser sees the features that are not rotated, if psi comes first
+    rz = 0 if options.normalize == "none" else d if options.map_first else r
+    dtype = compute_dtype(q)
+    return (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        q.new_empty((b, h, t if rz else 0), dtype=dtype),
+        q.new_empty((b, h, r, v.shape[-1]), dtype=dtype),
+        q.new_empty((b, h, rz), dtype=dtype),
+    )
+
+
+@_op(f"causal_dot({_SCAN_INPUTS}) -> (Tensor o, Tensor den, Tensor s, Tensor z)", _causal_dot_fake)
+def _causal_dot(*args):
+    return backends.load(args[-1]).causal_dot(*args[:7], ScanOptions(*args[7:]))
+
+
+def _causal_dot_backward_fake(grad_o, grad_s, grad_z, q, k, v, s0, z0, positions, freq, *rest):
+    needs = rest[-1]
+    inputs = (q, k, v, s0, z0, positions, freq)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+@_op(
+    f"causal_dot_backward(Tensor grad_o, Tensor? grad_s, Tensor? grad_z, {_SCAN_INPUTS}, "
+    "Tensor o, Tensor den, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, "
+    "Tensor dz0, Tensor dpositions, Tensor dfreq)",
+    _causal_dot_backward_fake,
+)
+def _causal_dot_backward(*args):
+    grads, inputs, options, saved = args[:3], args[3:10], ScanOptions(*args[10:19]), args[19:]
+    return backends.load(options.backend).causal_dot_backward(grads, inputs, options, *saved)
+
+
+class CausalDot(torch.autograd.Function):
+    """o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, s0, z0, positions, freq, options):
+        """Return o [B, T, H, E] and the final state s [B, H, R, E], z [B, H, Rz]."""
+        o, den, s, z = _causal_dot(q, k, v, s0, z0, positions, freq, *options)
+        ctx.save_for_backward(q, k, v, s0, z0, positions, freq, o, den)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return o, s, z
+
+    @staticmethod
+    def backward(ctx, grad_o, grad_s, grad_z):
+        """Return the gradients of the tensors."""
+        *inputs, o, den = ctx.saved_tensors
+        if grad_o is None:
+            grad_o = torch.zeros_like(o)
+        args = (grad_o, grad_s, grad_z, *inputs, *ctx.options, o, den)
+        return *_first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None
+
+
+_SINE_INPUTS = (
+    "Tensor x, Tensor positions, Tensor freq, Tensor? offset, Tensor gain, Tensor? gate, "
+    "Tensor? noise, bool pool, bool group, str backend"
+)
+
+
+def _phase_features_fake(x, positions, freq, offset, gain, gate, z, pool, group, backend):
+    sines = SineMap(freq, offset, gain, gate, z, pool)
+    return x.new_empty((*x.shape[:-1], sines.feature_dim))
+
+
+@_op(f"phase_features({_SINE_INPUTS}) -> Tensor", _phase_features_fake)
+def _phase_features(*args):
+    x, positions, freq, offset, gain, gate, z, pool, group, backend = args
+    sines = SineMap(freq, offset, gain, gate, z, pool)
+    return backends.load(backend).phase_features(x, positions, sines, group)
+
+
+def _phase_features_backward_fake(grad_y, x, positions, freq, offset, gain, gate, *rest):
+    needs = rest[-1]
+    inputs = (x, positions, freq, offset, gain, gate)
+    return tuple(
+        torch.empty_like(i, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for i, need in zip(inputs, needs, strict=True)
+    )
+
+
+@_op(
+    f"phase_features_backward(Tensor grad_y, {_SINE_INPUTS}, bool[] needs) -> (Tensor dx, "
+    "Tensor dpositions, Tensor dfreq, Tensor doffset, Tensor dgain, Tensor dgate)",
+    _phase_features_backward_fake,
+)
+def _phase_features_backward(*args):
+    grad_y, x, positions, freq, offset, gain, gate, z, pool, group, backend, needs = args
+    sines = SineMap(freq, offset, gain, gate, z, pool)
+    return backends.load(backend).phase_features_backward(grad_y, x, positions, sines, group, needs)
+
+
+class PhaseFeatures(torch.autograd.Function):
+    """Features of SPE and F-StrIPE (`reference.sine_features`), without the codes."""
+
+    @staticmethod
+    def forward(ctx, x, positions, freq, offset, gain, gate, z, pool, group, backend):
+        """Return the features, [B, T, H, R]."""
+        y = _phase_features(x, positions, freq, offset, gain, gate, z, pool, group, backend)
+        ctx.save_for_backward(x, positions, freq, offset, gain, gate, z)
+        ctx.options = pool, group, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        """Return the gradients of the tensors; the noise has none."""
+        args = (grad_y, *ctx.saved_tensors, *ctx.options)
+        grads = _first_order(_phase_features_backward, args, ctx.needs_input_grad[:6])
+        return *grads, None, None, None, None
+
+
+class _FirstOrder(torch.autograd.Function):
+    """A gradient whose own gradient is refused."""
+
+    @staticmethod
+    def forward(ctx, op, needs, *args):
+        return op(*args, needs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "fastpe's kernels have no second derivative: "
+            "use backend='reference' for double backward"
+        )
+
+
+def _first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    grads = _FirstOrder.apply(op, list(needs), *args)
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+@_op(
+    "philox_normal(Tensor seed, Tensor step, int module, int kind, int[] shape, ScalarType dtype) "
+    "-> Tensor",
+    lambda seed, step, module, kind, shape, dtype: seed.new_empty(shape, dtype=dtype),
+)
+def philox_normal(seed, step, module, kind, shape, dtype):
+    """Return the numbers of `noise.philox_normal`, natively where there is a kernel."""
+    native = "cpu" if seed.device.type == "cpu" else None
+    if native and backends.unavailable(native) is None:
+        return backends.load(native).philox_normal(seed, step, module, kind, shape, dtype)
+    return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype)

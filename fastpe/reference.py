@@ -1,0 +1,199 @@
+"""The specification: every map, and causal linear attention, in plain differentiable PyTorch.
+
+Shapes: queries and keys [B, T, H, D], values [B, T, H, E], features [B, T, H, R], positions
+[B or 1, T, L] in float64. Everything works in the dtype it is given, float64 included, and can be
+differentiated any number of times; phases are always reduced in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .feature_maps import FEATURE_MAPS
+from .maps import Rotation, SineMap
+
+
+def phases(positions: Tensor, freq: Tensor) -> Tensor:
+    """Return 2 pi (freq . position) in radians, reduced to one turn, in float64.
+
+    Args:
+        positions: [B or 1, T, L].
+        freq: [..., L], cycles per unit of position.
+    Returns:
+        [B or 1, T, ...].
+    """
+    turns = torch.tensordot(positions.double(), freq.double(), dims=([-1], [-1]))
+    return 2 * math.pi * (turns - turns.detach().round())
+
+
+def rotate(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
+    """Return x rotated pair by pair (RoPE), or the sum of each rotated pair (RoPEPool).
+
+    RoPEPool keeps g = x1 (cos a + sin a) + x2 (cos a - sin a) of each pair, so that the products of
+    features are eq. (23) of arXiv 2504.05364.
+    """
+    angle = phases(positions, rotation.freq)  # [B or 1, T, H or 1, W]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    width = rotation.freq.shape[1]
+    head, rest = x[..., : 2 * width], x[..., 2 * width :]
+    if rotation.interleaved:
+        x1, x2 = head[..., 0::2], head[..., 1::2]
+    else:
+        x1, x2 = head.chunk(2, dim=-1)
+    if rotation.pool:
+        return rotation.scale * (x1 * (cos + sin) + x2 * (cos - sin))
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    y = (
+        torch.stack((y1, y2), dim=-1).flatten(-2)
+        if rotation.interleaved
+        else torch.cat((y1, y2), -1)
+    )
+    return rotation.scale * torch.cat((y, rest), dim=-1)
+
+
+def sine_features(x: Tensor, positions: Tensor, sines: SineMap) -> Tensor:
+    """Return the features of SPE and F-StrIPE (arXiv 2105.08399; 2502.10491, eqs. 3-9).
+
+    Row 2k of component d is gain x_d cos(phase), row 2k + 1 the sine, row 2K the gate's.
+    """
+    angle = phases(positions, sines.freq)  # [B or 1, T, H, D, K]
+    if sines.offset is not None:
+        angle = angle + 2 * math.pi * sines.offset.double()
+    rows = torch.stack((angle.cos(), angle.sin()), dim=-1).to(x.dtype)
+    rows = (rows * sines.gain[..., None].to(x.dtype)).flatten(-2)  # [B or 1, T, H, D, 2K]
+    if sines.gate is not None:
+        gate = sines.gate[..., None].to(x.dtype)
+        rows = torch.cat((rows, gate.expand(*rows.shape[:-1], 1)), dim=-1)
+    rows = x[..., None] * rows
+    if sines.noise is not None:
+        return torch.einsum("bthdj,hdjr->bthr", rows, sines.noise.to(x.dtype))
+    return rows.sum(-2) if sines.pool else rows.flatten(-2)
+
+
+def features(
+    x: Tensor,
+    positions: Tensor | None,
+    encoding: Rotation | SineMap | None,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the features of x for the numerator and for the normaliser (often the same)."""
+    psi = FEATURE_MAPS[feature_map]
+    if isinstance(encoding, Rotation):
+        if encoding.map_first:
+            x = psi(x)
+            return rotate(x, positions, encoding), x
+        x = psi(rotate(x, positions, encoding))
+    elif isinstance(encoding, SineMap):
+        x = psi(sine_features(x, positions, encoding))
+    else:
+        x = psi(x)
+    return x, x
+
+
+def normalized(num: Tensor, den: Tensor, normalize: bool | str, eps: float) -> Tensor:
+    """Return num / (den + eps); num / max(|den|, eps) for "abs"; num for False.
+
+    Args:
+        num: [B, T, H, E].
+        den: [B, T, H].
+    """
+    if normalize is False:
+        return num
+    den = den.abs().clamp(min=eps) if normalize == "abs" else den + eps
+    return num / den[..., None]
+
+
+def empty_state(q: Tensor, v: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the state before the first token: s [B, H, R, E] and z [B, H, Rz], zeros."""
+    b, _, h, r = q.shape
+    return q.new_zeros(b, h, r, v.shape[-1]), q.new_zeros(b, h, dq.shape[-1])
+
+
+def quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return causal linear attention through the T x T matrix, and the final state.
+
+    o_m = sum_{n<=m} (q_m . k_n) v_n / (sum_{n<=m} dq_m . dk_n + eps).
+
+    Args:
+        q: Features of the queries for the numerator, [B, T, H, R]; k likewise.
+        v: Values, [B, T, H, E].
+        dq: Features of the queries for the normaliser, [B, T, H, Rz]; dk likewise.
+        state: (s, z) of the tokens before, s [B, H, R, E], z [B, H, Rz].
+    """
+    s, z = state if state is not None else empty_state(q, v, dq)
+    num = torch.einsum("bthr,bshr->bhts", q, k).tril()
+    num = torch.einsum("bhts,bshe->bthe", num, v) + torch.einsum("bthr,bhre->bthe", q, s)
+    den = torch.einsum("bthr,bshr->bhts", dq, dk).tril().sum(-1).transpose(1, 2)
+    den = den + torch.einsum("bthr,bhr->bth", dq, z)
+    final = s + torch.einsum("bthr,bthe->bhre", k, v), z + dk.sum(1)
+    return normalized(num, den, normalize, eps), final
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the same as `quadratic`, one token at a time through the state."""
+    s, z = state if state is not None else empty_state(q, v, dq)
+    num, den = [], []
+    for t in range(q.shape[1]):
+        s = s + k[:, t, :, :, None] * v[:, t, :, None, :]
+        z = z + dk[:, t]
+        num.append(torch.einsum("bhr,bhre->bhe", q[:, t], s))
+        den.append((dq[:, t] * z).sum(-1))
+    if not num:
+        return v.new_zeros(v.shape), (s, z)
+    return normalized(torch.stack(num, 1), torch.stack(den, 1), normalize, eps), (s, z)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    state: tuple[Tensor, Tensor] | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the same as `quadratic` in O(T): quadratic inside chunks, the state between them."""
+    length = q.shape[1]
+    size = min(chunk_size or 64, max(length, 1))
+    s, z = state if state is not None else empty_state(q, v, dq)
+
+    def split(x: Tensor) -> Tensor:  # [B, N, C, H, .], zeros behind the end
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -length % size))
+        return x.unflatten(1, (x.shape[1] // size, size))
+
+    qc, kc, vc, dqc, dkc = (split(x) for x in (q, k, v, dq, dk))
+    # the state before each chunk: [B, N + 1, H, R, E], the last one is final
+    s = torch.cat((s[:, None], torch.einsum("bnchr,bnche->bnhre", kc, vc)), 1).cumsum(1)
+    z = torch.cat((z[:, None], dkc.sum(2)), 1).cumsum(1)
+    num = torch.einsum("bnchr,bnjhr->bnhcj", qc, kc).tril()
+    num = torch.einsum("bnhcj,bnjhe->bnche", num, vc)
+    num = num + torch.einsum("bnchr,bnhre->bnche", qc, s[:, :-1])
+    den = (dqc * (dkc.cumsum(2) + z[:, :-1, None])).sum(-1)
+    num, den = num.flatten(1, 2)[:, :length], den.flatten(1, 2)[:, :length]
+    return normalized(num, den, normalize, eps), (s[:, -1], z[:, -1])

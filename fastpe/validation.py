@@ -1,0 +1,180 @@
+"""The state, and the checks of arguments: everything behind them assumes what they establish."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .encodings import PositionalEncoding
+from .feature_maps import FEATURE_MAPS
+from .ops import compute_dtype
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class LinearAttentionState(NamedTuple):
+    """What the tokens so far leave behind: constant in size, enough to go on.
+
+    Attributes:
+        s: sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs).
+        z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
+        length: Number of tokens so far; default positions continue from it.
+        config: The configuration it belongs to; another one refuses it.
+        noise: The noise key of a random encoding, int64 [2], else None.
+    """
+
+    s: Tensor
+    z: Tensor
+    length: int
+    config: str
+    noise: Tensor | None
+
+
+def shape(x: object) -> str:
+    """Return the shape of a tensor, or the type of anything else, for a message."""
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check that q and k are [B, T, H, D] and v [B, T, H, E], of one dtype on one device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            width = "E" if name == "v" else "D"
+            raise ValueError(f"{name} must be [B, T, H, {width}], got {shape(x)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"v must be [B, T, H, E] with B, T, H of q = {tuple(q.shape[:3])}, got {tuple(v.shape)}"
+        )
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"head dims must be positive, got D = {q.shape[-1]}, E = {v.shape[-1]}")
+
+
+def check_options(
+    feature_map: str, normalize: bool | str, eps: float, chunk_size: int | None
+) -> None:
+    """Check the arguments that are no tensors."""
+    if feature_map not in FEATURE_MAPS:
+        choices = ", ".join(map(repr, FEATURE_MAPS))
+        raise ValueError(f"feature_map must be one of {choices}, got {feature_map!r}")
+    if normalize not in (True, False, "abs") or not isinstance(normalize, (bool, str)):
+        raise ValueError(f"normalize must be True, False or 'abs', got {normalize!r}")
+    if not (isinstance(eps, (int, float)) and eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
+
+
+def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
+    """Check that the encoding is one, and made for the heads of q."""
+    if encoding is None:
+        return
+    if not isinstance(encoding, PositionalEncoding):
+        raise TypeError(
+            f"pos_encoding must be a fastpe.PositionalEncoding, got {type(encoding).__name__}"
+        )
+    if encoding.head_dim != q.shape[-1]:
+        raise ValueError(f"q must have D = {encoding.head_dim} of pos_encoding, got {shape(q)}")
+    if encoding.num_heads not in (None, q.shape[2]):
+        raise ValueError(f"q must have H = {encoding.num_heads} of pos_encoding, got {shape(q)}")
+    for parameter in encoding.parameters():
+        if parameter.device != q.device:
+            raise ValueError(f"q must be on pos_encoding's {parameter.device}, got {q.device}")
+        break
+
+
+def check_positions(
+    positions: Tensor | None, encoding: PositionalEncoding | None, q: Tensor, start: int
+) -> Tensor | None:
+    """Return the positions as [B or 1, T, L] in float64; from `start` on by default."""
+    b, t = q.shape[:2]
+    if encoding is None:
+        if positions is not None:
+            raise ValueError("positions must be None without pos_encoding, got a tensor")
+        return None
+    levels = encoding.num_levels
+    if positions is None:
+        if levels > 1:
+            raise ValueError(f"positions must be given for a pos_encoding of {levels} levels")
+        steps = torch.arange(start, start + t, dtype=torch.float64, device=q.device)
+        return steps[None, :, None]
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be a tensor, got {type(positions).__name__}")
+    if positions.is_complex() or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be integers or floats, got {positions.dtype}")
+    if positions.device != q.device:
+        raise ValueError(
+            f"positions must be on the device of q, {q.device}, got {positions.device}"
+        )
+    given = positions
+    came = tuple(positions.shape)
+    if levels == 1 and came in ((t,), (b, t), (1, t)):
+        positions = positions[..., None]
+    if positions.ndim == 2:
+        positions = positions[None]
+    if tuple(positions.shape) not in ((b, t, levels), (1, t, levels)):
+        allowed = f"[{t}], [{b}, {t}], " if levels == 1 else ""
+        raise ValueError(
+            f"positions must be {allowed}[{t}, {levels}] or [{b}, {t}, {levels}], got {came}"
+        )
+    positions = positions.double()
+    # on another device the look would wait for it
+    look = given.is_floating_point() and given.device.type == "cpu"
+    if look and not torch.compiler.is_compiling() and not positions.isfinite().all():
+        raise ValueError("positions must be finite, got NaN or infinity")
+    return positions
+
+
+def config(encoding: PositionalEncoding | None, feature_map: str, normalize: bool | str) -> str:
+    """Return the configuration that a state belongs to, as text."""
+    name = "no encoding" if encoding is None else encoding.signature
+    return f"{name}, feature_map={feature_map!r}, normalize={normalize!r}"
+
+
+def check_state(
+    state: LinearAttentionState,
+    q: Tensor,
+    v: Tensor,
+    encoding: PositionalEncoding | None,
+    feature_map: str,
+    normalize: bool | str,
+) -> None:
+    """Check that a state comes from this configuration, noise included."""
+    if not isinstance(state, LinearAttentionState):
+        raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
+    expected = config(encoding, feature_map, normalize)
+    if state.config != expected:
+        raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
+    b, _, h, d = q.shape
+    r = d if encoding is None else encoding.feature_dim
+    if tuple(state.s.shape) != (b, h, r, v.shape[-1]) or tuple(state.z.shape[:2]) != (b, h):
+        raise ValueError(
+            f"initial_state.s must be [B, H, R, E] = {(b, h, r, v.shape[-1])}, "
+            f"got {tuple(state.s.shape)}"
+        )
+    for name, x in (("s", state.s), ("z", state.z)):
+        if x.device != q.device or x.dtype != compute_dtype(q):
+            raise ValueError(
+                f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
+                f"got {x.dtype} on {x.device}"
+            )
+    noise = None if encoding is None else encoding.noise_key
+    if noise is not None and not torch.equal(noise, state.noise.to(noise.device)):
+        raise ValueError(
+            f"initial_state was made with noise (seed, step) {state.noise.tolist()}, pos_encoding "
+            f"has {noise.tolist()}: do not resample inside a sequence"
+        )
