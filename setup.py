@@ -32,23 +32,23 @@ def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     objects.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def run(*args: str) -> None:
-        subprocess.run([*compiler, *args], check=True)
+    def run(*args: str, **options: object) -> None:
+        subprocess.run([*compiler, *args], check=True, **options)
 
-    def build(openmp: list[str]) -> None:
-        built = ["-D" + f"FASTPE_HAS_{name.upper()}" for name in ISAS]
-        jobs = [(objects / "cpu.o", [*built, "csrc/cpu.cpp"])]
-        for name, flags in ISAS.items():
-            names = [f"-DFASTPE_ISA={name}", f"-DFASTPE_ISA_{name.upper()}"]
-            jobs.append((objects / f"{name}.o", [*flags, *names, "csrc/cpu_kernels.cpp"]))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda job: run("-c", *openmp, *job[1], "-o", str(job[0])), jobs))
-        run("-shared", *openmp, *(str(job[0]) for job in jobs), "-o", str(out))
-
+    openmp = ["-fopenmp"]
     try:
-        build(["-fopenmp"])
+        probe = {"input": b"#include <omp.h>", "stderr": subprocess.DEVNULL}
+        run(*openmp, "-x", "c++", "-fsyntax-only", "-", **probe)
     except subprocess.CalledProcessError:
-        build([])
+        openmp = ["-Wno-unknown-pragmas"]
+    built = [f"-DFASTPE_HAS_{name.upper()}" for name in ISAS]
+    jobs = [(objects / "cpu.o", [*built, "csrc/cpu.cpp"])]
+    for name, flags in ISAS.items():
+        source = [f"-DFASTPE_ISA={name}", "csrc/cpu_kernels.cpp"]
+        jobs.append((objects / f"{name}.o", [*flags, *source]))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda job: run("-c", *openmp, *job[1], "-o", str(job[0])), jobs))
+    run("-shared", *openmp, *(str(job[0]) for job in jobs), "-o", str(out))
 
 
 class BuildNative(build_ext):

@@ -1,0 +1,56 @@
+// The CPU loops, compiled once for each instruction set (setup.py).
+#include "causal_dot.h"
+#include "phase_features.h"
+#include "philox.h"
+
+namespace fastpe {
+namespace {
+
+template <class S>
+void causal_dot(const FastpeCausalDot &args, bool backward) {
+  const int64_t units = args.B * args.H;
+#pragma omp parallel num_threads(args.threads)
+  {
+    Scan<S> scan(args);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < units; ++i)
+      backward ? scan.backward(i / args.H, i % args.H) : scan.forward(i / args.H, i % args.H);
+  }
+}
+
+template <class S>
+void philox_normal(const FastpePhiloxNormal &args) {
+#pragma omp parallel for num_threads(args.threads) schedule(static)
+  for (int64_t i = 0; i < args.hd * args.rows; ++i) normal_row<S>(args, i / args.rows, i % args.rows);
+}
+
+}  // namespace
+}  // namespace fastpe
+
+#define FASTPE_JOIN(a, b) a##b
+#define FASTPE_NAME(isa, op) FASTPE_JOIN(fastpe_##op##_, isa)
+
+extern "C" {
+
+void FASTPE_NAME(FASTPE_ISA, causal_dot)(const FastpeCausalDot *args, int backward) {
+  if (args->q.dtype == FASTPE_F64)
+    fastpe::causal_dot<double>(*args, backward);
+  else
+    fastpe::causal_dot<float>(*args, backward);
+}
+
+void FASTPE_NAME(FASTPE_ISA, phase_features)(const FastpePhaseFeatures *args, int backward) {
+  if (args->x.dtype == FASTPE_F64)
+    fastpe::phase_features<double>(*args, backward);
+  else
+    fastpe::phase_features<float>(*args, backward);
+}
+
+void FASTPE_NAME(FASTPE_ISA, philox_normal)(const FastpePhiloxNormal *args) {
+  if (args->dtype == FASTPE_F64)
+    fastpe::philox_normal<double>(*args);
+  else
+    fastpe::philox_normal<float>(*args);
+}
+
+}  // extern "C"

@@ -1,0 +1,200 @@
+// Features of one query or key, row by row: feature map and rotation, in either order.
+#pragma once
+#include "simd.h"
+
+namespace fastpe {
+namespace {
+
+template <class S>
+class FeatureMap {
+ public:
+  explicit FeatureMap(const FastpeCausalDot &args) : args_(args) {}
+
+  bool rotates() const { return args_.freq != nullptr; }
+  // the normaliser sees features that are not rotated
+  bool split() const { return rotates() && args_.map_first; }
+  int64_t width() const { return args_.pool ? args_.W : args_.D; }
+
+  const double *freq(int64_t h) const { return args_.freq + (args_.Hf == 1 ? 0 : h) * args_.W * args_.L; }
+  const double *position(int64_t b, int64_t t) const {
+    return args_.positions + ((args_.Bp == 1 ? 0 : b) * args_.T + t) * args_.L;
+  }
+
+  // table row i: cosines [ld], then signed sines [ld], of token begin + i step
+  void prepare(int64_t b, int64_t h, int64_t begin, int64_t step, int64_t n, S *table, int64_t ld) {
+    const double *f = freq(h);
+    const int64_t pairs = args_.W, lanes = kLanes<S>;
+    const S scale = S(args_.scale);
+    for (int64_t i = 0; i < n; ++i) {
+      const double *p = position(b, begin + i * step);
+      S *cosines = table + 2 * i * ld, *sines = cosines + ld;
+      for (int64_t w0 = 0; w0 < pairs; w0 += lanes) {
+        const int64_t count = smaller(lanes, pairs - w0);
+        S turns[kLanes<S>] = {}, cos_of[kLanes<S>], sin_of[kLanes<S>];
+        if (args_.L == 1) {
+          for (int64_t w = 0; w < count; ++w) turns[w] = S(reduce_turns(f[w0 + w] * p[0]));
+        } else {
+          for (int64_t w = 0; w < count; ++w) {
+            double u = 0;
+            for (int64_t l = 0; l < args_.L; ++l) u += f[(w0 + w) * args_.L + l] * p[l];
+            turns[w] = S(reduce_turns(u));
+          }
+        }
+        Vec<S> sin, cos;
+        sincos_of<S>(load(turns), sin, cos);
+        store(cos_of, cos * scale), store(sin_of, sin * scale);
+        S *c = cosines + (args_.interleaved ? 2 * w0 : w0);
+        S *s = sines + (args_.interleaved ? 2 * w0 : w0);
+        if (args_.interleaved) {
+          for (int64_t w = 0; w < count; ++w) {
+            c[2 * w] = c[2 * w + 1] = cos_of[w];
+            s[2 * w] = -sin_of[w], s[2 * w + 1] = sin_of[w];
+          }
+        } else {
+          for (int64_t w = 0; w < count; ++w) {
+            c[w] = c[w + pairs] = cos_of[w];
+            s[w] = -sin_of[w], s[w + pairs] = sin_of[w];
+          }
+        }
+      }
+      for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j)
+        cosines[j] = j < args_.D ? scale : S(0), sines[j] = 0;
+    }
+  }
+
+  // x [D] into out [R], and into norm [D] what the normaliser sees, if it is split and wanted;
+  // space: two rows
+  void value(const S *x, const S *turn, int64_t ld, S *out, S *norm, S *space) const {
+    if (!rotates()) return psi(x, args_.D, out);
+    if (args_.map_first) {
+      S *content = norm ? norm : space;
+      psi(x, args_.D, content);
+      encode(content, turn, ld, space + ld, out);
+    } else {
+      encode(x, turn, ld, space + ld, space);
+      psi(space, width(), out);
+    }
+  }
+
+  // g: the gradient by the features [R] on entry, by x [D] on return, the normaliser's part
+  // factor * running [D or R] included; turn_gradient [W] by the angles, if not null; space: three rows
+  void gradient(const S *x, const S *turn, int64_t ld, S *g, const S *running, S factor, S *space,
+                S *turn_gradient) const {
+    if (!rotates()) {
+      add(g, running, factor, args_.D);
+      return slope(x, args_.D, g);
+    }
+    S *content = space;
+    if (args_.map_first) {
+      psi(x, args_.D, content);
+    } else {
+      encode(x, turn, ld, space + ld, content);
+      add(g, running, factor, width());
+      slope(content, width(), g);
+      content = const_cast<S *>(x);
+    }
+    encode_adjoint(g, turn, ld, space + ld);
+    if (turn_gradient) by_angle(content, g, turn_gradient);
+    if (args_.map_first) {
+      add(g, running, factor, args_.D);
+      slope(x, args_.D, g);
+    }
+  }
+
+ private:
+  struct Exp {
+    FASTPE_HD Vec<S> operator()(Vec<S> x) const { return exp_of(x); }
+  };
+
+  template <class Map>
+  static void map_row(const S *x, int64_t width, S *out) {
+    for (int64_t j = 0; j < width; j += kLanes<S>)
+      store(out + j, Map::template value<S>(load(x + j), Exp()));
+    for (int64_t j = width; j < padded<S>(width); ++j) out[j] = 0;
+  }
+  template <class Map>
+  static void slope_row(const S *x, int64_t width, S *g) {
+    for (int64_t j = 0; j < width; j += kLanes<S>)
+      store(g + j, load(g + j) * Map::template slope<S>(load(x + j), Exp()));
+  }
+
+  void psi(const S *x, int64_t width, S *out) const {
+    switch (args_.feature_map) {
+      case FASTPE_ELU1: return map_row<Elu1>(x, width, out);
+      case FASTPE_RELU: return map_row<Relu>(x, width, out);
+      case FASTPE_EXP: return map_row<ExpMap>(x, width, out);
+      default: return map_row<Identity>(x, width, out);
+    }
+  }
+  // g *= psi'(x)
+  void slope(const S *x, int64_t width, S *g) const {
+    switch (args_.feature_map) {
+      case FASTPE_ELU1: return slope_row<Elu1>(x, width, g);
+      case FASTPE_RELU: return slope_row<Relu>(x, width, g);
+      case FASTPE_EXP: return slope_row<ExpMap>(x, width, g);
+      default: return;
+    }
+  }
+
+  static void add(S *g, const S *running, S factor, int64_t width) {
+    if (!running) return;
+    for (int64_t j = 0; j < width; j += kLanes<S>)
+      store(g + j, load(g + j) + load(running + j) * factor);
+  }
+
+  // x [D] with the two of each pair in each other's place; null if the vectors can do it
+  const S *partners(const S *x, S *out) const {
+    const int64_t pairs = args_.W;
+    if (args_.interleaved) return nullptr;
+    memcpy(out, x + pairs, sizeof(S) * size_t(pairs));
+    memcpy(out + pairs, x, sizeof(S) * size_t(pairs));
+    for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j) out[j] = 0;
+    return out;
+  }
+
+  template <bool adjoint>
+  void turn_row(const S *x, const S *turn, int64_t ld, S *space, S *out) const {
+    const S *other = partners(x, space);
+    for (int64_t j = 0; j < args_.D; j += kLanes<S>) {
+      Vec<S> v = load(x + j), p = other ? load(other + j) : permute<S, SwapNeighbours>(v, v);
+      Vec<S> c = load(turn + j), s = load(turn + ld + j);
+      store(out + j, adjoint ? rotate_adjoint(v, p, c, s) : rotate(v, p, c, s));
+    }
+  }
+
+  // x [D] rotated into out, pairs summed if pooled; space: one row
+  void encode(const S *x, const S *turn, int64_t ld, S *space, S *out) const {
+    const int64_t pairs = args_.W;
+    turn_row<false>(x, turn, ld, space, out);
+    if (!args_.pool) return;
+    const int64_t first = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : pairs;
+    for (int64_t w = 0; w < pairs; ++w) out[w] = out[first * w] + out[first * w + second];
+    for (int64_t w = pairs; w < padded<S>(args_.D); ++w) out[w] = 0;
+  }
+
+  void encode_adjoint(S *g, const S *turn, int64_t ld, S *space) const {
+    const int64_t pairs = args_.W;
+    if (args_.pool) {
+      const int64_t first = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : pairs;
+      for (int64_t w = 0; w < pairs; ++w) space[first * w] = space[first * w + second] = g[w];
+      for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j) space[j] = 0;
+      memcpy(g, space, sizeof(S) * size_t(padded<S>(args_.D)));
+    }
+    turn_row<true>(g, turn, ld, space, g);
+  }
+
+  // x1 g2 - x2 g1 of each pair: the gradient by its angle
+  void by_angle(const S *x, const S *g, S *out) const {
+    const int64_t pairs = args_.W;
+    const int64_t first = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : pairs;
+    for (int64_t w = 0; w < pairs; ++w) {
+      const int64_t i = first * w, j = i + second;
+      out[w] = x[i] * g[j] - x[j] * g[i];
+    }
+  }
+
+  const FastpeCausalDot &args_;
+};
+
+}  // namespace
+}  // namespace fastpe
