@@ -1,4 +1,4 @@
-// Causal linear attention of one (b, h): one scan in four roles.
+// Causal linear attention of a few heads of one sequence: one scan in four roles.
 //
 // With a, b [., inner] and c [., outer] a scan computes o_t = sum_{s<=t} (a_t . b_s) c_s + a_t S_0,
 // chunk by chunk: causally masked inside a chunk, through the state S = sum b_s (x) c_s before it.
@@ -10,7 +10,8 @@
 //     grad_k    v    g    phi    back     the same
 //     grad_v    psi  phi  g      back
 //
-// phi and psi are the features of q and k, g = grad_o / normaliser.
+// phi and psi are the features of q and k, g = grad_o / normaliser. The heads of a token lie side by
+// side in memory, so the heads take turns chunk by chunk, and each page is visited once.
 #pragma once
 #include "features.h"
 #include "gemm.h"
@@ -23,9 +24,18 @@ enum Role { kForward, kGradQ, kGradK, kGradV };
 template <class S>
 class Scan {
  public:
+  // heads that take turns: their states should stay in the second-level cache
+  static int64_t heads_at_once(const FastpeCausalDot &args) {
+    const int64_t features = args.pool ? args.W : args.D;
+    const int64_t fit = (int64_t(512) << 10) / int64_t(sizeof(S)) / larger<int64_t>(features * args.E, 1);
+    const int64_t share = (args.B * args.H + args.threads - 1) / larger<int64_t>(args.threads, 1);
+    return larger<int64_t>(1, smaller(smaller<int64_t>(kHeads, fit), smaller(share, args.H)));
+  }
+
   explicit Scan(const FastpeCausalDot &args)
       : args_(args),
         map_(args),
+        at_once_(heads_at_once(args)),
         chunk_(smaller<int64_t>(args.chunk > 0 ? args.chunk : kDefaultChunk,
                                 larger<int64_t>(args.T, 1))),
         features_(map_.width()),
@@ -37,46 +47,62 @@ class Scan {
         c_(lc_ * ld_),
         weights_(lc_ * lc_),
         out_(lc_ * ld_),
-        state_(larger(features_, args.E) * ld_),
+        states_(at_once_ * larger(features_, args.E) * ld_),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),
-        running_(ld_),
-        compensation_(ld_),
+        sums_(2 * at_once_ * ld_),
         row_(5 * ld_),
-        inverse_(args.grad_o.data ? args.T : 1),
-        delta_(args.grad_o.data ? args.T : 1),
-        grad_freq_(larger<int64_t>(args.W * args.L, 1)) {}
+        by_token_(args.grad_o.data ? 2 * at_once_ * args.T : 1),
+        grad_freq_(larger<int64_t>(at_once_ * args.W * args.L, 1)) {}
 
-  void forward(int64_t b, int64_t h) {
-    enter(b, h);
+  // heads [begin, end) of sequence b, at most heads_at_once
+  void forward(int64_t b, int64_t begin, int64_t end) {
+    enter(b, begin, end);
     run<kForward>();
   }
 
-  void backward(int64_t b, int64_t h) {
-    enter(b, h);
+  void backward(int64_t b, int64_t begin, int64_t end) {
+    enter(b, begin, end);
     prepare_gradient();
     bool positional = args_.grad_freq || args_.grad_positions;
     if (args_.grad_q.data || positional) run<kGradQ>();
     if (args_.grad_k.data || args_.grad_z0 || positional) run<kGradK>();
     if (args_.grad_v.data || args_.grad_s0) run<kGradV>();
-    if (args_.grad_freq) {
-      int64_t n = args_.W * args_.L;
-      for (int64_t i = 0; i < n; ++i) args_.grad_freq[index_ * n + i] = kTwoPi * grad_freq_[i];
-    }
+    if (!args_.grad_freq) return;
+    const int64_t n = args_.W * args_.L;
+    for (int64_t i = 0; i < count_ * n; ++i)
+      args_.grad_freq[heads_[0].index * n + i] = kTwoPi * grad_freq_[i];
   }
 
  private:
   static constexpr int64_t kDefaultChunk = 32;
+  static constexpr int64_t kHeads = 8;
 
-  void enter(int64_t b, int64_t h) {
+  struct Head {
+    int64_t h, index;  // index: b H + h
+    Rows<S> q, k, v, o, grad_o, grad_q, grad_k, grad_v;
+    S *state, *running, *compensation, *inverse, *delta;
+    double *grad_freq;
+  };
+
+  void enter(int64_t b, int64_t begin, int64_t end) {
     const int64_t d = args_.D, e = args_.E;
-    batch_ = b, head_ = h, index_ = b * args_.H + h;
-    q_ = Rows<S>(args_.q, b, h, d), k_ = Rows<S>(args_.k, b, h, d), v_ = Rows<S>(args_.v, b, h, e);
-    o_ = Rows<S>(args_.o, b, h, e), grad_o_ = Rows<S>(args_.grad_o, b, h, e);
-    grad_q_ = Rows<S>(args_.grad_q, b, h, d), grad_k_ = Rows<S>(args_.grad_k, b, h, d);
-    grad_v_ = Rows<S>(args_.grad_v, b, h, e);
-    memset((void *)(double *)grad_freq_, 0, sizeof(double) * size_t(args_.W * args_.L));
+    batch_ = b, count_ = end - begin;
+    for (int64_t i = 0; i < count_; ++i) {
+      Head &x = heads_[i];
+      const int64_t h = begin + i;
+      x.h = h, x.index = b * args_.H + h;
+      x.q = Rows<S>(args_.q, b, h, d), x.k = Rows<S>(args_.k, b, h, d);
+      x.v = Rows<S>(args_.v, b, h, e), x.o = Rows<S>(args_.o, b, h, e);
+      x.grad_q = Rows<S>(args_.grad_q, b, h, d), x.grad_k = Rows<S>(args_.grad_k, b, h, d);
+      x.grad_v = Rows<S>(args_.grad_v, b, h, e), x.grad_o = Rows<S>(args_.grad_o, b, h, e);
+      x.state = states_ + i * larger(features_, args_.E) * ld_;
+      x.running = sums_ + 2 * i * ld_, x.compensation = x.running + ld_;
+      x.inverse = by_token_ + 2 * i * args_.T, x.delta = x.inverse + args_.T;
+      x.grad_freq = grad_freq_ + i * args_.W * args_.L;
+    }
+    memset((void *)(double *)grad_freq_, 0, sizeof(double) * size_t(count_ * args_.W * args_.L));
   }
 
   bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
@@ -90,17 +116,18 @@ class Scan {
     return larger(size, S(args_.eps));
   }
 
-  // inverse_[t] = 1 / divisor, delta_[t] = d loss / d den
+  // inverse[t] = 1 / divisor, delta[t] = d loss / d den
   void prepare_gradient() {
-    const S *den = normalizes() ? (const S *)args_.den + index_ * args_.T : nullptr;
-    for (int64_t t = 0; t < args_.T; ++t) {
-      inverse_[t] = 1, delta_[t] = 0;
-      if (!den) continue;
-      S sign;
-      inverse_[t] = 1 / divisor(den[t], &sign);
-      const S *g = grad_o_.get(t, row_), *o = o_.get(t, row_ + ld_);
-      delta_[t] = -sign * dot(g, o, args_.E) * inverse_[t];
-    }
+    for (int64_t t = 0; t < args_.T; ++t)
+      for (int64_t i = 0; i < count_; ++i) {
+        const Head &x = heads_[i];
+        x.inverse[t] = 1, x.delta[t] = 0;
+        if (!normalizes()) continue;
+        S sign, den = ((const S *)args_.den)[x.index * args_.T + t];
+        x.inverse[t] = 1 / divisor(den, &sign);
+        const S *g = x.grad_o.get(t, row_), *o = x.o.get(t, row_ + ld_);
+        x.delta[t] = -sign * dot(g, o, args_.E) * x.inverse[t];
+      }
   }
 
   static S dot(const S *x, const S *y, int64_t width) {
@@ -115,43 +142,50 @@ class Scan {
   void run() {
     constexpr bool wide = role == kForward || role == kGradV;  // the state is [R, E], else [E, R]
     const int64_t inner = wide ? features_ : args_.E, outer = wide ? args_.E : features_;
-    const int64_t columns = padded<S>(outer);
-    const void *start = backwards(role) ? args_.grad_s : args_.s0;
-    get_state(start, inner, outer, !wide);
-    start = backwards(role) ? args_.grad_z : args_.z0;
-    if (normalizes()) get_running(start);
+    const void *s = backwards(role) ? args_.grad_s : args_.s0;
+    const void *z = backwards(role) ? args_.grad_z : args_.z0;
+    for (int64_t i = 0; i < count_; ++i) get_state(heads_[i], s, z, inner, outer, !wide);
 
     for (int64_t first = 0; first < args_.T; first += chunk_) {
       const int64_t n = smaller(chunk_, args_.T - first);
       begin_ = backwards(role) ? args_.T - 1 - first : first;
       step_ = backwards(role) ? -1 : 1;
-      if (map_.rotates()) map_.prepare(batch_, head_, begin_, step_, n, rotation_, ld_);
-      load_tiles<role>(n);
-      const int64_t rows = padded<S>(n);
-      transpose<S>(b_, ld_, rows, padded<S>(inner), b_transposed_, lc_);
-      for (int64_t i = 0; i < n; i += kTileRows) {
-        const int64_t count = smaller<int64_t>(kTileRows, n - i), seen = i + count;
-        Product<S> scores = {inner, a_ + i * ld_, ld_, 1, b_transposed_, lc_};
-        S *weights = weights_ + i * lc_;
-        few_rows<S>(count, &scores, 1, 0, padded<S>(seen), false, weights, lc_);
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t j = i + r + 1; j < seen; ++j) weights[r * lc_ + j] = 0;
-        // inside the chunk, and through the state before it
-        Product<S> terms[] = {{seen, weights, lc_, 1, c_, ld_},
-                              {inner, a_ + i * ld_, ld_, 1, state_, ld_}};
-        few_rows<S>(count, terms, 2, 0, columns, false, out_ + i * ld_, ld_);
+      for (int64_t i = 0; i < count_; ++i) {
+        if (map_.rotates() && (i == 0 || args_.Hf > 1))
+          map_.prepare(batch_, heads_[i].h, begin_, step_, n, rotation_, ld_);
+        load_tiles<role>(heads_[i], n);
+        multiply_tiles(heads_[i].state, n, inner, padded<S>(outer));
+        finish<role>(heads_[i], n);
       }
-      Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
-      multiply<S>(inner, columns, &update, 1, true, state_, ld_);
-      finish<role>(n);
     }
-    if (role == kForward) put_state(args_.s, args_.z);
-    if (role == kGradV) put_state(args_.grad_s0, nullptr);
-    if (role == kGradK) put_state(nullptr, args_.grad_z0);
+    for (int64_t i = 0; i < count_; ++i) {
+      if (role == kForward) put_state(heads_[i], args_.s, args_.z);
+      if (role == kGradV) put_state(heads_[i], args_.grad_s0, nullptr);
+      if (role == kGradK) put_state(heads_[i], nullptr, args_.grad_z0);
+    }
+  }
+
+  // out_ and the state from the tiles of one chunk
+  void multiply_tiles(S *state, int64_t n, int64_t inner, int64_t columns) {
+    transpose<S>(b_, ld_, padded<S>(n), padded<S>(inner), b_transposed_, lc_);
+    for (int64_t i = 0; i < n; i += kTileRows) {
+      const int64_t count = smaller<int64_t>(kTileRows, n - i), seen = i + count;
+      Product<S> scores = {inner, a_ + i * ld_, ld_, 1, b_transposed_, lc_};
+      S *weights = weights_ + i * lc_;
+      few_rows<S>(count, &scores, 1, 0, padded<S>(seen), false, weights, lc_);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t j = i + r + 1; j < seen; ++j) weights[r * lc_ + j] = 0;
+      // inside the chunk, and through the state before it
+      Product<S> terms[] = {{seen, weights, lc_, 1, c_, ld_},
+                            {inner, a_ + i * ld_, ld_, 1, state, ld_}};
+      few_rows<S>(count, terms, 2, 0, columns, false, out_ + i * ld_, ld_);
+    }
+    Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
+    multiply<S>(inner, columns, &update, 1, true, state, ld_);
   }
 
   template <Role role>
-  void load_tiles(int64_t n) {
+  void load_tiles(const Head &head, int64_t n) {
     S *norm_a = map_.split() && normalizes() ? norm_a_ : (S *)nullptr;
     S *norm_b = map_.split() && normalizes() ? norm_b_ : (S *)nullptr;
     for (int64_t i = 0; i < n; ++i) {
@@ -161,16 +195,17 @@ class Scan {
         map_.value(x.get(t, row_), turn, ld_, out + at, norm ? norm + at : nullptr, row_ + ld_);
       };
       if (role == kForward) {
-        feature(q_, a_, norm_a), feature(k_, b_, norm_b), copy(v_, t, 1, c_ + at);
+        feature(head.q, a_, norm_a), feature(head.k, b_, norm_b);
+        copy(head.v, t, 1, c_ + at);
       } else if (role == kGradQ) {
-        copy(grad_o_, t, inverse_[t], a_ + at), copy(v_, t, 1, b_ + at);
-        feature(k_, c_, norm_b);
+        copy(head.grad_o, t, head.inverse[t], a_ + at), copy(head.v, t, 1, b_ + at);
+        feature(head.k, c_, norm_b);
       } else if (role == kGradK) {
-        copy(v_, t, 1, a_ + at), copy(grad_o_, t, inverse_[t], b_ + at);
-        feature(q_, c_, norm_b);
+        copy(head.v, t, 1, a_ + at), copy(head.grad_o, t, head.inverse[t], b_ + at);
+        feature(head.q, c_, norm_b);
       } else {
-        feature(k_, a_, nullptr), feature(q_, b_, nullptr);
-        copy(grad_o_, t, inverse_[t], c_ + at);
+        feature(head.k, a_, nullptr), feature(head.q, b_, nullptr);
+        copy(head.grad_o, t, head.inverse[t], c_ + at);
       }
     }
     // what a shorter chunk leaves behind must not reach the transposed tile
@@ -184,94 +219,92 @@ class Scan {
   }
 
   template <Role role>
-  void finish(int64_t n) {
+  void finish(const Head &head, int64_t n) {
     const int64_t width = norm_width();
     for (int64_t i = 0; i < n; ++i) {
       const int64_t t = begin_ + i * step_, at = i * ld_;
       S *out = out_ + at;
       if (role == kGradV) {
-        if (grad_v_) grad_v_.put(t, out);
+        if (head.grad_v) head.grad_v.put(t, out);
         continue;
       }
-      // running_ is the sum of the normaliser's features, in grad_k weighted with delta
-      S weight = role == kGradK ? delta_[t] : S(1), den = 0;
+      // running is the sum of the normaliser's features, in grad_k weighted with delta
+      S weight = role == kGradK ? head.delta[t] : S(1), den = 0;
       if (normalizes()) {
         const S *add = map_.split() ? norm_b_ + at : (role == kForward ? b_ : c_) + at;
         for (int64_t j = 0; j < width; j += kLanes<S>) {
           // compensated (Kahan): a sum over a million tokens keeps its last digits
-          Vec<S> term = load(add + j) * weight - load(compensation_ + j), old = load(running_ + j);
+          Vec<S> term = load(add + j) * weight - load(head.compensation + j), old = load(head.running + j);
           Vec<S> total = old + term, kept = total - old;
-          store(compensation_ + j, kept - term), store(running_ + j, total);
+          store(head.compensation + j, kept - term), store(head.running + j, total);
         }
-        if (role == kForward) den = dot((map_.split() ? norm_a_ : a_) + at, running_, width);
+        if (role == kForward) den = dot((map_.split() ? norm_a_ : a_) + at, head.running, width);
       }
       if (role == kForward) {
         if (normalizes()) {
           S sign, inverse = 1 / divisor(den, &sign);
-          ((S *)args_.den)[index_ * args_.T + t] = den;
+          ((S *)args_.den)[head.index * args_.T + t] = den;
           for (int64_t j = 0; j < args_.E; j += kLanes<S>)
             store(out + j, load(out + j) * inverse);
         }
-        o_.put(t, out);
+        head.o.put(t, out);
         continue;
       }
-      const Rows<S> &x = role == kGradQ ? q_ : k_, &grad = role == kGradQ ? grad_q_ : grad_k_;
+      const Rows<S> &x = role == kGradQ ? head.q : head.k;
+      const Rows<S> &grad = role == kGradQ ? head.grad_q : head.grad_k;
       S *turn_gradient = args_.grad_freq || args_.grad_positions ? row_ + 4 * ld_ : nullptr;
       map_.gradient(x.get(t, row_), rotation_ + 2 * at, ld_, out,
-                    normalizes() ? (S *)running_ : nullptr, role == kGradQ ? delta_[t] : S(1),
+                    normalizes() ? head.running : nullptr, role == kGradQ ? head.delta[t] : S(1),
                     row_ + ld_, turn_gradient);
       if (grad) grad.put(t, out);
-      if (turn_gradient) add_positional(t, turn_gradient, role == kGradK);
+      if (turn_gradient) add_positional(head, t, turn_gradient, role == kGradK);
     }
   }
 
   // turn_gradient [W]: by the angles, in radians
-  void add_positional(int64_t t, const S *turn_gradient, bool add) {
-    const double *p = map_.position(batch_, t), *freq = map_.freq(head_);
+  void add_positional(const Head &head, int64_t t, const S *turn_gradient, bool add) {
+    const double *p = map_.position(batch_, t), *freq = map_.freq(head.h);
     double *by_position =
-        args_.grad_positions ? args_.grad_positions + (index_ * args_.T + t) * args_.L : nullptr;
+        args_.grad_positions ? args_.grad_positions + (head.index * args_.T + t) * args_.L : nullptr;
     for (int64_t l = 0; l < args_.L; ++l) {
       double total = 0;
       for (int64_t w = 0; w < args_.W; ++w) {
-        grad_freq_[w * args_.L + l] += double(turn_gradient[w]) * p[l];
+        head.grad_freq[w * args_.L + l] += double(turn_gradient[w]) * p[l];
         total += double(turn_gradient[w]) * freq[w * args_.L + l];
       }
       if (by_position) by_position[l] = (add ? by_position[l] : 0) + kTwoPi * total;
     }
   }
 
-  // state_ [rows, ld_] from a contiguous [rows, columns], or from its transpose; zero from null
-  void get_state(const void *from, int64_t rows, int64_t columns, bool transposed) {
-    memset((void *)(S *)state_, 0, sizeof(S) * size_t(larger(features_, args_.E) * ld_));
-    if (!from) return;
-    const S *x = (const S *)from + index_ * rows * columns;
-    for (int64_t i = 0; i < rows; ++i)
+  // the state [rows, ld_] from a contiguous [rows, columns] or its transpose, and the running sum;
+  // zero from null
+  void get_state(const Head &head, const void *s, const void *z, int64_t rows, int64_t columns,
+                 bool transposed) {
+    memset((void *)head.state, 0, sizeof(S) * size_t(larger(features_, args_.E) * ld_));
+    memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
+    const S *x = (const S *)s + head.index * rows * columns;
+    for (int64_t i = 0; s && i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
-        state_[i * ld_ + j] = transposed ? x[j * rows + i] : x[i * columns + j];
-  }
-  void get_running(const void *from) {
+        head.state[i * ld_ + j] = transposed ? x[j * rows + i] : x[i * columns + j];
+    if (!z || !normalizes()) return;
     const int64_t width = norm_width();
-    memset((void *)(S *)running_, 0, sizeof(S) * size_t(ld_));
-    memset((void *)(S *)compensation_, 0, sizeof(S) * size_t(ld_));
-    if (from) memcpy(running_, (const S *)from + index_ * width, sizeof(S) * size_t(width));
+    memcpy(head.running, (const S *)z + head.index * width, sizeof(S) * size_t(width));
   }
-  void put_state(void *s, void *z) {
-    const int64_t width = norm_width();
-    if (s)
-      for (int64_t i = 0; i < features_; ++i)
-        memcpy((S *)s + (index_ * features_ + i) * args_.E, state_ + i * ld_,
-               sizeof(S) * size_t(args_.E));
-    if (z) memcpy((S *)z + index_ * width, running_, sizeof(S) * size_t(width));
+  void put_state(const Head &head, void *s, void *z) {
+    const int64_t width = norm_width(), e = args_.E;
+    for (int64_t i = 0; s && i < features_; ++i)
+      memcpy((S *)s + (head.index * features_ + i) * e, head.state + i * ld_, sizeof(S) * size_t(e));
+    if (z) memcpy((S *)z + head.index * width, head.running, sizeof(S) * size_t(width));
   }
 
   const FastpeCausalDot &args_;
   FeatureMap<S> map_;
-  const int64_t chunk_, features_, ld_, lc_;
-  Scratch<S> a_, b_, b_transposed_, c_, weights_, out_, state_, norm_a_, norm_b_;
-  Scratch<S> rotation_, running_, compensation_, row_, inverse_, delta_;
+  const int64_t at_once_, chunk_, features_, ld_, lc_;
+  Scratch<S> a_, b_, b_transposed_, c_, weights_, out_, states_, norm_a_, norm_b_;
+  Scratch<S> rotation_, sums_, row_, by_token_;
   Scratch<double> grad_freq_;
-  Rows<S> q_, k_, v_, o_, grad_o_, grad_q_, grad_k_, grad_v_;
-  int64_t batch_ = 0, head_ = 0, index_ = 0, begin_ = 0, step_ = 1;
+  Head heads_[kHeads];
+  int64_t batch_ = 0, count_ = 0, begin_ = 0, step_ = 1;
 };
 
 }  // namespace

@@ -8,13 +8,15 @@ namespace {
 
 template <class S>
 void causal_dot(const FastpeCausalDot &args, bool backward) {
-  const int64_t units = args.B * args.H;
+  const int64_t heads = Scan<S>::heads_at_once(args), groups = (args.H + heads - 1) / heads;
 #pragma omp parallel num_threads(args.threads)
   {
     Scan<S> scan(args);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < units; ++i)
-      backward ? scan.backward(i / args.H, i % args.H) : scan.forward(i / args.H, i % args.H);
+    for (int64_t i = 0; i < args.B * groups; ++i) {
+      const int64_t begin = i % groups * heads, end = smaller(args.H, begin + heads);
+      backward ? scan.backward(i / groups, begin, end) : scan.forward(i / groups, begin, end);
+    }
   }
 }
 
