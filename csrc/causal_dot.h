@@ -154,7 +154,11 @@ class Scan {
         if (map_.rotates() && (i == 0 || args_.Hf > 1))
           map_.prepare(batch_, heads_[i].h, begin_, step_, n, rotation_, ld_);
         load_tiles<role>(heads_[i], n);
-        multiply_tiles(heads_[i].state, n, inner, padded<S>(outer));
+        // what is read next is fetched meanwhile
+        const bool last = i + 1 == count_;
+        const int64_t ahead = last ? first + chunk_ : first;
+        auto fetch = [&](int64_t j) { prefetch<role>(heads_[last ? 0 : i + 1], ahead + j); };
+        multiply_tiles(heads_[i].state, n, inner, padded<S>(outer), fetch);
         finish<role>(heads_[i], n);
       }
     }
@@ -165,8 +169,19 @@ class Scan {
     }
   }
 
+  template <Role role>
+  void prefetch(const Head &head, int64_t i) const {
+    if (i >= args_.T) return;
+    const int64_t t = backwards(role) ? args_.T - 1 - i : i;
+    if (role != kGradQ) head.q.prefetch(t);
+    head.k.prefetch(t);
+    if (role != kGradV) head.v.prefetch(t);
+    if (role != kForward) head.grad_o.prefetch(t);
+  }
+
   // out_ and the state from the tiles of one chunk
-  void multiply_tiles(S *state, int64_t n, int64_t inner, int64_t columns) {
+  template <class Fetch>
+  void multiply_tiles(S *state, int64_t n, int64_t inner, int64_t columns, Fetch fetch) {
     transpose<S>(b_, ld_, padded<S>(n), padded<S>(inner), b_transposed_, lc_);
     for (int64_t i = 0; i < n; i += kTileRows) {
       const int64_t count = smaller<int64_t>(kTileRows, n - i), seen = i + count;
@@ -179,6 +194,7 @@ class Scan {
       Product<S> terms[] = {{seen, weights, lc_, 1, c_, ld_},
                             {inner, a_ + i * ld_, ld_, 1, state, ld_}};
       few_rows<S>(count, terms, 2, 0, columns, false, out_ + i * ld_, ld_);
+      for (int64_t r = 0; r < count; ++r) fetch(i + r);
     }
     Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
     multiply<S>(inner, columns, &update, 1, true, state, ld_);
@@ -218,46 +234,52 @@ class Scan {
     for (int64_t j = 0; j < x.width; j += kLanes<S>) store(out + j, load(row + j) * factor);
   }
 
+  // sums [n] of the normaliser's features up to each token, in place; the running sum goes on
+  void accumulate_norm(const Head &head, int64_t n, S *features, const S *weight) const {
+    for (int64_t j = 0; j < norm_width(); j += kLanes<S>) {
+      Vec<S> before = load(head.running + j), inside = {};
+      for (int64_t i = 0; i < n; ++i) {
+        S *x = features + i * ld_ + j;
+        inside += weight ? load(x) * weight[begin_ + i * step_] : load(x);
+        store(x, before + inside);
+      }
+      // compensated (Kahan): a sum over a million tokens keeps its last digits
+      inside -= load(head.compensation + j);
+      Vec<S> total = before + inside, kept = total - before;
+      store(head.compensation + j, kept - inside), store(head.running + j, total);
+    }
+  }
+
   template <Role role>
   void finish(const Head &head, int64_t n) {
-    const int64_t width = norm_width();
+    S *norm = map_.split() ? norm_b_ : role == kForward ? b_ : c_;
+    if (normalizes() && role != kGradV)
+      accumulate_norm(head, n, norm, role == kGradK ? head.delta : nullptr);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t t = begin_ + i * step_, at = i * ld_;
       S *out = out_ + at;
-      if (role == kGradV) {
-        if (head.grad_v) head.grad_v.put(t, out);
-        continue;
-      }
-      // running is the sum of the normaliser's features, in grad_k weighted with delta
-      S weight = role == kGradK ? head.delta[t] : S(1), den = 0;
-      if (normalizes()) {
-        const S *add = map_.split() ? norm_b_ + at : (role == kForward ? b_ : c_) + at;
-        for (int64_t j = 0; j < width; j += kLanes<S>) {
-          // compensated (Kahan): a sum over a million tokens keeps its last digits
-          Vec<S> term = load(add + j) * weight - load(head.compensation + j), old = load(head.running + j);
-          Vec<S> total = old + term, kept = total - old;
-          store(head.compensation + j, kept - term), store(head.running + j, total);
-        }
-        if (role == kForward) den = dot((map_.split() ? norm_a_ : a_) + at, head.running, width);
-      }
       if (role == kForward) {
         if (normalizes()) {
-          S sign, inverse = 1 / divisor(den, &sign);
+          S sign, den = dot((map_.split() ? norm_a_ : a_) + at, norm + at, norm_width());
+          S inverse = 1 / divisor(den, &sign);
           ((S *)args_.den)[head.index * args_.T + t] = den;
           for (int64_t j = 0; j < args_.E; j += kLanes<S>)
             store(out + j, load(out + j) * inverse);
         }
         head.o.put(t, out);
-        continue;
+      } else if (role == kGradV) {
+        if (head.grad_v) head.grad_v.put(t, out);
+      } else {
+        const Rows<S> &x = role == kGradQ ? head.q : head.k;
+        const Rows<S> &grad = role == kGradQ ? head.grad_q : head.grad_k;
+        const bool positional = args_.grad_freq || args_.grad_positions;
+        S *turn_gradient = positional ? row_ + 4 * ld_ : nullptr;
+        map_.gradient(x.get(t, row_), rotation_ + 2 * at, ld_, out,
+                      normalizes() ? norm + at : nullptr, role == kGradQ ? head.delta[t] : S(1),
+                      row_ + ld_, turn_gradient);
+        if (turn_gradient) add_positional(head, t, turn_gradient, role == kGradK);
+        if (grad) grad.put(t, out);
       }
-      const Rows<S> &x = role == kGradQ ? head.q : head.k;
-      const Rows<S> &grad = role == kGradQ ? head.grad_q : head.grad_k;
-      S *turn_gradient = args_.grad_freq || args_.grad_positions ? row_ + 4 * ld_ : nullptr;
-      map_.gradient(x.get(t, row_), rotation_ + 2 * at, ld_, out,
-                    normalizes() ? head.running : nullptr, role == kGradQ ? head.delta[t] : S(1),
-                    row_ + ld_, turn_gradient);
-      if (grad) grad.put(t, out);
-      if (turn_gradient) add_positional(head, t, turn_gradient, role == kGradK);
     }
   }
 

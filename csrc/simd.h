@@ -57,20 +57,14 @@ FASTPE_HD void store(S *p, Vec<S> v) {
 }
 template <class S>
 FASTPE_HD Vec<S> splat(S x) {
-  return Vec<S>{} + x;
+  return x - Vec<S>{};  // not x + 0, which is an addition: it changes -0
 }
-template <class S>
-FASTPE_HD S sum(Vec<S> v) {
-  S total = 0;
-  for (int i = 0; i < kLanes<S>; ++i) total += v[i];
-  return total;
-}
-
+// e^x; 0 (to 1e-37) below -86.5, infinity above 88.72
 FASTPE_HD Vec<float> exp_of(Vec<float> x) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   Vec<float> low = splat(-86.5f), y = x < low ? low : x;
-  Vec<float> n = y * 1.44269504088896341f + kRound<float>;
-  n -= kRound<float>;
+  Vec<float> shifted = y * 1.44269504088896341f + kRound<float>;
+  Vec<float> n = shifted - kRound<float>;
   Vec<float> r = y - n * 0.693359375f + n * 2.12194440e-4f;
   Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -78,11 +72,14 @@ FASTPE_HD Vec<float> exp_of(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^(n - 1), twice over: n can be 128. a NaN gives any n and stays NaN in p
-  Int bits = (__builtin_convertvector(n < 130.0f ? n : splat(0.0f), Int) + 126) << 23;
+  // n stands in the low bits of `shifted`; 2^(n - 1), twice over, for n can be 128
+  Int bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 126) << 23;
   Vec<float> scale;
   memcpy(&scale, &bits, sizeof scale);
-  return x > 88.722839f ? splat(float(INFINITY)) : p * scale * 2.0f;
+  p = p * scale * 2.0f;
+  return x > 88.722839f ? splat(float(INFINITY)) : p;
 }
 FASTPE_HD Vec<double> exp_of(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
@@ -142,6 +139,19 @@ struct Exchange {  // blocks of kStep lanes of two rows of a matrix that is bein
     return kHigh ? ((i & kStep) ? i + kLane : i + kStep) : ((i & kStep) ? i - kStep + kLane : i);
   }
 };
+
+template <int kStep>
+struct Across {
+  static constexpr int at(int i) { return i ^ kStep; }
+};
+template <class S, int kStep = kLanes<S> / 2>
+FASTPE_HD S sum(Vec<S> v) {
+  v += permute<S, Across<kStep>>(v, v);
+  if constexpr (kStep > 1)
+    return sum<S, kStep / 2>(v);
+  else
+    return v[0];
+}
 
 template <class S, int kStep>
 FASTPE_HD void transpose_step(Vec<S> *row) {
@@ -234,6 +244,11 @@ struct Rows {
     }
     for (int64_t i = width; i < padded<S>(width); ++i) space[i] = 0;
     return space;
+  }
+  void prefetch(int64_t t) const {
+    const char *p = base + t * row * size();
+    asm volatile("");  // else gcc drops the calls of a function without effect
+    for (int64_t i = 0; i < width * size(); i += 64) __builtin_prefetch(p + i);
   }
   void put(int64_t t, const S *in) const {
     char *p = base + t * row * size();
