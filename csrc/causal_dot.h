@@ -187,13 +187,13 @@ class Scan {
       const int64_t count = smaller<int64_t>(kTileRows, n - i), seen = i + count;
       Product<S> scores = {inner, a_ + i * ld_, ld_, 1, b_transposed_, lc_};
       S *weights = weights_ + i * lc_;
-      few_rows<S>(count, &scores, 1, 0, padded<S>(seen), false, weights, lc_);
+      few_rows<S>(count, &scores, 1, 0, 0, padded<S>(seen), false, weights, lc_);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t j = i + r + 1; j < seen; ++j) weights[r * lc_ + j] = 0;
       // inside the chunk, and through the state before it
       Product<S> terms[] = {{seen, weights, lc_, 1, c_, ld_},
                             {inner, a_ + i * ld_, ld_, 1, state, ld_}};
-      few_rows<S>(count, terms, 2, 0, columns, false, out_ + i * ld_, ld_);
+      few_rows<S>(count, terms, 2, 0, 0, columns, false, out_ + i * ld_, ld_);
       for (int64_t r = 0; r < count; ++r) fetch(i + r);
     }
     Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};

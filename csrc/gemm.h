@@ -35,9 +35,10 @@ struct Product {
   int64_t ldb;
 };
 
-// out [kRows, kVectors * lanes] (+)= the sum of `count` products
+// out [kRows, kVectors * lanes] (+)= the sum of `count` products, from their `row` and `column` on
 template <class S, int kRows, int kVectors>
-void tile(const Product<S> *p, int count, int64_t column, bool add, S *out, int64_t ldo) {
+void tile(const Product<S> *p, int count, int64_t row, int64_t column, bool add, S *out,
+          int64_t ldo) {
   Vec<S> acc[kRows][kVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i)
@@ -45,8 +46,8 @@ void tile(const Product<S> *p, int count, int64_t column, bool add, S *out, int6
     for (int j = 0; j < kVectors; ++j)
       acc[i][j] = add ? load(out + i * ldo + j * kLanes<S>) : Vec<S>{};
   for (int k = 0; k < count; ++k)
-    accumulate<S, kRows, kVectors>(acc, p[k].depth, p[k].a, p[k].a_row, p[k].a_col, p[k].b + column,
-                                   p[k].ldb);
+    accumulate<S, kRows, kVectors>(acc, p[k].depth, p[k].a + row * p[k].a_row, p[k].a_row,
+                                   p[k].a_col, p[k].b + column, p[k].ldb);
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -54,46 +55,41 @@ void tile(const Product<S> *p, int count, int64_t column, bool add, S *out, int6
 }
 
 template <class S, int kRows>
-void row_block(const Product<S> *p, int count, int64_t begin, int64_t end, bool add, S *out,
-               int64_t ldo) {
+void row_block(const Product<S> *p, int count, int64_t row, int64_t begin, int64_t end, bool add,
+               S *out, int64_t ldo) {
   constexpr int64_t lanes = kLanes<S>;
   for (int64_t j = begin; j < end; j += kTileVectors * lanes) {
     switch (smaller<int64_t>((end - j) / lanes, kTileVectors)) {
-      case 1: tile<S, kRows, 1>(p, count, j, add, out + j, ldo); break;
-      case 2: tile<S, kRows, 2>(p, count, j, add, out + j, ldo); break;
-      case 3: tile<S, kRows, 3>(p, count, j, add, out + j, ldo); break;
-      default: tile<S, kRows, kTileVectors>(p, count, j, add, out + j, ldo);
+      case 1: tile<S, kRows, 1>(p, count, row, j, add, out + j, ldo); break;
+      case 2: tile<S, kRows, 2>(p, count, row, j, add, out + j, ldo); break;
+      case 3: tile<S, kRows, 3>(p, count, row, j, add, out + j, ldo); break;
+      default: tile<S, kRows, kTileVectors>(p, count, row, j, add, out + j, ldo);
     }
   }
 }
 
-// out [rows, begin .. end) (+)= the sum of `count` products, rows <= kTileRows; begin and end
-// multiples of the lanes
+// rows [row, row + rows) and columns [begin, end) of out (+)= the sum of `count` products;
+// rows <= kTileRows, begin and end multiples of the lanes; `out` is where `row` goes
 template <class S>
-void few_rows(int64_t rows, const Product<S> *p, int count, int64_t begin, int64_t end, bool add,
-              S *out, int64_t ldo) {
+void few_rows(int64_t rows, const Product<S> *p, int count, int64_t row, int64_t begin, int64_t end,
+              bool add, S *out, int64_t ldo) {
   switch (rows) {
-    case 1: row_block<S, 1>(p, count, begin, end, add, out, ldo); break;
-    case 2: row_block<S, 2>(p, count, begin, end, add, out, ldo); break;
-    case 3: row_block<S, 3>(p, count, begin, end, add, out, ldo); break;
-    default: row_block<S, kTileRows>(p, count, begin, end, add, out, ldo);
+    case 1: row_block<S, 1>(p, count, row, begin, end, add, out, ldo); break;
+    case 2: row_block<S, 2>(p, count, row, begin, end, add, out, ldo); break;
+    case 3: row_block<S, 3>(p, count, row, begin, end, add, out, ldo); break;
+    default: row_block<S, kTileRows>(p, count, row, begin, end, add, out, ldo);
   }
 }
 
-// out [m, n] (+)= the sum of up to three products; n a multiple of the lanes
+// out [m, n] (+)= the sum of `count` products; n a multiple of the lanes
 template <class S>
 void multiply(int64_t m, int64_t n, const Product<S> *p, int count, bool add, S *out, int64_t ldo) {
   // a panel of B that fits the first-level cache is used for all rows
   constexpr int64_t panel = kTileVectors * kLanes<S>;
-  for (int64_t j = 0; j < n; j += panel) {
-    Product<S> rows[3];
-    for (int k = 0; k < count; ++k) rows[k] = p[k];
-    for (int64_t i = 0; i < m; i += kTileRows) {
-      few_rows<S>(smaller<int64_t>(m - i, kTileRows), rows, count, j, smaller(n, j + panel), add,
+  for (int64_t j = 0; j < n; j += panel)
+    for (int64_t i = 0; i < m; i += kTileRows)
+      few_rows<S>(smaller<int64_t>(m - i, kTileRows), p, count, i, j, smaller(n, j + panel), add,
                   out + i * ldo, ldo);
-      for (int k = 0; k < count; ++k) rows[k].a += kTileRows * rows[k].a_row;
-    }
-  }
 }
 
 }  // namespace

@@ -60,7 +60,13 @@ class Sines {
         out_(padded<S>(larger(args.R, args.D))),
         by_row_(kPositions * 2 * kp),
         gate_(args.D),
-        gain_(ldk_) {}
+        gain_(ldk_),
+        step_cos_(kPositions * ldk_),
+        step_sin_(kPositions * ldk_),
+        freq_(args.L * ldk_),
+        offset_(ldk_),
+        step_(args.L),
+        multiple_(args.L) {}
 
   // doubles that `run` adds to: d gain, d phase, d phase * position [DK each], d gate [D]
   static int64_t partial_size(const FastpePhaseFeatures &args) {
@@ -69,14 +75,19 @@ class Sines {
 
   void run(int64_t h, int64_t slice, double *partial) {
     head_ = h;
-    for (int64_t i = 0; i < dk_; ++i) gain_[i] = S(args_.gain[h * dk_ + i]);
+    for (int64_t i = 0; i < dk_; ++i) {
+      gain_[i] = S(args_.gain[h * dk_ + i]);
+      offset_[i] = args_.offset ? args_.offset[h * dk_ + i] : 0;
+      for (int64_t l = 0; l < args_.L; ++l)
+        freq_[l * ldk_ + i] = args_.freq[(h * dk_ + i) * args_.L + l];
+    }
     for (int64_t d = 0; d < args_.D; ++d)
       gate_[d] = args_.gate ? S(args_.gate[h * args_.D + d]) : S(0);
     const int64_t begin = groups_.size() * slice / kSlices;
     const int64_t end = groups_.size() * (slice + 1) / kSlices;
     for (int64_t u = begin; u < end; u += kPositions) {
       const int64_t n = smaller(kPositions, end - u);
-      for (int64_t p = 0; p < n; ++p) make_rows(p, position(u + p));
+      make_rows(u, n);
       if (!keep_) make_codes(n, row_cos_, row_sin_, true, code_);
       if (args_.grad_y.data) {
         memset((void *)(S *)code_grad_, 0, sizeof(S) * size_t(n * ldx_ * width_));
@@ -93,26 +104,62 @@ class Sines {
     return args_.positions + groups_.row(groups_.begin(u)) * args_.L;
   }
 
-  void make_rows(int64_t p, const double *at) {
-    S *cos = cos_ + p * ldk_, *sin = sin_ + p * ldk_;
-    const double *f = args_.freq + head_ * dk_ * args_.L;
-    const double *offset = args_.offset ? args_.offset + head_ * dk_ : nullptr;
-    for (int64_t i0 = 0; i0 < dk_; i0 += kLanes<S>) {
-      const int64_t count = smaller<int64_t>(kLanes<S>, dk_ - i0);
-      double turns[kLanes<S>] = {};
-      for (int64_t i = 0; i < count; ++i) turns[i] = offset ? offset[i0 + i] : 0;
-      if (args_.L == 1) {
-        for (int64_t i = 0; i < count; ++i) turns[i] += f[i0 + i] * at[0];
+  // cosines and sines of n positions from the u-th on
+  void make_rows(int64_t u, int64_t n) {
+    const bool even = evenly_spaced(u, n);
+    for (int64_t p = 0; p < n; ++p) {
+      S *cos = cos_ + p * ldk_, *sin = sin_ + p * ldk_;
+      if (p == 0 || !even) {
+        sincos_row(position(u + p), offset_, cos, sin);
       } else {
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t l = 0; l < args_.L; ++l) turns[i] += f[(i0 + i) * args_.L + l] * at[l];
+        // turned on from the first by a multiple of the step
+        const S *step_cos = step_cos_ + p * ldk_, *step_sin = step_sin_ + p * ldk_;
+        for (int64_t i = 0; i < dk_; i += kLanes<S>) {
+          Vec<S> c = load(cos_ + i), s = load(sin_ + i);
+          Vec<S> dc = load(step_cos + i), ds = load(step_sin + i);
+          store(cos + i, c * dc - s * ds), store(sin + i, s * dc + c * ds);
+        }
       }
-      S reduced[kLanes<S>];
-      for (int i = 0; i < kLanes<S>; ++i) reduced[i] = S(reduce_turns(turns[i]));
-      Vec<S> c, s, gain = load(gain_ + i0);
+      for (int64_t i = 0; i < dk_; i += kLanes<S>) {
+        Vec<S> gain = load(gain_ + i);
+        store(row_cos_ + p * ldk_ + i, load(cos + i) * gain);
+        store(row_sin_ + p * ldk_ + i, load(sin + i) * gain);
+      }
+    }
+  }
+
+  // whether the positions are first + p step; then makes step_cos_ and step_sin_ for that step
+  bool evenly_spaced(int64_t u, int64_t n) {
+    if (n < 3) return false;
+    const double *first = position(u), *second = position(u + 1);
+    bool same = step_head_ == head_;
+    for (int64_t l = 0; l < args_.L; ++l) {
+      for (int64_t p = 2; p < n; ++p)
+        if (position(u + p)[l] != first[l] + double(p) * (second[l] - first[l])) return false;
+      same = same && step_[l] == second[l] - first[l];
+    }
+    if (same) return true;
+    step_head_ = head_;
+    for (int64_t l = 0; l < args_.L; ++l) step_[l] = second[l] - first[l];
+    for (int64_t p = 1; p < kPositions; ++p) {
+      for (int64_t l = 0; l < args_.L; ++l) multiple_[l] = double(p) * step_[l];
+      sincos_row(multiple_, nullptr, step_cos_ + p * ldk_, step_sin_ + p * ldk_);
+    }
+    return true;
+  }
+
+  void sincos_row(const double *at, const double *offset, S *cos, S *sin) const {
+    constexpr int64_t lanes = kLanes<S>;
+    for (int64_t i = 0; i < dk_; i += lanes) {
+      double turns[lanes];
+      S reduced[lanes];
+      for (int64_t j = 0; j < lanes; ++j) turns[j] = offset ? offset[i + j] : 0;
+      for (int64_t l = 0; l < args_.L; ++l)
+        for (int64_t j = 0; j < lanes; ++j) turns[j] += freq_[l * ldk_ + i + j] * at[l];
+      for (int64_t j = 0; j < lanes; ++j) reduced[j] = S(reduce_turns(turns[j]));
+      Vec<S> c, s;
       sincos_of<S>(load(reduced), s, c);
-      store(cos + i0, c), store(sin + i0, s);
-      store(row_cos_ + p * ldk_ + i0, c * gain), store(row_sin_ + p * ldk_ + i0, s * gain);
+      store(cos + i, c), store(sin + i, s);
     }
   }
 
@@ -151,7 +198,7 @@ class Sines {
 
   void read(const FastpeTensor &x, int64_t width, int64_t b, int64_t t, S *out) {
     const S *row = Rows<S>(x, b, head_, width).get(t, space_);
-    memcpy(out, row, sizeof(S) * size_t(width));
+    for (int64_t j = 0; j < width; j += kLanes<S>) store(out + j, load(row + j));
   }
   // features as the tensor has them into blocks of cosines and sines
   void read_features(const FastpeTensor &y, int64_t b, int64_t t, S *out) {
@@ -276,9 +323,8 @@ class Sines {
 
   // the weighted rows by component l of the position
   void make_slopes(int64_t p, int64_t l) {
-    const double *f = args_.freq + head_ * dk_ * args_.L;
     for (int64_t i = 0; i < dk_; ++i) {
-      const S factor = S(kTwoPi * f[i * args_.L + l]);
+      const S factor = S(kTwoPi * freq_[l * ldk_ + i]);
       slope_cos_[i] = -row_sin_[p * ldk_ + i] * factor;
       slope_sin_[i] = row_cos_[p * ldk_ + i] * factor;
     }
@@ -348,7 +394,10 @@ class Sines {
   const bool gradient_;
   Scratch<S> cos_, sin_, row_cos_, row_sin_, code_, code_grad_, slope_code_, slope_cos_, slope_sin_;
   Scratch<S> code_transposed_, x_, grad_x_, y_, projected_, space_, out_, by_row_, gate_, gain_;
-  int64_t head_ = 0;
+  Scratch<S> step_cos_, step_sin_;
+  Scratch<double> freq_, offset_;  // padded, [L, ldk] and [ldk]
+  Scratch<double> step_, multiple_;
+  int64_t head_ = 0, step_head_ = -1;
 };
 
 template <class S>
