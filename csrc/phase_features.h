@@ -8,7 +8,7 @@
 //     kept     no sum over d: y_dj = x_d row_dj
 //
 // Gradients of the parameters come from the gradient of the code, sum of x (x) grad_y over the
-// tokens at a position. Inside, cosines stand before sines in blocks of `kp_` (the gate behind the
+// tokens at a position; where no two tokens share a position, straight from grad_y Z^T. Inside, cosines stand before sines in blocks of `kp_` (the gate behind the
 // cosines); tensors have them in turn, as published.
 #pragma once
 #include "gemm.h"
@@ -25,7 +25,9 @@ constexpr int64_t kSlices = 16;     // of the positions of a head, whatever the 
 template <class S>
 struct Noise {
   const S *rows = nullptr;        // [H, D, J, padded R]
-  const S *transposed = nullptr;  // [H, D, R, 2 kp]
+  const S *transposed = nullptr;  // [H, D, R, 2 kp], or if alone [H, R, ldj]: cosines, sines, gates
+  int64_t ldj = 0;
+  bool alone = false;  // no two tokens share a position
 };
 
 template <class S>
@@ -61,6 +63,9 @@ class Sines {
         by_row_(kPositions * 2 * kp),
         gate_(args.D),
         gain_(ldk_),
+        by_noise_(noise.alone ? kPositions * noise.ldj : 1),
+        sums_((2 + args.L) * ldk_),
+        expanded_(ldk_),
         step_cos_(kPositions * ldk_),
         step_sin_(kPositions * ldk_),
         freq_(args.L * ldk_),
@@ -88,6 +93,10 @@ class Sines {
     for (int64_t u = begin; u < end; u += kPositions) {
       const int64_t n = smaller(kPositions, end - u);
       make_rows(u, n);
+      if (noise_.alone) {
+        backward_alone(u, n, partial);
+        continue;
+      }
       if (!keep_) make_codes(n, row_cos_, row_sin_, true, code_);
       if (args_.grad_y.data) {
         memset((void *)(S *)code_grad_, 0, sizeof(S) * size_t(n * ldx_ * width_));
@@ -311,6 +320,60 @@ class Sines {
     }
   }
 
+  // n positions with one token each: grad_y Z^T gives every gradient
+  void backward_alone(int64_t u, int64_t n, double *partial) {
+    const int64_t k = args_.K, ldj = noise_.ldj;
+    for (int64_t p = 0; p < n; ++p)
+      tokens(u + p, 0, 1, [&](int64_t, int64_t b, int64_t t) {
+        read(args_.x, args_.D, b, t, x_ + p * ldx_);
+        read(args_.grad_y, args_.R, b, t, y_ + p * width_);
+      });
+    Product<S> product = {args_.R, y_, width_, 1, noise_.transposed + head_ * args_.R * ldj, ldj};
+    multiply<S>(n, ldj, &product, 1, false, by_noise_, ldj);
+    memset((void *)(S *)sums_, 0, sizeof(S) * size_t((2 + args_.L) * ldk_));
+    for (int64_t p = 0; p < n; ++p) {
+      const S *x = x_ + p * ldx_, *by_cos = by_noise_ + p * ldj, *by_sin = by_cos + dk_;
+      const S *by_gate = by_cos + 2 * dk_, *cos = cos_ + p * ldk_, *sin = sin_ + p * ldk_;
+      for (int64_t d = 0; d < args_.D; ++d)
+        for (int64_t j = 0; j < k; ++j) expanded_[d * k + j] = x[d];
+      // the gradients by x_d, before the sum over k, and by the phases take the weights' places
+      S *by_x = row_cos_ + p * ldk_, *by_phase = row_sin_ + p * ldk_;
+      for (int64_t i = 0; i < dk_; i += kLanes<S>) {
+        Vec<S> c = load(cos + i), s = load(sin + i), gc = load(by_cos + i), gs = load(by_sin + i);
+        Vec<S> value = gc * c + gs * s, content = load(expanded_ + i), gain = load(gain_ + i);
+        Vec<S> slope = (gs * c - gc * s) * content;
+        store(by_x + i, value * gain), store(by_phase + i, slope * gain);
+        store(sums_ + i, load(sums_ + i) + value * content);
+        store(sums_ + ldk_ + i, load(sums_ + ldk_ + i) + slope);
+        for (int64_t l = 0; l < args_.L; ++l) {
+          S *sum = sums_ + (2 + l) * ldk_ + i;
+          store(sum, load(sum) + slope * S(position(u + p)[l]));
+        }
+      }
+      tokens(u + p, 0, 1, [&](int64_t, int64_t b, int64_t t) {
+        for (int64_t d = 0; d < args_.D; ++d) {
+          S total = args_.gate ? gate_[d] * by_gate[d] : S(0);
+          for (int64_t j = 0; j < k; ++j) total += by_x[d * k + j];
+          grad_x_[d] = total;
+          if (gradient_ && args_.gate)
+            partial[(2 + args_.L) * dk_ + d] += double(x[d]) * double(by_gate[d]);
+        }
+        if (args_.grad_x.data) Rows<S>(args_.grad_x, b, head_, args_.D).put(t, grad_x_);
+        for (int64_t l = 0; args_.grad_positions && l < args_.L; ++l) {
+          double total = 0;
+          for (int64_t i = 0; i < dk_; ++i) total += double(by_phase[i]) * freq_[l * ldk_ + i];
+          grad_position(b, t, l) = kTwoPi * total;
+        }
+      });
+    }
+    if (!gradient_) return;
+    for (int64_t i = 0; i < dk_; ++i) {
+      partial[i] += double(sums_[i]), partial[dk_ + i] += double(sums_[ldk_ + i]);
+      for (int64_t l = 0; l < args_.L; ++l)
+        partial[2 * dk_ + i * args_.L + l] += double(sums_[(2 + l) * ldk_ + i]);
+    }
+  }
+
   double &grad_position(int64_t b, int64_t t, int64_t l) const {
     return args_.grad_positions[((b * args_.H + head_) * args_.T + t) * args_.L + l];
   }
@@ -394,7 +457,7 @@ class Sines {
   const bool gradient_;
   Scratch<S> cos_, sin_, row_cos_, row_sin_, code_, code_grad_, slope_code_, slope_cos_, slope_sin_;
   Scratch<S> code_transposed_, x_, grad_x_, y_, projected_, space_, out_, by_row_, gate_, gain_;
-  Scratch<S> step_cos_, step_sin_;
+  Scratch<S> by_noise_, sums_, expanded_, step_cos_, step_sin_;
   Scratch<double> freq_, offset_;  // padded, [L, ldk] and [ldk]
   Scratch<double> step_, multiple_;
   int64_t head_ = 0, step_head_ = -1;
@@ -405,28 +468,36 @@ void phase_features(const FastpePhaseFeatures &args, bool backward) {
   const int64_t hd = args.H * args.D, r = args.R, rp = padded<S>(r), j = args.J, dk = args.D * args.K;
   const int64_t kp = padded<S>(args.K + (args.gate ? 1 : 0));
   const Groups groups(args.positions, args.Bp * args.T, args.L, args.group);
-  const bool pad = args.noise && rp != r;
   const bool parameters = args.grad_gain || args.grad_freq || args.grad_offset || args.grad_gate;
+  Noise<S> noise;
+  noise.alone = args.noise && backward && groups.size() == args.B * args.T;
+  noise.ldj = padded<S>(args.D * j) + kLanes<S>;
+  const bool pad = args.noise && rp != r && !noise.alone;
+  const bool transpose = args.noise && (noise.alone || parameters);
   Scratch<S> rows(pad ? hd * j * rp : 1);
-  Scratch<S> transposed(args.noise && parameters ? hd * r * 2 * kp : 1);
+  Scratch<S> transposed(!transpose ? 1 : noise.alone ? args.H * r * noise.ldj : hd * r * 2 * kp);
   const int64_t size = Sines<S>::partial_size(args), units = args.H * kSlices;
   Scratch<double> partial(parameters ? units * size : 1);
-  const Noise<S> noise = {pad ? (const S *)rows : (const S *)args.noise, transposed};
+  noise.rows = pad ? (const S *)rows : (const S *)args.noise, noise.transposed = transposed;
 
+  // where row `row` of component hd stands in the r-th column of Z^T
+  auto place = [&](int64_t i, int64_t row, int64_t k) {
+    const int64_t sine = row == 2 * args.K ? 2 : row % 2, h = i / args.D, d = i % args.D;
+    if (!noise.alone) return (i * r + k) * 2 * kp + (sine == 2 ? args.K : row / 2 + sine * kp);
+    return (h * r + k) * noise.ldj + sine * dk + (sine == 2 ? d : d * args.K + row / 2);
+  };
 #pragma omp parallel num_threads(args.threads)
   {
-    if (args.noise && (pad || parameters)) {
+    if (pad || transpose) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < hd; ++i) {
-        const S *z = (const S *)args.noise + i * j * r;
-        for (int64_t row = 0; row < j; ++row)
+      for (int64_t i = 0; i < hd; ++i)
+        for (int64_t row = 0; row < j; ++row) {
+          const S *z = (const S *)args.noise + (i * j + row) * r;
           for (int64_t k = 0; k < r; ++k) {
-            if (pad) rows[(i * j + row) * rp + k] = z[row * r + k];
-            // sines from kp on, the gate behind the cosines
-            const int64_t column = row == 2 * args.K ? args.K : row / 2 + (row % 2) * kp;
-            if (parameters) transposed[(i * r + k) * 2 * kp + column] = z[row * r + k];
+            if (pad) rows[(i * j + row) * rp + k] = z[k];
+            if (transpose) transposed[place(i, row, k)] = z[k];
           }
-      }
+        }
     }
     Sines<S> sines(args, groups, noise, kp);
 #pragma omp for schedule(dynamic, 1)
