@@ -59,7 +59,10 @@ class Scan {
   // heads [begin, end) of sequence b, at most heads_at_once
   void forward(int64_t b, int64_t begin, int64_t end) {
     enter(b, begin, end);
-    run<kForward>();
+    if (args_.T == 1 && args_.s0)
+      for (int64_t i = 0; i < count_; ++i) step(heads_[i]);
+    else
+      run<kForward>();
   }
 
   void backward(int64_t b, int64_t begin, int64_t end) {
@@ -234,6 +237,32 @@ class Scan {
     for (int64_t j = 0; j < x.width; j += kLanes<S>) store(out + j, load(row + j) * factor);
   }
 
+  // one token after a state: read it once, write it once
+  void step(const Head &head) {
+    begin_ = 0, step_ = 1;
+    if (map_.rotates()) map_.prepare(batch_, head.h, 0, 1, 1, rotation_, ld_);
+    load_tiles<kForward>(head, 1);
+    const int64_t e = args_.E, size = features_ * e;
+    const S *s0 = (const S *)args_.s0 + head.index * size;
+    S *s = (S *)args_.s + head.index * size;
+    memset((void *)(S *)out_, 0, sizeof(S) * size_t(e));
+    for (int64_t r = 0; r < features_; ++r)
+      for (int64_t j = 0; j < e; ++j) {
+        const S now = s0[r * e + j] + b_[r] * c_[j];
+        s[r * e + j] = now, out_[j] += a_[r] * now;
+      }
+    if (normalizes()) {
+      const int64_t width = norm_width();
+      const S *z0 = (const S *)args_.z0 + head.index * width;
+      memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
+      memcpy(head.running, z0, sizeof(S) * size_t(width));
+    }
+    finish<kForward>(head, 1);
+    if (normalizes())
+      memcpy((S *)args_.z + head.index * norm_width(), head.running,
+             sizeof(S) * size_t(norm_width()));
+  }
+
   // sums [n] of the normaliser's features up to each token, in place; the running sum goes on
   void accumulate_norm(const Head &head, int64_t n, S *features, const S *weight) const {
     for (int64_t j = 0; j < norm_width(); j += kLanes<S>) {
@@ -305,9 +334,10 @@ class Scan {
     memset((void *)head.state, 0, sizeof(S) * size_t(larger(features_, args_.E) * ld_));
     memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
     const S *x = (const S *)s + head.index * rows * columns;
-    for (int64_t i = 0; s && i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        head.state[i * ld_ + j] = transposed ? x[j * rows + i] : x[i * columns + j];
+    for (int64_t i = 0; s && i < rows; ++i) {
+      if (!transposed) memcpy(head.state + i * ld_, x + i * columns, sizeof(S) * size_t(columns));
+      for (int64_t j = 0; transposed && j < columns; ++j) head.state[i * ld_ + j] = x[j * rows + i];
+    }
     if (!z || !normalizes()) return;
     const int64_t width = norm_width();
     memcpy(head.running, (const S *)z + head.index * width, sizeof(S) * size_t(width));

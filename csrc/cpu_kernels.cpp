@@ -9,7 +9,9 @@ namespace {
 template <class S>
 void causal_dot(const FastpeCausalDot &args, bool backward) {
   const int64_t heads = Scan<S>::heads_at_once(args), groups = (args.H + heads - 1) / heads;
-#pragma omp parallel num_threads(args.threads)
+  // a step of decoding is over before a second thread has woken
+  const bool small = args.B * args.T * args.H * args.D * args.E < (1 << 18);
+#pragma omp parallel num_threads(small ? 1 : args.threads)
   {
     Scan<S> scan(args);
 #pragma omp for schedule(dynamic, 1)

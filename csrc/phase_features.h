@@ -44,12 +44,13 @@ class Sines {
         width_(args.noise ? padded<S>(args.R) : 2 * kp),
         ldx_(padded<S>(args.D)),
         gradient_(args.grad_gain || args.grad_freq || args.grad_offset || args.grad_gate),
-        cos_(kPositions * ldk_),
-        sin_(kPositions * ldk_),
-        row_cos_(kPositions * ldk_),
-        row_sin_(kPositions * ldk_),
-        code_(kPositions * ldx_ * width_),
-        code_grad_(args.grad_y.data ? kPositions * ldx_ * width_ : 1),
+        at_once_(smaller(kPositions, groups.size())),
+        cos_(at_once_ * ldk_),
+        sin_(at_once_ * ldk_),
+        row_cos_(at_once_ * ldk_),
+        row_sin_(at_once_ * ldk_),
+        code_(at_once_ * ldx_ * width_),
+        code_grad_(args.grad_y.data ? at_once_ * ldx_ * width_ : 1),
         slope_code_(args.grad_positions ? ldx_ * width_ : 1),
         slope_cos_(args.grad_positions ? ldk_ : 1),
         slope_sin_(args.grad_positions ? ldk_ : 1),
@@ -66,8 +67,8 @@ class Sines {
         by_noise_(noise.alone ? kPositions * noise.ldj : 1),
         sums_((2 + args.L) * ldk_),
         expanded_(ldk_),
-        step_cos_(kPositions * ldk_),
-        step_sin_(kPositions * ldk_),
+        step_cos_(at_once_ > 2 ? kPositions * ldk_ : 1),
+        step_sin_(at_once_ > 2 ? kPositions * ldk_ : 1),
         freq_(args.L * ldk_),
         offset_(ldk_),
         step_(args.L),
@@ -79,6 +80,9 @@ class Sines {
   }
 
   void run(int64_t h, int64_t slice, double *partial) {
+    const int64_t begin = groups_.size() * slice / kSlices;
+    const int64_t end = groups_.size() * (slice + 1) / kSlices;
+    if (begin == end) return;
     head_ = h;
     for (int64_t i = 0; i < dk_; ++i) {
       gain_[i] = S(args_.gain[h * dk_ + i]);
@@ -88,8 +92,6 @@ class Sines {
     }
     for (int64_t d = 0; d < args_.D; ++d)
       gate_[d] = args_.gate ? S(args_.gate[h * args_.D + d]) : S(0);
-    const int64_t begin = groups_.size() * slice / kSlices;
-    const int64_t end = groups_.size() * (slice + 1) / kSlices;
     for (int64_t u = begin; u < end; u += kPositions) {
       const int64_t n = smaller(kPositions, end - u);
       make_rows(u, n);
@@ -455,6 +457,7 @@ class Sines {
   const bool keep_;
   const int64_t width_, ldx_;
   const bool gradient_;
+  const int64_t at_once_;
   Scratch<S> cos_, sin_, row_cos_, row_sin_, code_, code_grad_, slope_code_, slope_cos_, slope_sin_;
   Scratch<S> code_transposed_, x_, grad_x_, y_, projected_, space_, out_, by_row_, gate_, gain_;
   Scratch<S> by_noise_, sums_, expanded_, step_cos_, step_sin_;

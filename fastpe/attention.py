@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backends, reference
 from .encodings import PositionalEncoding
 from .maps import Rotation, SineMap
-from .ops import CausalDot, PhaseFeatures, ScanOptions, compute_dtype
+from .ops import ScanOptions, causal_dot, compute_dtype, phase_features
 from .validation import (
     LinearAttentionState,
     check_encoding,
@@ -192,15 +192,14 @@ def _fused(
     state: LinearAttentionState | None,
     chunk_size: int | None,
     backend: str,
-    group: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotations are fused into the scan; everything else makes features first."""
     rotation, (map_q, map_k) = None, _maps(encoding, q.device)
     if isinstance(map_q, Rotation):
         rotation = map_q
     elif map_q is not None:
-        q = _phase_features(q, positions, map_q, group, backend)
-        k = _phase_features(k, positions, map_k, group, backend)
+        q = phase_features(q, positions, map_q, backend=backend)
+        k = phase_features(k, positions, map_k, backend=backend)
     elif encoding is not None:
         q, k = encoding.features(q, positions, "q"), encoding.features(k, positions, "k")
     options = ScanOptions(
@@ -216,7 +215,7 @@ def _fused(
     )
     s0, z0 = (None, None) if state is None else (state.s, state.z)
     where = (None, None) if rotation is None else (positions, rotation.freq)
-    return CausalDot.apply(q, k, v, s0, z0, *where, options)
+    return causal_dot(q, k, v, s0, z0, *where, options=options)
 
 
 def _maps(
@@ -226,9 +225,3 @@ def _maps(
         return None, None
     map_q = encoding.position_map("q", device)
     return map_q, map_q if isinstance(map_q, Rotation) else encoding.position_map("k", device)
-
-
-def _phase_features(
-    x: Tensor, positions: Tensor, sines: SineMap, group: bool, backend: str
-) -> Tensor:
-    return PhaseFeatures.apply(x, positions, *sines, group, backend)

@@ -122,6 +122,26 @@ class CausalDot(torch.autograd.Function):
         return *_first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None
 
 
+def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply `CausalDot`; without its bookkeeping where nothing is recorded."""
+    if _plain(tensors):
+        o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options)
+        return o, s, z
+    return CausalDot.apply(*tensors, options)
+
+
+def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    # neither traced nor differentiated: the kernel can be called as it is
+    if torch.compiler.is_compiling():
+        return False
+    recorded = torch.is_grad_enabled()
+    return all(
+        x is None
+        or (type(x) in (Tensor, torch.nn.Parameter) and not (recorded and x.requires_grad))
+        for x in tensors
+    )
+
+
 _SINE_INPUTS = (
     "Tensor x, Tensor positions, Tensor freq, Tensor? offset, Tensor gain, Tensor? gate, "
     "Tensor? noise, bool pool, bool group, str backend"
@@ -177,6 +197,19 @@ class PhaseFeatures(torch.autograd.Function):
         args = (grad_y, *ctx.saved_tensors, *ctx.options)
         grads = _first_order(_phase_features_backward, args, ctx.needs_input_grad[:6])
         return *grads, None, None, None, None
+
+
+def phase_features(
+    x: Tensor, positions: Tensor, sines: SineMap, *, group: bool = True, backend: str
+) -> Tensor:
+    """Apply `PhaseFeatures`; without its bookkeeping where nothing is recorded.
+
+    Args:
+        group: Make codes once for equal positions; False is for measurements.
+    """
+    if _plain((x, positions, *sines[:-1])):
+        return backends.load(backend).phase_features(x, positions, sines, group)
+    return PhaseFeatures.apply(x, positions, *sines, group, backend)
 
 
 class _FirstOrder(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +89,7 @@ class PositionalEncoding(nn.Module):
     def maybe_resample_(self) -> None:
         """Redraw the noise where a training forward is due to; called by the layer."""
 
-    @property
+    @functools.cached_property
     def signature(self) -> str:
         """The configuration as text: a state made with another one is refused."""
         return f"{type(self).__name__}({self.extra_repr()})"

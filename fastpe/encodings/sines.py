@@ -84,6 +84,8 @@ class SineEncoding(PositionalEncoding):
         self._steps_drawn: dict[int, int] = {}
         self._last_step: int | None = None
         self._cache: tuple | None = None
+        self._key: tuple | None = None
+        self._maps: dict[str, tuple] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,6 +120,18 @@ class SineEncoding(PositionalEncoding):
 
     def position_map(self, side: str, device: torch.device | None = None) -> SineMap:
         """Return the sines; queries alone have the offsets."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._position_map(side)
+        # decoding asks for the same map at every token
+        source = self._sines()
+        tensors = (*source.parameters(), *self.parameters(), *source.buffers())
+        stamp = tuple((x.data_ptr(), x._version, x.dtype) for x in tensors)
+        cached = self._maps.get(side)
+        if cached is None or cached[0] != stamp:
+            cached = self._maps[side] = stamp, self._position_map(side)
+        return cached[1]
+
+    def _position_map(self, side: str) -> SineMap:
         d, r = self.head_dim, self.feature_dim
         gain, offset = self._lambda_offset()
         gain = gain * self._mean_over**-0.5
@@ -148,7 +162,14 @@ class SineEncoding(PositionalEncoding):
         source = self._sines()
         if source.num_realizations is None:
             return None
-        return torch.stack((source.seed, source.step // max(source._every, 1)))
+        every = max(source._every, 1)
+        if torch.compiler.is_compiling():
+            return torch.stack((source.seed, source.step // every))
+        # one tensor as long as the noise lasts: a state that has it needs no look at its values
+        stamp = tuple((x.data_ptr(), x._version) for x in (source.seed, source.step))
+        if source._key is None or source._key[0] != stamp:
+            source._key = stamp, torch.stack((source.seed, source.step // every))
+        return source._key[1]
 
     def resample_(self) -> None:
         """Draw new noise (and go on from there)."""
@@ -194,18 +215,16 @@ class SineEncoding(PositionalEncoding):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._last_step, self._cache = None, None
+        self._last_step = None
         self._steps_drawn.clear()
 
     def _noise(self) -> Tensor:  # [H, D, J, R], the gate's noise in the last row
-        source = self._sines()
         dtype = torch.promote_types(self._sines().freqs.dtype, torch.float32)
         if torch.compiler.is_compiling():
             return self._draw(dtype)
-        step = source.step
-        stamp = (step._version, source.seed._version, id(step), id(source.seed), step.device, dtype)
-        if self._cache is None or self._cache[0] != stamp:
-            self._cache = stamp, self._draw(dtype)
+        key = self.noise_key
+        if self._cache is None or self._cache[0] is not key or self._cache[1].dtype != dtype:
+            self._cache = key, self._draw(dtype)
         return self._cache[1]
 
     def _draw(self, dtype: torch.dtype) -> Tensor:
