@@ -47,7 +47,7 @@ class Scan {
         c_(lc_ * ld_),
         weights_(lc_ * lc_),
         out_(lc_ * ld_),
-        states_(at_once_ * larger(features_, args.E) * ld_),
+        states_(stepping() ? 1 : at_once_ * larger(features_, args.E) * ld_),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),
@@ -59,7 +59,7 @@ class Scan {
   // heads [begin, end) of sequence b, at most heads_at_once
   void forward(int64_t b, int64_t begin, int64_t end) {
     enter(b, begin, end);
-    if (args_.T == 1 && args_.s0)
+    if (stepping())
       for (int64_t i = 0; i < count_; ++i) step(heads_[i]);
     else
       run<kForward>();
@@ -108,6 +108,8 @@ class Scan {
     memset((void *)(double *)grad_freq_, 0, sizeof(double) * size_t(count_ * args_.W * args_.L));
   }
 
+  // one token after a state: no tiles are needed
+  bool stepping() const { return args_.T == 1 && args_.s0 && !args_.grad_o.data; }
   bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
   int64_t norm_width() const { return map_.split() ? args_.D : features_; }
 

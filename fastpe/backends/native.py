@@ -108,7 +108,9 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
+    if x is None or (x.dtype is dtype and x.is_contiguous()):
+        return x
+    return x.to(dtype).contiguous()
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
@@ -125,28 +127,14 @@ class _Scan:
         self.positions = _contiguous(positions, torch.float64)
         self.freq = _contiguous(freq, torch.float64)
         self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
-        self.args = _CausalDot(
-            B=b,
-            T=t,
-            H=h,
-            D=d,
-            E=v.shape[-1],
-            chunk=min(options.chunk, 2**30),
-            threads=torch.get_num_threads(),
-            isa=isa,
-            feature_map=_FEATURE_MAPS[options.feature_map],
-            normalize=_NORMALIZE[options.normalize],
-            eps=options.eps,
-            interleaved=options.interleaved,
-            pool=options.pool,
-            map_first=options.map_first,
-            scale=options.scale,
-            q=_tensor(q),
-            k=_tensor(k),
-            v=_tensor(v),
-            s0=_pointer(self.s0),
-            z0=_pointer(self.z0),
-        )
+        self.args = args = _CausalDot(b, t, h, d, v.shape[-1], min(options.chunk, 2**30))
+        args.threads, args.isa = torch.get_num_threads(), isa
+        args.feature_map = _FEATURE_MAPS[options.feature_map]
+        args.normalize, args.eps = _NORMALIZE[options.normalize], options.eps
+        args.interleaved, args.pool = options.interleaved, options.pool
+        args.map_first, args.scale = options.map_first, options.scale
+        args.q, args.k, args.v = _tensor(q), _tensor(k), _tensor(v)
+        args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         if freq is not None:
             self.args.Hf, self.args.W, self.args.L = self.freq.shape
             self.args.Bp = positions.shape[0]
