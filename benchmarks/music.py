@@ -1,0 +1,204 @@
+"""Real music as benchmark input: a score on a grid of sixteenths, its structure, its embedding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BACH = Path(__file__).parent / "data" / "bwv846.json"
+PITCHES = 128
+# the npz corpora: ticks a sixteenth, sixteenths a beat, beats a bar
+TICKS, STEPS, BEATS = 4, 4, 4
+_FIGURE = (0, 1, 2, 3, 4, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece on a grid of sixteenth notes, and its positions in time and in structure.
+
+    Args:
+        name: Title, or file and song.
+        roll: Notes that sound, bool [N, 128].
+        onset: Notes that are struck, bool [N, 128].
+        time: 0, 1, 2, ..., [N].
+        bar: Bar number from 0, [N].
+        chord: Chord ids by first appearance (REP), [N].
+        chroma: Pitch classes of the chord, 0 or 1 (BIN), [N, 12].
+        phrase: Phrase ids by first appearance, [N].
+    """
+
+    name: str
+    roll: np.ndarray
+    onset: np.ndarray
+    time: np.ndarray
+    bar: np.ndarray
+    chord: np.ndarray
+    chroma: np.ndarray
+    phrase: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def tile(self, length: int) -> Piece:
+        """Return the first `length` steps of the piece repeated for ever.
+
+        Time and bars count on; chords, chroma and phrases repeat with the notes.
+        """
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        step = np.arange(length) % len(self)
+        arrays = {f.name: getattr(self, f.name)[step] for f in fields(self) if f.name != "name"}
+        arrays["time"] = np.arange(length)
+        arrays["bar"] = arrays["bar"] + np.arange(length) // len(self) * (int(self.bar[-1]) + 1)
+        return Piece(self.name, **arrays)
+
+
+def load(path: Path | None = None, song: int = 0) -> Piece:
+    """Return Bach's Prelude in C, BWV 846, or one song of an .npz corpus.
+
+    Args:
+        path: An .npz in the POP909/Lieder format (see the README), or a .json like the default.
+        song: Index into the corpus; 0 for a .json, which holds one piece.
+    """
+    path = BACH if path is None else Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist")
+    if path.suffix not in (".json", ".npz"):
+        raise ValueError(f"data file must end in .json or .npz, got {path.name}")
+    try:
+        return (_load_json if path.suffix == ".json" else _load_npz)(path, song)
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, BadZipFile) as error:
+        raise ValueError(f"{path} is not in the expected format: {error!r}") from error
+
+
+def embed(
+    piece: Piece,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    batch: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k [B, T, H, D] and v [B, T, H, E] made from the notes, entries about N(0, 1).
+
+    Each step is the sum of fixed Gaussian embeddings of its sounding notes, its onsets and its
+    silence, layer-normalised, then projected by three fixed Gaussian matrices. Sequence b is
+    transposed by 0, 1, -1, 2, -2, ... semitones, modulo 128.
+    """
+    for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if not 1 <= batch <= PITCHES:
+        raise ValueError(f"batch must be 1 to {PITCHES}, one transposition each, got {batch}")
+    generator = torch.Generator().manual_seed(seed)
+    width = num_heads * max(head_dim, value_dim)
+    table = torch.randn(2 * PITCHES + 1, width, generator=generator)
+    silence = ~piece.roll.any(1, keepdims=True)
+    rows = []
+    for b in range(batch):
+        shift = (b + 1) // 2 * (1 if b % 2 else -1)
+        notes = [np.roll(x, shift, axis=1) for x in (piece.roll, piece.onset)]
+        rows.append(np.concatenate([*notes, silence], axis=1))
+    hot = torch.from_numpy(np.stack(rows)).float()  # [B, T, 257]
+    x = torch.nn.functional.layer_norm(hot @ table, (width,))
+    out = []
+    for size in (head_dim, head_dim, value_dim):
+        weight = torch.randn(width, num_heads * size, generator=generator) / width**0.5
+        out.append((x @ weight).unflatten(-1, (num_heads, size)).to(dtype))
+    return out[0], out[1], out[2]
+
+
+def _by_first_appearance(labels: Iterable[Hashable]) -> np.ndarray:
+    seen: dict[Hashable, int] = {}
+    return np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.int64)
+
+
+def _notes_of_bar(bar: dict) -> list[tuple[int, int, int]]:
+    # (step, duration, pitch) in sixteenths
+    pitches = bar["pitches"]
+    if bar["pattern"] == "block":
+        return [(0, 16, pitch) for pitch in pitches]
+    if bar["pattern"] == "run":
+        return [(i, 16 - i if i < 2 else 1, pitch) for i, pitch in enumerate(pitches)]
+    if bar["pattern"] == "broken":
+        half = [(i, 8 - i if i < 2 else 1, pitches[n]) for i, n in enumerate(_FIGURE)]
+        return half + [(step + 8, duration, pitch) for step, duration, pitch in half]
+    raise ValueError(f"pattern must be block, run or broken, got {bar['pattern']!r}")
+
+
+def _piece(
+    name: str,
+    notes: np.ndarray,
+    bar: np.ndarray,
+    chord: np.ndarray,
+    chroma: np.ndarray,
+    phrase: np.ndarray,
+) -> Piece:
+    # notes [., 3]: step, duration, pitch; what lies outside the grid is cut off
+    length = len(bar)
+    roll, onset = np.zeros((2, length, PITCHES), dtype=bool)
+    for step, duration, pitch in notes:
+        if step + duration > 0 and 0 <= pitch < PITCHES:
+            roll[max(step, 0) : step + duration, pitch] = True
+            if 0 <= step < length:
+                onset[step, pitch] = True
+    return Piece(name, roll, onset, np.arange(length), bar, chord, chroma, phrase)
+
+
+def _load_json(path: Path, song: int) -> Piece:
+    if song != 0:
+        raise ValueError(f"song must be 0 for {path.name}, which holds one piece, got {song}")
+    score = json.loads(path.read_text())
+    bars, per_bar = score["bars"], score["steps_per_bar"]
+    notes = [
+        (per_bar * i + step, duration, pitch)
+        for i, bar in enumerate(bars)
+        for step, duration, pitch in _notes_of_bar(bar)
+    ]
+    chroma = [[p in bar["pitch_classes"] for p in range(12)] for bar in bars]
+    return _piece(
+        score["title"],
+        np.array(notes),
+        np.repeat(np.arange(len(bars)), per_bar),
+        np.repeat(_by_first_appearance(bar["chord"] for bar in bars), per_bar),
+        np.repeat(np.array(chroma, dtype=np.int64), per_bar, axis=0),
+        np.repeat(_by_first_appearance(bar["phrase"] for bar in bars), per_bar),
+    )
+
+
+def _load_npz(path: Path, song: int) -> Piece:
+    with np.load(path, allow_pickle=False) as data:
+        count = len(data["n_bars"])
+        if not 0 <= song < count:
+            raise ValueError(f"song must be 0 to {count - 1} for {path.name}, got {song}")
+
+        def part(name: str, pointer: str) -> np.ndarray:
+            return data[name][data[pointer][song] : data[pointer][song + 1]].astype(np.int64)
+
+        bars = int(data["n_bars"][song])
+        notes = part("notes", "note_ptr")
+        chord = part("chord_per_beat", "beat_ptr")
+        phrases = part("phrase", "phrase_ptr")
+        mask = data["chord_mask"].astype(np.int64)[chord]
+        title = f"{path.stem}, song {int(data['song_id'][song])}"
+    start = np.round(notes[:, 1] / TICKS).astype(np.int64)
+    end = np.round((notes[:, 1] + notes[:, 2]) / TICKS).astype(np.int64)
+    letter = np.full(bars, -1)  # bars outside every phrase share a label
+    for first, size, label in phrases:
+        letter[first : first + size] = label
+    return _piece(
+        title,
+        np.stack((start, np.maximum(end - start, 1), notes[:, 3]), axis=1),
+        np.repeat(np.arange(bars), STEPS * BEATS),
+        np.repeat(_by_first_appearance(chord.tolist()), STEPS),
+        np.repeat(mask[:, None] >> np.arange(12) & 1, STEPS, axis=0),
+        np.repeat(_by_first_appearance(letter.tolist()), STEPS * BEATS),
+    )

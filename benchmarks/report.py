@@ -1,0 +1,256 @@
+"""Records of seq_scaling.py as a markdown table and a picture.
+
+python benchmarks/report.py benchmarks/out/seq_scaling.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import BASELINE, FORWARD, MODES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUIET = "#9a9a9a"
+COLOURS = {
+    "sdpa": "#4d4d4d",
+    "fastpe": "#0b3c8c",
+    "fastpe-rope": "#1f77d0",
+    "fastpe-ropepool": "#3aa6c9",
+    "fastpe-sinespe": "#d1495b",
+    "fastpe-fstripe-sff": "#e07b00",
+    "fastpe-fstripe-chroma": "#b8860b",
+    "fastpe-fstripe-pooled": "#2a8a4a",
+    "fastpe-fstripe-unpooled": "#7a4fb5",
+}
+
+
+def ratio(record: dict, records: list[dict]) -> tuple[float, bool] | None:
+    """Return how many times faster than SDPA, and whether both were timed in turn."""
+    if record["status"] != "ok" or record["case"] == BASELINE:
+        return None
+    if record["sdpa_ms"]:
+        return record["sdpa_ms"]["median"] / record["ms"]["median"], True
+    for other in records:
+        same = other["length"] == record["length"] and other["mode"] == record["mode"]
+        if other["case"] == BASELINE and other["status"] == "ok" and same:
+            return other["ms"]["median"] / record["ms"]["median"], False
+    return None
+
+
+def crossover(rows: list[dict], records: list[dict]) -> str:
+    """Return the shortest measured length from which on a case is faster than SDPA.
+
+    Otherwise "none", or "none to 512" where longer ones were not measured.
+    """
+    known = [(r["length"], ratio(r, records)) for r in rows]
+    known = [(length, x[0]) for length, x in known if x]
+    first = None
+    for length, x in sorted(known, reverse=True):
+        if x <= 1:
+            break
+        first = length
+    if not known:
+        return "?"
+    last = max(length for length, _ in known)
+    complete = last == max(r["length"] for r in rows)
+    return str(first) if first else "none" if complete else f"none to {last}"
+
+
+def describe(r: dict) -> str:
+    """Return one line on machine, versions and sizes."""
+    on = r["gpu"] if r["device"] == "cuda" else f"{r['cpu']}, {r['threads']} threads"
+    return (
+        f"{on}; torch {r['torch']}, fastpe {r['fastpe']} ({r['commit']}), backend {r['backend']}, "
+        f"Python {r['python']}; B={r['batch']} H={r['heads']} D=E={r['head_dim']}, {r['dtype']}; "
+        f"{r['date'][:10]}"
+    )
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return a table, the first line its head, with columns padded to be read as text too."""
+    head, *rest = lines
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rest]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def tables(records: list[dict]) -> str:
+    """Return the tables of both modes and the reasons for every gap, in markdown."""
+    parts = []
+    lengths = sorted({r["length"] for r in records})
+    peers_first = sorted(records, key=lambda r: r["ours"])
+    names = list(dict.fromkeys(r["case"] for r in peers_first))
+    for mode in MODES:
+        head = ["case", *(f"T={length}" for length in lengths), "faster from"]
+        lines = [head]
+        for name in names:
+            rows = [r for r in records if r["case"] == name and r["mode"] == mode]
+            cells = {r["length"]: _cell(r, records) for r in rows}
+            last = "" if name == BASELINE else crossover(rows, records)
+            lines.append([name, *(cells.get(length, "") for length in lengths), last])
+        parts.append(f"**{mode.capitalize()}**\n\n{markdown(lines)}")
+    parts.append(
+        "Each cell: ms, median / times as fast as SDPA / extra peak MB. Ratios are of times taken "
+        "in turn in one process; ~ marks those that are not. 'faster from': the shortest length "
+        "from which on the case is faster than SDPA. Forward is without gradients and with fixed "
+        "noise; forward+backward has the gradients of q, k, v and of what is learned, and draws "
+        "noise anew. SDPA is F.scaled_dot_product_attention with is_causal=True."
+    )
+    parts.append(_gaps(records))
+    parts.append(describe(records[-1]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cell(r: dict, records: list[dict]) -> str:
+    if r["status"] != "ok":
+        return r["status"]
+    ms, mb, x = r["ms"]["median"], r["extra_mb"], ratio(r, records)
+    cells = [brief(ms)]
+    if x:
+        cells.append(f"{'' if x[1] else '~'}{brief(x[0])}x")
+    return " / ".join([*cells, f"{mb:.0f}" if mb >= 1 else "<1"])
+
+
+def brief(x: float) -> str:
+    """Return x to two digits, or to one."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
+
+
+def _gaps(records: list[dict]) -> str:
+    # {(case, status, reason): {length: modes}}
+    gaps: dict[tuple[str, str, str], dict[int, list[str]]] = {}
+    for r in records:
+        if r["status"] != "ok":
+            # predictions differ from length to length
+            reason = re.sub(r"predicted [\d.]+ (GB|s a call), ", "", r["reason"])
+            modes = gaps.setdefault((r["case"], r["status"], reason), {})
+            modes.setdefault(r["length"], []).append(r["mode"])
+    lines = []
+    for (name, status, reason), lengths in gaps.items():
+        where = ", ".join(
+            str(length) if len(modes) == len(MODES) else f"{length} ({modes[0]})"
+            for length, modes in lengths.items()
+        )
+        lines.append(f"- {name}: {status} at T = {where}: {reason}")
+    return "\n".join(lines)
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Draw time and memory over the length, log-log, one panel for each mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    good = [r for r in records if r["status"] == "ok"]
+    if not good:
+        return
+    plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 12})
+    figure, axes = plt.subplots(2, 2, figsize=(15, 12.5), layout="constrained")
+    for column, mode in enumerate(MODES):
+        title = "Forward" if mode == FORWARD else "Forward + backward"
+        rows = [r for r in good if r["mode"] == mode]
+        _panel(axes[0, column], rows, lambda r: r["ms"]["median"], f"{title}: milliseconds")
+        _panel(axes[1, column], rows, lambda r: max(r["extra_mb"], 0.5), f"{title}: extra peak MB")
+    figure.suptitle(
+        "Causal attention on music: colour is fastpe, grey is everything else (lower is better)\n",
+        fontsize=15,
+        fontweight="bold",
+    )
+    figure.text(0.5, 0.962, describe(good[-1]), ha="center", fontsize=9.5, color="#555555")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _panel(ax: Axes, rows: list[dict], value: Callable[[dict], float], title: str) -> None:
+    from matplotlib.ticker import LogLocator
+
+    ends, lengths = [], sorted({r["length"] for r in rows})
+    for name in dict.fromkeys(r["case"] for r in rows):
+        line = sorted((r for r in rows if r["case"] == name), key=lambda r: r["length"])
+        x, y = [r["length"] for r in line], [value(r) for r in line]
+        ours = line[0]["ours"]
+        colour = COLOURS.get(name, "#0b3c8c" if ours else QUIET)
+        style = {"color": colour, "lw": 2.0 if ours or name == BASELINE else 1.4}
+        style |= {"marker": "o", "ms": 3.5, "zorder": 3 if ours else 2}
+        ax.plot(x, y, **style)
+        if x[-1] == lengths[-1]:
+            ends.append((y[-1], line[0]["label"], colour))
+        else:
+            at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(line[0]["label"], (x[-1], y[-1]), color=colour, **at)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+    ax.set_xlabel("tokens")
+    ax.set_title(title, loc="left", fontweight="bold")
+    ax.grid(True, color="#e6e6e6", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    _label(ax, ends, lengths[-1])
+
+
+def _label(ax: Axes, ends: list[tuple[float, str, str]], right: float) -> None:
+    # names at the right of the panel, moved apart where lines end close together
+    low, high = (math.log10(y) for y in ax.get_ylim())
+    gap = 0.036
+    ends = sorted(ends, key=lambda end: end[0])
+    want = [(math.log10(y) - low) / (high - low) for y, _, _ in ends]
+    place = spaced(want, gap)
+    for (y, text, colour), at in zip(ends, place, strict=True):
+        ax.annotate(
+            text,
+            xy=(right, y),
+            xytext=(1.045, at),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6},
+        )
+
+
+def spaced(want: list[float], gap: float) -> list[float]:
+    """Return places near the wanted ones (sorted), at least `gap` apart: groups share a mean."""
+    groups: list[list[float]] = []
+    for place in want:
+        groups.append([place])
+        while len(groups) > 1:
+            low = sum(groups[-2]) / len(groups[-2]) + (len(groups[-2]) - 1) / 2 * gap
+            high = sum(groups[-1]) / len(groups[-1]) - (len(groups[-1]) - 1) / 2 * gap
+            if high - low >= gap:
+                break
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [
+        sum(group) / len(group) + (i - (len(group) - 1) / 2) * gap
+        for group in groups
+        for i in range(len(group))
+    ]
+
+
+def main() -> None:
+    """Print the tables of a file and draw its picture beside it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="seq_scaling.jsonl")
+    path = parser.parse_args().file
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    print(tables(records))
+    plot(records, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Time and memory of causal attention as sequences grow, on real music: the main benchmark.
+
+    python benchmarks/seq_scaling.py            256 .. 16384 tokens
+    python benchmarks/seq_scaling.py --quick    two minutes on two cores
+
+Every case is checked against float64 before it is timed. Writes DIR/seq_scaling.jsonl, .md, .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import report
+import torch
+from cases import CASES
+from harness import (
+    BASELINE,
+    MODES,
+    TOLERANCE,
+    TRAINING,
+    Case,
+    Setup,
+    check,
+    environment,
+    measure_time,
+)
+from isolated import Isolated
+from memory import measure_memory, total_ram
+from tqdm import tqdm
+
+TABLE = "cases.CASES"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a measurement may cost.
+
+    Args:
+        gigabytes: Extra memory of a call, predicted.
+        call_seconds: Time of a call, predicted.
+        seconds: Time to spend on the repeats of a case at one length and mode.
+        slow_start: Also measure what compiles for long.
+        minutes: After so many, what is left is skipped; None for no end.
+    """
+
+    gigabytes: float
+    call_seconds: float
+    seconds: float
+    slow_start: bool
+    minutes: float | None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--min-len", type=int, help="default 256, 512 with --quick")
+    parser.add_argument("--max-len", type=int, help="default 16384, 4096 with --quick")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--data", help="an .npz of songs instead of Bach's prelude")
+    parser.add_argument("--song", type=int, default=0, help="which song of --data")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, shorter, no compile")
+    parser.add_argument("--max-memory", type=float, metavar="GB", help="default 60%% of the RAM")
+    parser.add_argument("--max-seconds", type=float, help="of one call; default 30, 1 with --quick")
+    args = parser.parse_args(argv)
+    # an explicit 0 is kept, and refused below
+    if args.min_len is None:
+        args.min_len = 512 if args.quick else 256
+    args.max_len = args.max_len or (4096 if args.quick else 16384)
+    args.max_seconds = args.max_seconds or (1.0 if args.quick else 30.0)
+    args.max_memory = args.max_memory or 0.6 * total_ram() / 1e9
+    unknown = set(args.cases or ()) - set(CASES)
+    if unknown:
+        parser.error(f"--cases must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    for name in ("min_len", "batch", "heads", "head_dim", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.max_len < args.min_len:
+        parser.error(f"--max-len {args.max_len} is below --min-len {args.min_len}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch.cuda.is_available() is False")
+    return args
+
+
+class Sweep:
+    """Measures cases over lengths, in processes of their own, within limits."""
+
+    def __init__(self, setup: Setup, limits: Limits, isolated: Isolated) -> None:
+        self.setup, self.limits, self.isolated = setup, limits, isolated
+        self.checked: dict[str, dict] = {}
+        # {case: (status, reason)} of those not to be measured (any more)
+        self.out: dict[str, tuple[str, str]] = {}
+        # {(case, mode): (length, ms, extra MB)} of the longest length measured
+        self.last: dict[tuple[str, str], tuple[int, float, float]] = {}
+        self.baseline: set[tuple[int, str]] = set()
+        self.start = time.monotonic()
+
+    def check(self, name: str) -> None:
+        """Compare a case with float64, or note why it is left out."""
+        case = CASES[name]
+        reason = case.unavailable()
+        if not reason and case.slow_start and not self.limits.slow_start:
+            reason = "compiles for a minute; not with --quick unless named in --cases"
+        if reason:
+            self.out[name] = "skipped", reason
+            return
+        result = self.isolated(check, TABLE, name, self.setup)
+        if "error" in result:
+            self.out[name] = "error", result["error"]
+        else:
+            self.checked[name] = result["check"]
+
+    def rows(self, name: str, length: int) -> list[dict]:
+        """Return a record for each mode."""
+        setup = replace(self.setup, length=length)
+        if name in self.out:
+            status, reason = self.out[name]
+            both = {"status": status, "reason": reason}
+            return [self._record(name, setup, mode) | both for mode in MODES]
+        records = self._measure(name, setup)
+        failed = [r["reason"] for r in records if r["status"] == "error"]
+        if failed:
+            self.out[name] = "skipped", f"it failed at {length} tokens: {failed[0]}"
+        return records
+
+    def _measure(self, name: str, setup: Setup) -> list[dict]:
+        reasons = {mode: self._too_much(name, setup, mode) for mode in MODES}
+        modes = {
+            mode: name != BASELINE and (setup.length, mode) in self.baseline
+            for mode, reason in reasons.items()
+            if not reason
+        }
+        times = {}
+        if modes:
+            times = self.isolated(measure_time, TABLE, name, setup, modes, self.limits.seconds)
+        records = []
+        for mode, reason in reasons.items():
+            record = self._record(name, setup, mode)
+            if reason:
+                record |= {"status": "skipped", "reason": reason}
+            elif "error" in times:
+                record |= {"status": "error", "reason": times["error"]}
+            else:
+                variant = times[mode]["variant"]
+                memory = self.isolated(measure_memory, TABLE, name, setup, mode, variant)
+                record |= {"status": "ok", "check": self.checked[name], **times[mode], **memory}
+                if "error" in memory:
+                    record |= {"status": "error", "reason": memory["error"]}
+                else:
+                    self._remember(record)
+            records.append(record)
+        return records
+
+    def _remember(self, record: dict) -> None:
+        name, length, mode = record["case"], record["length"], record["mode"]
+        self.last[name, mode] = length, record["ms"]["median"], record["extra_mb"]
+        if name == BASELINE:
+            self.baseline.add((length, mode))
+
+    def _too_much(self, name: str, setup: Setup, mode: str) -> str | None:
+        # why a measurement would cost more than the limits allow
+        minutes = (time.monotonic() - self.start) / 60
+        if self.limits.minutes and minutes > self.limits.minutes:
+            return f"the {self.limits.minutes:g} minutes of --quick are over"
+        case, megabytes = CASES[name], 0.0
+        if case.extra_bytes:
+            megabytes = case.extra_bytes(setup, mode == TRAINING) / 1e6
+        if (name, mode) in self.last:
+            length, ms, extra = self.last[name, mode]
+            ratio = setup.length / length
+            seconds = ms / 1e3 * ratio ** (2 if case.quadratic else 1)
+            megabytes = megabytes if case.extra_bytes else extra * ratio
+            if seconds > self.limits.call_seconds:
+                return (
+                    f"predicted {seconds:.1f} s a call, over --max-seconds "
+                    f"{self.limits.call_seconds:g}"
+                )
+        if megabytes > self.limits.gigabytes * 1e3:
+            return (
+                f"predicted {megabytes / 1e3:.1f} GB, over --max-memory {self.limits.gigabytes:.3g}"
+            )
+        return None
+
+    def _record(self, name: str, setup: Setup, mode: str) -> dict:
+        case: Case = CASES[name]
+        row = {"case": name, "label": case.label, "ours": case.ours, "mode": mode}
+        return row | asdict(setup) | environment(setup.device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; return 1 if a case was wrong or failed."""
+    args = parse(argv)
+    setup = Setup(
+        args.max_len,
+        *(args.batch, args.heads, args.head_dim, args.dtype, args.device, args.threads),
+        *(args.data, args.song),
+    )
+    try:
+        piece = setup.piece()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lengths = [args.min_len * 2**i for i in range(64) if args.min_len * 2**i <= args.max_len]
+    # SDPA first: the others are timed in turn with it where it is affordable; then fastpe's
+    names = [n for n in CASES if n == BASELINE or not args.cases or n in args.cases]
+    names.sort(key=lambda n: (n != BASELINE, not CASES[n].ours))
+    limits = Limits(
+        gigabytes=args.max_memory,
+        call_seconds=args.max_seconds,
+        seconds=0.15 if args.quick else 4.0,
+        slow_start=not args.quick or bool(args.cases),
+        minutes=1.6 if args.quick else None,
+    )
+    print(
+        f"{piece.name}; {report.describe(asdict(setup) | environment(args.device))}",
+        file=sys.stderr,
+    )
+    sweep = Sweep(setup, limits, Isolated())
+    records = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = args.out / "seq_scaling.jsonl"
+    total = len(names) * (len(lengths) + 1)
+    with lines.open("w") as file, tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
+        for name in names:
+            bar.set_description(f"check {name:23}")
+            sweep.check(name)
+            bar.update()
+        # all cases of a length before the next: what is cut short still compares them
+        for length in lengths:
+            for name in names:
+                bar.set_description(f"{length:5} {name:23}")
+                for record in sweep.rows(name, length):
+                    records.append(record)
+                    file.write(json.dumps(record) + "\n")
+                file.flush()
+                bar.update()
+    text = report.tables(records)
+    print(text)
+    lines.with_suffix(".md").write_text(text)
+    report.plot(records, lines.with_suffix(".png"))
+    print(f"wrote {lines}, {lines.with_suffix('.md').name}, {lines.with_suffix('.png').name}")
+    return int(any(record["status"] == "error" for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

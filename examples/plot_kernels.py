@@ -1,0 +1,106 @@
+"""Draw the kernels of the encodings on a piece of music: closed form above, estimate below.
+
+    python examples/plot_kernels.py [--bars 16] [--out docs/kernels.png]
+
+Each panel shows, for every pair of 16th notes of the piece, how much a query at one sees of a key
+at the other: the mean over components of the kernel C. The row below estimates the same from the
+features of random queries and keys, as the attention does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+import fastpe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import music
+
+HEAD_DIM = 16
+
+
+def encodings(piece: music.Piece) -> dict[str, tuple[fastpe.PositionalEncoding, Tensor]]:
+    """Return title -> encoding and positions [T] or [T, L]."""
+    time, chord = torch.as_tensor(piece.time), torch.as_tensor(piece.chord)
+    chroma = torch.as_tensor(piece.chroma).double()
+    d = HEAD_DIM
+    made = {
+        "RoPE\ntime": (fastpe.RoPE(d), time),
+        "RoPEPool\ntime": (fastpe.RoPEPool(d, 1), time),
+        "SineSPE\ntime": (fastpe.SineSPE(d, 1, num_realizations=4096), time),
+        "F-StrIPE unpooled\nchord": (fastpe.FStripe(d, 1, pool=False), chord),
+        "F-StrIPE pooled\nchord": (fastpe.FStripe(d, 1), chord),
+        "F-StrIPE:SFF\nchroma": (
+            fastpe.FStripe(d, 1, num_levels=12, num_realizations=4096),
+            chroma,
+        ),
+    }
+    for encoding, _ in made.values():
+        if hasattr(encoding, "freqs"):
+            # as after training: periods of a bar or a few chords, no phase shift
+            with torch.no_grad():
+                encoding.freqs.normal_(-1.5, 0.7)
+                encoding.offsets.zero_()
+    return made
+
+
+def closed_form(encoding: fastpe.PositionalEncoding, positions: Tensor) -> Tensor:
+    """Return the mean diagonal of C for all pairs of positions, [T, T]."""
+    rows = [encoding.kernel(p[None], positions)[..., 0, :, :] for p in positions]
+    return torch.stack([row.diagonal(dim1=-2, dim2=-1).mean(-1) for row in rows])
+
+
+def estimate(encoding: fastpe.PositionalEncoding, positions: Tensor, draws: int = 256) -> Tensor:
+    """Return the same from features: the mean of q . k over random q = k of unit components."""
+    length, total = len(positions), 0
+    where = positions.double().view(1, length, -1)
+    scale = (encoding.feature_dim / HEAD_DIM) ** 0.5
+    for _ in range(draws):
+        x = torch.randn(HEAD_DIM).sign().expand(1, length, 1, HEAD_DIM)
+        q, k = (encoding.features(x, where, side)[0, :, 0] for side in "qk")
+        total = total + (q @ k.T).double()
+    return total / draws / HEAD_DIM / scale
+
+
+def main() -> None:
+    """Draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bars", type=int, default=12)
+    parser.add_argument("--data", type=Path, help=".npz file of music, default the prelude")
+    parser.add_argument("--out", type=Path, default=Path("docs/kernels.png"))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    piece = music.load(args.data).tile(16 * args.bars)
+    cases = encodings(piece)
+    figure, axes = plt.subplots(2, len(cases), figsize=(2.4 * len(cases), 5.4))
+    with torch.no_grad():
+        for column, (title, (encoding, positions)) in zip(axes.T, cases.items(), strict=True):
+            exact, random = closed_form(encoding, positions), estimate(encoding, positions)
+            error = (random - exact).norm() / exact.norm()
+            print(f"{title.replace(chr(10), ', '):32} estimate off by {error:.1%}")
+            limit = exact.abs().max()
+            for axis, values in zip(column, (exact, random), strict=True):
+                axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+                axis.set_xticks([])
+                axis.set_yticks([])
+            column[0].set_title(title, fontsize=10)
+    axes[0, 0].set_ylabel("closed form\n(query position)", fontsize=10)
+    axes[1, 0].set_ylabel("from features\n(query position)", fontsize=10)
+    figure.supxlabel("key position: 16th notes of the Prelude in C, BWV 846", fontsize=10)
+    figure.tight_layout()
+    args.out.parent.mkdir(exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

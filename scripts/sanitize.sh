@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Build the C++ with AddressSanitizer and UndefinedBehaviorSanitizer and run its tests on it.
+#   scripts/sanitize.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+
+python - "$dir" <<'PY'
+import sys
+from pathlib import Path
+
+import setup
+
+flags = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+flags += ("-fno-sanitize-recover=all",)
+dir = Path(sys.argv[1])
+setup.compile_cpu(dir / "libfastpe_cpu.so", dir, flags)
+PY
+
+# python itself is not instrumented: the runtime must come first, and python's own leaks are not ours
+export ASAN_OPTIONS=detect_leaks=0
+LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
+  python -m pytest --library "$dir/libfastpe_cpu.so" "${@:-tests/test_sanitized.py}"
