@@ -1,14 +1,14 @@
-// Causal linear attention of a few heads of one sequence: one scan in four roles.
+// Causal linear attention of a few heads of one sequence: one scan in its roles.
 //
 // With a, b [., inner] and c [., outer] a scan computes o_t = sum_{s<=t} (a_t . b_s) c_s + a_t S_0,
 // chunk by chunk: causally masked inside a chunk, through the state S = sum b_s (x) c_s before it.
-// Its derivative is three more scans (T reads tokens backwards):
+// Its derivative is three more scans:
 //
-//     role      a    b    c      order    after it
-//     forward   phi  psi  v      on       divide by the normaliser
-//     grad_q    g    v    psi    on       turn back, slope of the feature map
-//     grad_k    v    g    phi    back     the same
-//     grad_v    psi  phi  g      back
+//     role      a    b    c      tokens       after it
+//     forward   phi  psi  v      in order     divide by the normaliser
+//     grad_q    g    v    psi    in order     turn back, slope of the feature map
+//     grad_k    v    g    phi    backwards    the same
+//     grad_v    psi  phi  g      backwards    (together with grad_k: its state is the transpose)
 //
 // phi and psi are the features of q and k, g = grad_o / normaliser. The heads of a token lie side by
 // side in memory, so the heads take turns chunk by chunk, and each page is visited once.
@@ -19,7 +19,7 @@
 namespace fastpe {
 namespace {
 
-enum Role { kForward, kGradQ, kGradK, kGradV };
+enum Role { kForward, kGradQ, kGradKV };
 
 template <class S>
 class Scan {
@@ -47,7 +47,10 @@ class Scan {
         c_(lc_ * ld_),
         weights_(lc_ * lc_),
         out_(lc_ * ld_),
-        states_(stepping() ? 1 : at_once_ * larger(features_, args.E) * ld_),
+        psi_(args.grad_o.data ? lc_ * ld_ : 1),
+        c_transposed_(args.grad_o.data ? ld_ * lc_ : 1),
+        state_transposed_(args.grad_o.data ? ld_ * ld_ : 1),
+        states_(stepping() ? 1 : at_once_ * ld_ * ld_),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),
@@ -70,8 +73,8 @@ class Scan {
     prepare_gradient();
     bool positional = args_.grad_freq || args_.grad_positions;
     if (args_.grad_q.data || positional) run<kGradQ>();
-    if (args_.grad_k.data || args_.grad_z0 || positional) run<kGradK>();
-    if (args_.grad_v.data || args_.grad_s0) run<kGradV>();
+    if (args_.grad_k.data || args_.grad_v.data || args_.grad_s0 || args_.grad_z0 || positional)
+      run<kGradKV>();
     if (!args_.grad_freq) return;
     const int64_t n = args_.W * args_.L;
     for (int64_t i = 0; i < count_ * n; ++i)
@@ -100,7 +103,7 @@ class Scan {
       x.v = Rows<S>(args_.v, b, h, e), x.o = Rows<S>(args_.o, b, h, e);
       x.grad_q = Rows<S>(args_.grad_q, b, h, d), x.grad_k = Rows<S>(args_.grad_k, b, h, d);
       x.grad_v = Rows<S>(args_.grad_v, b, h, e), x.grad_o = Rows<S>(args_.grad_o, b, h, e);
-      x.state = states_ + i * larger(features_, args_.E) * ld_;
+      x.state = states_ + i * ld_ * ld_;
       x.running = sums_ + 2 * i * ld_, x.compensation = x.running + ld_;
       x.inverse = by_token_ + 2 * i * args_.T, x.delta = x.inverse + args_.T;
       x.grad_freq = grad_freq_ + i * args_.W * args_.L;
@@ -141,20 +144,19 @@ class Scan {
     return sum<S>(total);
   }
 
-  static constexpr bool backwards(Role role) { return role == kGradK || role == kGradV; }
-
   template <Role role>
   void run() {
-    constexpr bool wide = role == kForward || role == kGradV;  // the state is [R, E], else [E, R]
-    const int64_t inner = wide ? features_ : args_.E, outer = wide ? args_.E : features_;
-    const void *s = backwards(role) ? args_.grad_s : args_.s0;
-    const void *z = backwards(role) ? args_.grad_z : args_.z0;
-    for (int64_t i = 0; i < count_; ++i) get_state(heads_[i], s, z, inner, outer, !wide);
+    constexpr bool back = role == kGradKV;
+    const int64_t inner = role == kForward ? features_ : args_.E;
+    const int64_t outer = role == kForward ? args_.E : features_;
+    for (int64_t i = 0; i < count_; ++i)
+      get_state(heads_[i], back ? args_.grad_s : args_.s0, back ? args_.grad_z : args_.z0, inner,
+                outer, role != kForward);
 
     for (int64_t first = 0; first < args_.T; first += chunk_) {
       const int64_t n = smaller(chunk_, args_.T - first);
-      begin_ = backwards(role) ? args_.T - 1 - first : first;
-      step_ = backwards(role) ? -1 : 1;
+      begin_ = back ? args_.T - 1 - first : first;
+      step_ = back ? -1 : 1;
       for (int64_t i = 0; i < count_; ++i) {
         if (map_.rotates() && (i == 0 || args_.Hf > 1))
           map_.prepare(batch_, heads_[i].h, begin_, step_, n, rotation_, ld_);
@@ -163,46 +165,56 @@ class Scan {
         const bool last = i + 1 == count_;
         const int64_t ahead = last ? first + chunk_ : first;
         auto fetch = [&](int64_t j) { prefetch<role>(heads_[last ? 0 : i + 1], ahead + j); };
-        multiply_tiles(heads_[i].state, n, inner, padded<S>(outer), fetch);
+        transpose<S>(b_, ld_, padded<S>(n), padded<S>(inner), b_transposed_, lc_);
+        if (role == kGradKV) grad_v(heads_[i], n);
+        const Product<S> scores = {inner, a_, ld_, 1, b_transposed_, lc_};
+        multiply_tiles(scores, c_, heads_[i].state, n, padded<S>(outer), out_, fetch);
+        Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
+        multiply<S>(inner, padded<S>(outer), &update, 1, true, heads_[i].state, ld_);
         finish<role>(heads_[i], n);
       }
     }
     for (int64_t i = 0; i < count_; ++i) {
-      if (role == kForward) put_state(heads_[i], args_.s, args_.z);
-      if (role == kGradV) put_state(heads_[i], args_.grad_s0, nullptr);
-      if (role == kGradK) put_state(heads_[i], nullptr, args_.grad_z0);
+      if (role == kForward) put_state(heads_[i], args_.s, args_.z, false);
+      if (role == kGradKV) put_state(heads_[i], args_.grad_s0, args_.grad_z0, true);
     }
   }
 
   template <Role role>
   void prefetch(const Head &head, int64_t i) const {
     if (i >= args_.T) return;
-    const int64_t t = backwards(role) ? args_.T - 1 - i : i;
+    const int64_t t = role == kGradKV ? args_.T - 1 - i : i;
     if (role != kGradQ) head.q.prefetch(t);
-    head.k.prefetch(t);
-    if (role != kGradV) head.v.prefetch(t);
+    head.k.prefetch(t), head.v.prefetch(t);
     if (role != kForward) head.grad_o.prefetch(t);
   }
 
-  // out_ and the state from the tiles of one chunk
+  // out [n, columns] = tril(scores) c + a state
   template <class Fetch>
-  void multiply_tiles(S *state, int64_t n, int64_t inner, int64_t columns, Fetch fetch) {
-    transpose<S>(b_, ld_, padded<S>(n), padded<S>(inner), b_transposed_, lc_);
+  void multiply_tiles(const Product<S> &scores, const S *c, const S *state, int64_t n,
+                      int64_t columns, S *out, Fetch fetch) {
     for (int64_t i = 0; i < n; i += kTileRows) {
       const int64_t count = smaller<int64_t>(kTileRows, n - i), seen = i + count;
-      Product<S> scores = {inner, a_ + i * ld_, ld_, 1, b_transposed_, lc_};
       S *weights = weights_ + i * lc_;
-      few_rows<S>(count, &scores, 1, 0, 0, padded<S>(seen), false, weights, lc_);
+      few_rows<S>(count, &scores, 1, i, 0, padded<S>(seen), false, weights, lc_);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t j = i + r + 1; j < seen; ++j) weights[r * lc_ + j] = 0;
       // inside the chunk, and through the state before it
-      Product<S> terms[] = {{seen, weights, lc_, 1, c_, ld_},
-                            {inner, a_ + i * ld_, ld_, 1, state, ld_}};
-      few_rows<S>(count, terms, 2, 0, 0, columns, false, out_ + i * ld_, ld_);
+      const Product<S> terms[] = {{seen, weights, lc_, 1, c, ld_},
+                                  {scores.depth, scores.a + i * ld_, ld_, 1, state, ld_}};
+      few_rows<S>(count, terms, 2, 0, 0, columns, false, out + i * ld_, ld_);
       for (int64_t r = 0; r < count; ++r) fetch(i + r);
     }
-    Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
-    multiply<S>(inner, columns, &update, 1, true, state, ld_);
+  }
+
+  // in the tiles of grad_k, b is the c and c the b of grad_v, and its state is the transpose
+  void grad_v(const Head &head, int64_t n) {
+    if (!head.grad_v) return;
+    transpose<S>(head.state, ld_, padded<S>(args_.E), padded<S>(features_), state_transposed_, ld_);
+    transpose<S>(c_, ld_, padded<S>(n), padded<S>(features_), c_transposed_, lc_);
+    const Product<S> scores = {features_, psi_, ld_, 1, c_transposed_, lc_};
+    multiply_tiles(scores, b_, state_transposed_, n, padded<S>(args_.E), out_, [](int64_t) {});
+    for (int64_t i = 0; i < n; ++i) head.grad_v.put(begin_ + i * step_, out_ + i * ld_);
   }
 
   template <Role role>
@@ -221,17 +233,16 @@ class Scan {
       } else if (role == kGradQ) {
         copy(head.grad_o, t, head.inverse[t], a_ + at), copy(head.v, t, 1, b_ + at);
         feature(head.k, c_, norm_b);
-      } else if (role == kGradK) {
+      } else {
         copy(head.v, t, 1, a_ + at), copy(head.grad_o, t, head.inverse[t], b_ + at);
         feature(head.q, c_, norm_b);
-      } else {
-        feature(head.k, a_, nullptr), feature(head.q, b_, nullptr);
-        copy(head.grad_o, t, head.inverse[t], c_ + at);
+        // psi(k) serves for its slope too
+        feature(head.k, psi_, map_.split() ? norm_a_ : (S *)nullptr);
       }
     }
-    // what a shorter chunk leaves behind must not reach the transposed tile
-    const int64_t rows = padded<S>(n);
-    if (rows > n) memset((void *)(b_ + n * ld_), 0, sizeof(S) * size_t((rows - n) * ld_));
+    // what a shorter chunk leaves behind must not reach the transposed tiles
+    for (int64_t i = n; i < padded<S>(n); ++i)
+      for (int64_t j = 0; j < ld_; ++j) b_[i * ld_ + j] = c_[i * ld_ + j] = 0;
   }
 
   void copy(const Rows<S> &x, int64_t t, S factor, S *out) {
@@ -284,8 +295,7 @@ class Scan {
   template <Role role>
   void finish(const Head &head, int64_t n) {
     S *norm = map_.split() ? norm_b_ : role == kForward ? b_ : c_;
-    if (normalizes() && role != kGradV)
-      accumulate_norm(head, n, norm, role == kGradK ? head.delta : nullptr);
+    if (normalizes()) accumulate_norm(head, n, norm, role == kGradKV ? head.delta : nullptr);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t t = begin_ + i * step_, at = i * ld_;
       S *out = out_ + at;
@@ -298,17 +308,17 @@ class Scan {
             store(out + j, load(out + j) * inverse);
         }
         head.o.put(t, out);
-      } else if (role == kGradV) {
-        if (head.grad_v) head.grad_v.put(t, out);
       } else {
         const Rows<S> &x = role == kGradQ ? head.q : head.k;
         const Rows<S> &grad = role == kGradQ ? head.grad_q : head.grad_k;
         const bool positional = args_.grad_freq || args_.grad_positions;
         S *turn_gradient = positional ? row_ + 4 * ld_ : nullptr;
-        map_.gradient(x.get(t, row_), rotation_ + 2 * at, ld_, out,
+        const S *known = nullptr;
+        if (role == kGradKV && map_.content_known()) known = (map_.split() ? norm_a_ : psi_) + at;
+        map_.gradient(x.get(t, row_), known, rotation_ + 2 * at, ld_, out,
                       normalizes() ? norm + at : nullptr, role == kGradQ ? head.delta[t] : S(1),
                       row_ + ld_, turn_gradient);
-        if (turn_gradient) add_positional(head, t, turn_gradient, role == kGradK);
+        if (turn_gradient) add_positional(head, t, turn_gradient, role == kGradKV);
         if (grad) grad.put(t, out);
       }
     }
@@ -344,17 +354,22 @@ class Scan {
     const int64_t width = norm_width();
     memcpy(head.running, (const S *)z + head.index * width, sizeof(S) * size_t(width));
   }
-  void put_state(const Head &head, void *s, void *z) {
+  // to a contiguous [R, E], transposed if the state is [E, R]
+  void put_state(const Head &head, void *s, void *z, bool transposed) {
     const int64_t width = norm_width(), e = args_.E;
-    for (int64_t i = 0; s && i < features_; ++i)
-      memcpy((S *)s + (head.index * features_ + i) * e, head.state + i * ld_, sizeof(S) * size_t(e));
+    S *out = (S *)s + head.index * features_ * e;
+    for (int64_t i = 0; s && i < features_; ++i) {
+      if (!transposed) memcpy(out + i * e, head.state + i * ld_, sizeof(S) * size_t(e));
+      for (int64_t j = 0; transposed && j < e; ++j) out[i * e + j] = head.state[j * ld_ + i];
+    }
     if (z) memcpy((S *)z + head.index * width, head.running, sizeof(S) * size_t(width));
   }
 
   const FastpeCausalDot &args_;
   FeatureMap<S> map_;
   const int64_t at_once_, chunk_, features_, ld_, lc_;
-  Scratch<S> a_, b_, b_transposed_, c_, weights_, out_, states_, norm_a_, norm_b_;
+  Scratch<S> a_, b_, b_transposed_, c_, weights_, out_, psi_, c_transposed_, state_transposed_;
+  Scratch<S> states_, norm_a_, norm_b_;
   Scratch<S> rotation_, sums_, row_, by_token_;
   Scratch<double> grad_freq_;
   Head heads_[kHeads];

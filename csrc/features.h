@@ -13,6 +13,8 @@ class FeatureMap {
   bool rotates() const { return args_.freq != nullptr; }
   // the normaliser sees features that are not rotated
   bool split() const { return rotates() && args_.map_first; }
+  // psi of x itself is among the features
+  bool content_known() const { return !rotates() || args_.map_first; }
   int64_t width() const { return args_.pool ? args_.W : args_.D; }
 
   const double *freq(int64_t h) const { return args_.freq + (args_.Hf == 1 ? 0 : h) * args_.W * args_.L; }
@@ -77,27 +79,26 @@ class FeatureMap {
   }
 
   // g: the gradient by the features [R] on entry, by x [D] on return, the normaliser's part
-  // factor * running [D or R] included; turn_gradient [W] by the angles, if not null; space: three rows
-  void gradient(const S *x, const S *turn, int64_t ld, S *g, const S *running, S factor, S *space,
-                S *turn_gradient) const {
-    if (!rotates()) {
+  // factor * running [D or R] included; known: psi(x) [D] or null; turn_gradient [W] by the angles,
+  // if not null; space: three rows
+  void gradient(const S *x, const S *known, const S *turn, int64_t ld, S *g, const S *running,
+                S factor, S *space, S *turn_gradient) const {
+    if (content_known()) {
+      if (!known) psi(x, args_.D, space), known = space;
+      if (rotates()) {
+        encode_adjoint(g, turn, ld, space + ld);
+        if (turn_gradient) by_angle(known, g, turn_gradient);
+      }
       add(g, running, factor, args_.D);
-      return slope(x, args_.D, g);
-    }
-    S *content = space;
-    if (args_.map_first) {
-      psi(x, args_.D, content);
+      slope(x, known, args_.D, g);
     } else {
-      encode(x, turn, ld, space + ld, content);
+      S *turned = space + ld, *value = space + 2 * ld;
+      encode(x, turn, ld, space, turned);
+      psi(turned, width(), value);
       add(g, running, factor, width());
-      slope(content, width(), g);
-      content = const_cast<S *>(x);
-    }
-    encode_adjoint(g, turn, ld, space + ld);
-    if (turn_gradient) by_angle(content, g, turn_gradient);
-    if (args_.map_first) {
-      add(g, running, factor, args_.D);
-      slope(x, args_.D, g);
+      slope(turned, value, width(), g);
+      encode_adjoint(g, turn, ld, space);
+      if (turn_gradient) by_angle(x, g, turn_gradient);
     }
   }
 
@@ -113,9 +114,9 @@ class FeatureMap {
     for (int64_t j = width; j < padded<S>(width); ++j) out[j] = 0;
   }
   template <class Map>
-  static void slope_row(const S *x, int64_t width, S *g) {
+  static void slope_row(const S *x, const S *value, int64_t width, S *g) {
     for (int64_t j = 0; j < width; j += kLanes<S>)
-      store(g + j, load(g + j) * Map::template slope<S>(load(x + j), Exp()));
+      store(g + j, load(g + j) * Map::template slope<S>(load(x + j), load(value + j)));
   }
 
   void psi(const S *x, int64_t width, S *out) const {
@@ -127,11 +128,11 @@ class FeatureMap {
     }
   }
   // g *= psi'(x)
-  void slope(const S *x, int64_t width, S *g) const {
+  void slope(const S *x, const S *value, int64_t width, S *g) const {
     switch (args_.feature_map) {
-      case FASTPE_ELU1: return slope_row<Elu1>(x, width, g);
-      case FASTPE_RELU: return slope_row<Relu>(x, width, g);
-      case FASTPE_EXP: return slope_row<ExpMap>(x, width, g);
+      case FASTPE_ELU1: return slope_row<Elu1>(x, value, width, g);
+      case FASTPE_RELU: return slope_row<Relu>(x, value, width, g);
+      case FASTPE_EXP: return slope_row<ExpMap>(x, value, width, g);
       default: return;
     }
   }

@@ -44,15 +44,15 @@ FASTPE_HD void sincos_turns(V u, V &sin, V &cos) {
   cos = square == S(1) ? -s * quarter : (square == S(4) ? -c : c);
 }
 
-// Feature maps. `Exp` computes e^x of a V.
+// Feature maps and their slopes, these from x and the value at x. `Exp` computes e^x of a V.
 struct Identity {
   template <class S, class V, class Exp>
   static FASTPE_HD V value(V x, Exp) {
     return x;
   }
-  template <class S, class V, class Exp>
-  static FASTPE_HD V slope(V x, Exp) {
-    return x - x + S(1);
+  template <class S, class V>
+  static FASTPE_HD V slope(V, V value) {
+    return value - value + S(1);
   }
 };
 
@@ -61,9 +61,9 @@ struct Elu1 {
   static FASTPE_HD V value(V x, Exp exp) {
     return x > S(0) ? x + S(1) : exp(x > S(0) ? x - x : x);
   }
-  template <class S, class V, class Exp>
-  static FASTPE_HD V slope(V x, Exp exp) {
-    return exp(x > S(0) ? x - x : x);
+  template <class S, class V>
+  static FASTPE_HD V slope(V x, V value) {
+    return x > S(0) ? value - value + S(1) : value;
   }
 };
 
@@ -72,8 +72,8 @@ struct Relu {
   static FASTPE_HD V value(V x, Exp) {
     return (x < S(0) ? x - x : x) + S(kReluShift);
   }
-  template <class S, class V, class Exp>
-  static FASTPE_HD V slope(V x, Exp) {
+  template <class S, class V>
+  static FASTPE_HD V slope(V x, V) {
     return x > S(0) ? x - x + S(1) : x - x;
   }
 };
@@ -83,9 +83,9 @@ struct ExpMap {
   static FASTPE_HD V value(V x, Exp exp) {
     return exp(x);
   }
-  template <class S, class V, class Exp>
-  static FASTPE_HD V slope(V x, Exp exp) {
-    return exp(x);
+  template <class S, class V>
+  static FASTPE_HD V slope(V, V value) {
+    return value;
   }
 };
 
