@@ -1,51 +1,45 @@
 // Positions that are equal, found once: labels repeat, and their codes need to be made once.
 #pragma once
-#include <stdint.h>
-#include <string.h>
-
-#include <vector>
+#include "simd.h"
 
 namespace fastpe {
 namespace {
 
-// Rows [begin(u), end(u)) of `order` are the indices of equal positions, in order of appearance.
+// Rows [begin(u), end(u)) of the order are the indices of equal positions, in order of appearance.
 class Groups {
  public:
   // positions [rows, width]
   Groups(const double *positions, int64_t rows, int64_t width, bool group)
-      : order_(size_t(rows)), start_(1, 0) {
+      : order_(rows + 1), start_(rows + 1) {
     if (!group) {
-      for (int64_t i = 0; i < rows; ++i) order_[size_t(i)] = i, start_.push_back(i + 1);
+      for (int64_t i = 0; i < rows; ++i) order_[i] = i, start_[i + 1] = i + 1;
+      size_ = rows;
       return;
     }
-    size_t slots = 16;
-    while (slots < 2 * size_t(rows)) slots *= 2;
-    std::vector<int64_t> table(slots, -1), group_of(static_cast<size_t>(rows));
-    std::vector<int64_t> first, count;
+    int64_t slots = 16;
+    while (slots < 2 * rows) slots *= 2;
+    // slot -> group + 1; group -> its first row; row -> group
+    Scratch<int64_t> table(slots), first(rows + 1), group_of(rows + 1), next(rows + 1);
     for (int64_t i = 0; i < rows; ++i) {
       const double *p = positions + i * width;
-      size_t slot = hash(p, width) & (slots - 1);
-      while (table[slot] >= 0 && !equal(positions + first[size_t(table[slot])] * width, p, width))
+      int64_t slot = int64_t(hash(p, width) & uint64_t(slots - 1));
+      while (table[slot] && !equal(positions + first[table[slot] - 1] * width, p, width))
         slot = (slot + 1) & (slots - 1);
-      if (table[slot] < 0) {
-        table[slot] = int64_t(first.size());
-        first.push_back(i), count.push_back(0);
-      }
-      group_of[size_t(i)] = table[slot];
-      ++count[size_t(table[slot])];
+      if (!table[slot]) first[size_] = i, table[slot] = ++size_;
+      group_of[i] = table[slot] - 1;
+      ++start_[table[slot]];
     }
-    for (int64_t n : count) start_.push_back(start_.back() + n);
-    std::vector<int64_t> next(start_.begin(), start_.end() - 1);
-    for (int64_t i = 0; i < rows; ++i) order_[size_t(next[size_t(group_of[size_t(i)])]++)] = i;
+    for (int64_t u = 0; u < size_; ++u) start_[u + 1] += start_[u], next[u] = start_[u];
+    for (int64_t i = 0; i < rows; ++i) order_[next[group_of[i]]++] = i;
   }
 
-  int64_t size() const { return int64_t(start_.size()) - 1; }
-  int64_t begin(int64_t u) const { return start_[size_t(u)]; }
-  int64_t end(int64_t u) const { return start_[size_t(u) + 1]; }
-  int64_t row(int64_t i) const { return order_[size_t(i)]; }
+  int64_t size() const { return size_; }
+  int64_t begin(int64_t u) const { return start_[u]; }
+  int64_t end(int64_t u) const { return start_[u + 1]; }
+  int64_t row(int64_t i) const { return order_[i]; }
 
  private:
-  static size_t hash(const double *p, int64_t width) {
+  static uint64_t hash(const double *p, int64_t width) {
     uint64_t h = 1469598103934665603u;
     for (int64_t l = 0; l < width; ++l) {
       double x = p[l] + 0.0;  // -0 and 0 are one position
@@ -54,7 +48,7 @@ class Groups {
       h = (h ^ bits) * 0x9E3779B97F4A7C15u;
       h ^= h >> 32;
     }
-    return size_t(h);
+    return h;
   }
   static bool equal(const double *p, const double *q, int64_t width) {
     for (int64_t l = 0; l < width; ++l)
@@ -62,7 +56,8 @@ class Groups {
     return true;
   }
 
-  std::vector<int64_t> order_, start_;
+  Scratch<int64_t> order_, start_;
+  int64_t size_ = 0;
 };
 
 }  // namespace
