@@ -77,7 +77,9 @@ def causal_linear_attention(
 
     inputs = (q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state)
     run = _reference if backend == "reference" else _fused
-    o, s, z = run(*inputs, chunk_size, backend)
+    # arithmetic is float32 at least, whatever autocast makes of matrix products
+    with torch.autocast(q.device.type, enabled=False):
+        o, s, z = run(*inputs, chunk_size, backend)
     if not output_final_state:
         return o
     made_with = config(pos_encoding, feature_map, normalize)
@@ -116,6 +118,8 @@ def causal_linear_attention_step(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise ValueError(f"{name} must be one token, [B, H, D], got {shape(x)}")
+    if not isinstance(state, LinearAttentionState):
+        raise TypeError(f"state must be a LinearAttentionState, got {type(state).__name__}")
     if positions is not None:
         positions = torch.as_tensor(positions, device=q.device)
         levels = 1 if pos_encoding is None else pos_encoding.num_levels

@@ -161,12 +161,10 @@ def check_state(
         raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
     b, _, h, d = q.shape
     r = d if encoding is None else encoding.feature_dim
-    if tuple(state.s.shape) != (b, h, r, v.shape[-1]) or tuple(state.z.shape[:2]) != (b, h):
-        raise ValueError(
-            f"initial_state.s must be [B, H, R, E] = {(b, h, r, v.shape[-1])}, "
-            f"got {tuple(state.s.shape)}"
-        )
-    for name, x in (("s", state.s), ("z", state.z)):
+    rz = 0 if not normalize else d if encoding is None else encoding.norm_dim
+    for name, x, size in (("s", state.s, (b, h, r, v.shape[-1])), ("z", state.z, (b, h, rz))):
+        if not isinstance(x, Tensor) or tuple(x.shape) != size:
+            raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
         if x.device != q.device or x.dtype != compute_dtype(q):
             raise ValueError(
                 f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
@@ -175,8 +173,9 @@ def check_state(
     noise = None if encoding is None else encoding.noise_key
     if noise is state.noise or torch.compiler.is_compiling():
         return
-    if not torch.equal(noise, state.noise.to(noise.device)):
+    if state.noise is None or not torch.equal(noise, state.noise.to(noise.device)):
+        came = None if state.noise is None else state.noise.tolist()
         raise ValueError(
-            f"initial_state was made with noise (seed, step) {state.noise.tolist()}, pos_encoding "
+            f"initial_state was made with noise (seed, step) {came}, pos_encoding "
             f"has {noise.tolist()}: do not resample inside a sequence"
         )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import warnings
@@ -24,12 +23,15 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
-@functools.cache
+_reasons: dict[str, str | None] = {"reference": None}
+_warned: set[str] = set()
+
+
 def unavailable(name: str) -> str | None:
     """Return why a backend cannot run on this machine, or None if it can."""
-    if name == "reference":
-        return None
-    return load(name).unavailable()
+    if name not in _reasons:
+        _reasons[name] = load(name).unavailable()
+    return _reasons[name]
 
 
 def describe(name: str) -> str:
@@ -42,6 +44,7 @@ def available_backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES if name != "auto"}
 
 
+@torch.compiler.assume_constant_result
 def resolve(name: str, device: torch.device) -> str:
     """Return the backend to run on this device; a named one that cannot raises with the reason."""
     if name not in NAMES:
@@ -56,7 +59,6 @@ def resolve(name: str, device: torch.device) -> str:
     return name
 
 
-@functools.cache
 def _choose(device_type: str) -> str:
     if device_type == "cpu":
         reason, name = unavailable("cpu"), "cpu"
@@ -65,6 +67,9 @@ def _choose(device_type: str) -> str:
     if reason is None:
         _log.debug("backend for %s: %s", device_type, name)
         return name
+    if device_type in _warned:
+        return "reference"
+    _warned.add(device_type)
     warnings.warn(
         f"fastpe uses its PyTorch reference on {device_type}, which is slower: {reason}",
         RuntimeWarning,

@@ -108,9 +108,9 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if x is None or (x.dtype is dtype and x.is_contiguous()):
+    if x is None or (x.dtype is dtype and x.is_contiguous() and not x.is_neg()):
         return x
-    return x.to(dtype).contiguous()
+    return x.to(dtype).contiguous().resolve_neg()
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
@@ -122,6 +122,7 @@ class _Scan:
 
     def __init__(self, inputs: Sequence[Tensor | None], options: tuple) -> None:
         q, k, v, s0, z0, positions, freq = inputs
+        self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         b, t, h, d = q.shape
         self.dtype = _arithmetic(q)
         self.positions = _contiguous(positions, torch.float64)
@@ -176,16 +177,20 @@ def causal_dot_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
     scan, (q, *_, positions, freq) = _Scan(inputs, options), inputs
-    grad_o, grad_s, grad_z = grads[0], *(_contiguous(x, scan.dtype) for x in grads[1:])
+    grad_o = grads[0].resolve_neg()
+    grad_s, grad_z = (_contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
-    args, none = scan.args, torch.empty(0)
+    args = scan.args
 
     def out(i: int, like: Tensor | None) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype) if needs[i] else none
+        return torch.empty(like.shape, dtype=like.dtype) if needs[i] else q.new_empty(0)
 
     dq, dk, dv, ds0, dz0 = (out(i, x) for i, x in enumerate(inputs[:5]))
-    dpositions = torch.empty(b, h, t, args.L, dtype=torch.float64) if needs[5] else none
-    dfreq = torch.empty(b, h, args.W, args.L, dtype=torch.float64) if needs[6] else none
+    dpositions, dfreq = q.new_empty(0), q.new_empty(0)
+    if needs[5]:
+        dpositions = torch.empty(b, h, t, args.L, dtype=torch.float64)
+    if needs[6]:
+        dfreq = torch.empty(b, h, args.W, args.L, dtype=torch.float64)
     args.o, args.den, args.grad_o = _tensor(o), _pointer(den), _tensor(grad_o)
     args.grad_s, args.grad_z = _pointer(grad_s), _pointer(grad_z)
     for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
@@ -211,6 +216,7 @@ class _Sines:
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
         b, t, h, d = x.shape
+        self.x = x = x.resolve_neg()
         self.dtype = _arithmetic(x)
         wide = torch.float64
         self.tensors = {
@@ -258,30 +264,28 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
-    call, none = _Sines(x, positions, sines, group), torch.empty(0)
+    call, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
     b, t, h, _ = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else none
-    dpositions = none
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else x.new_empty(0)
+    dpositions = x.new_empty(0)
     if needs[1]:
         dpositions = torch.empty(b, h, t, positions.shape[-1], dtype=torch.float64)
     call.args.grad_y = _tensor(grad_y)
     if needs[0]:
         call.args.grad_x = _tensor(dx)
     call.args.grad_positions = _pointer(dpositions)
-    grads = []
-    for i, name in enumerate(("freq", "offset", "gain", "gate"), start=2):
-        parameter = getattr(sines, name)
-        grad = torch.zeros(parameter.shape, dtype=torch.float64) if needs[i] else none
-        setattr(call.args, f"grad_{name}", _pointer(grad))
-        grads.append(grad)
+    names, grads = ("freq", "offset", "gain", "gate"), []
+    for name, need in zip(names, needs[2:], strict=True):
+        grads.append(x.new_empty(0))
+        if need:
+            grads[-1] = torch.zeros(getattr(sines, name).shape, dtype=torch.float64)
+            setattr(call.args, f"grad_{name}", _pointer(grads[-1]))
     _call("fastpe_phase_features_backward", call.args)
     if needs[1]:
         dpositions = _sum_to(dpositions.sum(1), positions)
     grads = [
-        grad.to(getattr(sines, name).dtype) if need else none
-        for grad, name, need in zip(
-            grads, ("freq", "offset", "gain", "gate"), needs[2:], strict=True
-        )
+        grad.to(getattr(sines, name).dtype) if need else grad
+        for grad, name, need in zip(grads, names, needs[2:], strict=True)
     ]
     return dx, dpositions, *grads
 

@@ -44,6 +44,11 @@ class PositionalEncoding(nn.Module):
         """R, the number of features of a query or key."""
         raise NotImplementedError
 
+    @property
+    def norm_dim(self) -> int:
+        """Number of features that the normaliser sees."""
+        return self.feature_dim
+
     def position_map(
         self, side: str, device: torch.device | None = None
     ) -> Rotation | SineMap | None:

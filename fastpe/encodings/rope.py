@@ -82,6 +82,11 @@ class RoPE(PositionalEncoding):
         """R = D."""
         return self.head_dim
 
+    @property
+    def norm_dim(self) -> int:
+        """D: psi(q) and psi(k) as they are; with apply="before" the rotated features."""
+        return self.head_dim if self.apply_order == "after" else self.feature_dim
+
     def frequencies(self, device: torch.device | None = None) -> Tensor:
         """Return theta / 2 pi, cycles per unit, [H or 1, rotary_dim / 2, L], float64."""
         if self.learned:

@@ -122,14 +122,14 @@ class SineEncoding(PositionalEncoding):
         """Return the sines; queries alone have the offsets."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._position_map(side)
-        # decoding asks for the same map at every token
+        # decoding asks for the same map at every token; `.data` can change without a trace
         source = self._sines()
-        tensors = (*source.parameters(), *self.parameters(), *source.buffers())
-        stamp = tuple((x.data_ptr(), x._version, x.dtype) for x in tensors)
-        cached = self._maps.get(side)
-        if cached is None or cached[0] != stamp:
-            cached = self._maps[side] = stamp, self._position_map(side)
-        return cached[1]
+        tensors = (*source.parameters(), *self.parameters())
+        key, cached = self.noise_key, self._maps.get(side)
+        if cached is None or cached[0] is not key or not all(map(_same, tensors, cached[1])):
+            cached = key, [x.detach().clone() for x in tensors], self._position_map(side)
+            self._maps[side] = cached
+        return cached[2]
 
     def _position_map(self, side: str) -> SineMap:
         d, r = self.head_dim, self.feature_dim
@@ -146,7 +146,8 @@ class SineEncoding(PositionalEncoding):
             gate = (F.logsigmoid(_wide(self.gate)) / 2).exp() * scale
             gain = gain * (F.logsigmoid(-_wide(self.gate)) / 2).exp()[..., None]
         return SineMap(
-            freq=_wide(self._sines().freqs).sigmoid() / 2,
+            # in float64: at position 10^6 its last float32 digit would be 4 % of a turn
+            freq=self._sines().freqs.double().sigmoid() / 2,
             offset=offset if side == "q" else None,
             gain=gain * scale,
             gate=gate,
@@ -168,7 +169,8 @@ class SineEncoding(PositionalEncoding):
         # one tensor as long as the noise lasts: a state that has it needs no look at its values
         stamp = tuple((x.data_ptr(), x._version) for x in (source.seed, source.step))
         if source._key is None or source._key[0] != stamp:
-            source._key = stamp, torch.stack((source.seed, source.step // every))
+            with torch.inference_mode(False):
+                source._key = stamp, torch.stack((source.seed, source.step // every))
         return source._key[1]
 
     def resample_(self) -> None:
@@ -193,6 +195,10 @@ class SineEncoding(PositionalEncoding):
         token = int(torch.randint(2**62, ()))
         if token in self._steps_drawn:
             self.step.fill_(self._steps_drawn[token])
+            if torch._C._current_graph_task_id() != -1:
+                # when this backward is done, the newest noise is in use again
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(lambda: self.step.fill_(self._last_step))
             return
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
@@ -224,7 +230,8 @@ class SineEncoding(PositionalEncoding):
             return self._draw(dtype)
         key = self.noise_key
         if self._cache is None or self._cache[0] is not key or self._cache[1].dtype != dtype:
-            self._cache = key, self._draw(dtype)
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = key, self._draw(dtype)
         return self._cache[1]
 
     def _draw(self, dtype: torch.dtype) -> Tensor:
@@ -277,6 +284,10 @@ class SineEncoding(PositionalEncoding):
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
             f"scale={self.scale!r}"
         )
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == y.dtype and torch.equal(x, y)
 
 
 def _wide(x: Tensor) -> Tensor:
