@@ -78,7 +78,11 @@ def causal_linear_attention(
     inputs = (q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state)
     run = _reference if backend == "reference" else _fused
     # arithmetic is float32 at least, whatever autocast makes of matrix products
-    with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            o, s, z = run(*inputs, chunk_size, backend)
+    else:
         o, s, z = run(*inputs, chunk_size, backend)
     if not output_final_state:
         return o
@@ -121,6 +125,8 @@ def causal_linear_attention_step(
     if not isinstance(state, LinearAttentionState):
         raise TypeError(f"state must be a LinearAttentionState, got {type(state).__name__}")
     if positions is not None:
+        if not isinstance(positions, (Tensor, int, float)):
+            raise TypeError(f"positions must be a tensor or number, got {type(positions).__name__}")
         positions = torch.as_tensor(positions, device=q.device)
         levels = 1 if pos_encoding is None else pos_encoding.num_levels
         # [B, L] or [L] into [B, 1, L] or [1, L]

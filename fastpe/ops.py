@@ -132,7 +132,7 @@ def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, T
 
 def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     # neither traced nor differentiated: the kernel can be called as it is
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     recorded = torch.is_grad_enabled()
     return all(

@@ -44,7 +44,6 @@ def available_backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES if name != "auto"}
 
 
-@torch.compiler.assume_constant_result
 def resolve(name: str, device: torch.device) -> str:
     """Return the backend to run on this device; a named one that cannot raises with the reason."""
     if name not in NAMES:
@@ -57,6 +56,10 @@ def resolve(name: str, device: torch.device) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     return name
+
+
+# what torch.compiler.assume_constant_result does, without its import of the compiler
+resolve._dynamo_marked_constant = True
 
 
 def _choose(device_type: str) -> str:

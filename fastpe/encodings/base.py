@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ class PositionalEncoding(nn.Module):
 
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
+    _signature: str | None = None
 
     def __init__(self, head_dim: int, num_heads: int | None = None, num_levels: int = 1) -> None:
         super().__init__()
@@ -94,7 +93,9 @@ class PositionalEncoding(nn.Module):
     def maybe_resample_(self) -> None:
         """Redraw the noise where a training forward is due to; called by the layer."""
 
-    @functools.cached_property
+    @property
     def signature(self) -> str:
         """The configuration as text: a state made with another one is refused."""
-        return f"{type(self).__name__}({self.extra_repr()})"
+        if self._signature is None:
+            self._signature = f"{type(self).__name__}({self.extra_repr()})"
+        return self._signature

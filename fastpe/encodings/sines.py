@@ -82,7 +82,7 @@ class SineEncoding(PositionalEncoding):
             # counts training forwards; the noise changes with step // every
             self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
         self._steps_drawn: dict[int, int] = {}
-        self._last_step: int | None = None
+        self._newest: int | None = None
         self._cache: tuple | None = None
         self._key: tuple | None = None
         self._maps: dict[str, tuple] = {}
@@ -167,7 +167,7 @@ class SineEncoding(PositionalEncoding):
         if torch.compiler.is_compiling():
             return torch.stack((source.seed, source.step // every))
         # one tensor as long as the noise lasts: a state that has it needs no look at its values
-        stamp = tuple((x.data_ptr(), x._version) for x in (source.seed, source.step))
+        stamp = _stamp(source.seed), _stamp(source.step)
         if source._key is None or source._key[0] != stamp:
             with torch.inference_mode(False):
                 source._key = stamp, torch.stack((source.seed, source.step // every))
@@ -179,49 +179,49 @@ class SineEncoding(PositionalEncoding):
         if source.num_realizations is None:
             return
         every = max(source._every, 1)
-        source._set_step((source._read_last_step() // every + 1) * every)
+        source.step.fill_((int(source.step) // every + 1) * every)
 
     def maybe_resample_(self) -> None:
         """Count a training forward, which redraws the noise where `resample` says so."""
-        if not self.training or self._sines() is not self or not self._every:
-            return
-        if self.num_realizations is None:
+        source = self._sines()
+        if not self.training or not source._every or source.num_realizations is None:
             return
         if torch.compiler.is_compiling():
-            self.step.add_(1)
+            if source is self:
+                self.step.add_(1)
             return
         # activation checkpointing restores torch's generator before it runs a forward again: the
         # token is then the same, and tells which noise to use again
         token = int(torch.randint(2**62, ()))
-        if token in self._steps_drawn:
-            self.step.fill_(self._steps_drawn[token])
-            if torch._C._current_graph_task_id() != -1:
-                # when this backward is done, the newest noise is in use again
-                engine = torch.autograd.Variable._execution_engine
-                engine.queue_callback(lambda: self.step.fill_(self._last_step))
-            return
         if torch._C._current_graph_task_id() != -1:
+            source._reuse(self._steps_drawn.get(token))
+            return
+        if source._newest is not None:
+            source._restore()  # the last backward failed before it could
+        if source is self:
+            self.step.add_(1)
+        self._steps_drawn[token] = int(source.step)
+        if len(self._steps_drawn) > 1024:
+            del self._steps_drawn[next(iter(self._steps_drawn))]
+
+    def _reuse(self, step: int | None) -> None:
+        if step is None:
             raise RuntimeError(
                 "a forward was run again inside backward with another state of torch's generator, "
                 "so its noise is lost: use checkpoint(..., preserve_rng_state=True)"
             )
-        self._set_step(self._read_last_step() + 1)
-        self._steps_drawn[token] = self._last_step
-        if len(self._steps_drawn) > 1024:
-            del self._steps_drawn[next(iter(self._steps_drawn))]
-
-    def _read_last_step(self) -> int:
-        if self._last_step is None:
-            self._last_step = int(self.step)
-        return self._last_step
-
-    def _set_step(self, step: int) -> None:
-        self._last_step = step
+        if self._newest is None:
+            # in use again when this backward is done
+            self._newest = int(self.step)
+            torch.autograd.Variable._execution_engine.queue_callback(self._restore)
         self.step.fill_(step)
+
+    def _restore(self) -> None:
+        self.step.fill_(self._newest)
+        self._newest = None
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._last_step = None
         self._steps_drawn.clear()
 
     def _noise(self) -> Tensor:  # [H, D, J, R], the gate's noise in the last row
@@ -284,6 +284,13 @@ class SineEncoding(PositionalEncoding):
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
             f"scale={self.scale!r}"
         )
+
+
+def _stamp(x: Tensor) -> object:
+    # the value of a scalar; where a look at it would wait, or is not possible, what tells a change
+    if type(x) is Tensor and x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack():
+        return x.item()
+    return id(x), None if x.is_inference() else x._version
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
