@@ -1,0 +1,157 @@
+"""Fixtures: every backend and code path, every encoding, and NaN in memory not yet written."""
+
+import functools
+import math
+import sys
+
+import pytest
+import torch
+from helpers import Fade
+
+import fastpe
+from fastpe.backends import native
+
+
+def _factory(kind, **options):
+    """Return a function of (head_dim, num_heads) that makes the same module each time."""
+
+    def make(head_dim, num_heads):
+        chosen = {name: f(head_dim) if callable(f) else f for name, f in options.items()}
+        if "seed" not in chosen and chosen.get("num_realizations"):
+            chosen["seed"] = 1234567890123456789
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            encoding = kind(head_dim, num_heads, **chosen)
+            with torch.no_grad():
+                # levels of a vector start equal, which would hide one taken for another
+                for name, p in encoding.named_parameters():
+                    if name == "theta":
+                        p.mul_(1 + 0.2 * torch.randn_like(p))
+                    elif name == "freqs":
+                        p.add_(2)  # periods of 2 to 100, as the positions of the tests
+        return encoding
+
+    return make
+
+
+RoPE, RoPEPool, SineSPE, FStripe = fastpe.RoPE, fastpe.RoPEPool, fastpe.SineSPE, fastpe.FStripe
+_spe = functools.partial(_factory, SineSPE, num_sines=3)
+_fstripe = functools.partial(_factory, FStripe, num_sines=3)
+
+# factories of an encoding for (head_dim, num_heads); a new encoding is a new row
+ENCODINGS = [
+    pytest.param(lambda head_dim, num_heads: None, id="none"),
+    pytest.param(_factory(RoPE), id="rope"),
+    pytest.param(_factory(RoPE, interleaved=False), id="rope-half"),
+    pytest.param(_factory(RoPE, rotary_dim=lambda d: 2 * -(-d // 4)), id="rope-partial"),
+    pytest.param(_factory(RoPE, apply="before"), id="rope-before"),
+    pytest.param(_factory(RoPE, learned=True, per_head=True), id="rope-learned"),
+    pytest.param(_factory(RoPE, learned=True, num_levels=3), id="rope-vector"),
+    pytest.param(_factory(RoPEPool), id="ropepool"),
+    pytest.param(_spe(num_realizations=14), id="sinespe"),
+    pytest.param(_spe(num_realizations=16, gated=False), id="sinespe-ungated"),
+    pytest.param(_spe(num_realizations=None), id="sinespe-exact"),
+    pytest.param(_fstripe(), id="fstripe-pooled"),
+    pytest.param(_fstripe(pool=False, gated=True), id="fstripe-unpooled"),
+    pytest.param(_fstripe(num_realizations=12, gated=True), id="fstripe-sff"),
+    pytest.param(_fstripe(num_levels=3, pool=False), id="fstripe-vector"),
+    pytest.param(Fade, id="custom"),
+]
+
+
+def encodings(*names):
+    """Return the rows of ENCODINGS with these ids, or all but those that start with "-"."""
+    without = {name[1:] for name in names if name[0] == "-"}
+    return [p for p in ENCODINGS if (p.id not in without if without else p.id in names)]
+
+
+def _backends():
+    for name, reason in fastpe.available_backends().items():
+        if reason is not None:
+            skip = pytest.mark.skip(reason=f"backend {name!r} is not available: {reason}")
+            yield pytest.param((name, 0), id=name, marks=skip)
+        elif name == "cpu":
+            for isa in range(1, native._library().fastpe_best_isa() + 1):
+                yield pytest.param((name, isa), id=f"{name}-{native.ISAS[isa]}")
+        else:
+            yield pytest.param((name, 0), id=name)
+
+
+BACKENDS = list(_backends())
+
+
+def _select(request, monkeypatch):
+    name, isa = request.param
+    monkeypatch.setattr(native, "isa", isa)
+    return name
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Every backend that can run here, and every code path of the native ones."""
+    return _select(request, monkeypatch)
+
+
+@pytest.fixture(params=[p for p in BACKENDS if p.values[0][0] != "reference"])
+def kernels(request, monkeypatch):
+    """The backends with kernels of their own."""
+    return _select(request, monkeypatch)
+
+
+@pytest.fixture
+def native_kernels():
+    """The native backend on the code path that it picks itself."""
+    reason = fastpe.available_backends()["cpu"]
+    if reason is not None:
+        pytest.skip(f"backend 'cpu' is not available: {reason}")
+    return "cpu"
+
+
+@pytest.fixture(params=ENCODINGS)
+def make_encoding(request):
+    """Factory of every encoding, (head_dim, num_heads) -> module or None."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_memory(monkeypatch):
+    """Let fastpe find NaN in torch.empty and its kin, so that outputs left unwritten show."""
+
+    def poisoned(make):
+        @functools.wraps(make)
+        def wrapper(*args, **kwargs):
+            x = make(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.split(".")[0] == "fastpe":
+                with torch.no_grad():
+                    x.fill_(math.nan if x.is_floating_point() else -(2**31) + 1)
+            return x
+
+        return wrapper
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Most tensors are tiny: threads would wait for one another; some tests ask for more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone behind the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

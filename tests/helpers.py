@@ -1,0 +1,270 @@
+"""Inputs, runs of fastpe and of the oracle with every gradient, and comparison by error budget."""
+
+import functools
+import math
+
+import oracle
+import torch
+from torch import nn
+
+import fastpe
+
+
+def _float32(name):
+    return 1e-3 if name == "dfreqs" else 1e-4 if name[0] == "d" else 1e-5
+
+
+# MATH section 13, T1, T4 and T7, relative; for gradients in half precision, where it has no figure,
+# three times the one for outputs
+TOLERANCES = {
+    torch.float64: lambda name: 1e-11,
+    torch.float32: _float32,
+    torch.bfloat16: lambda name: 3e-2 if name[0] == "d" else 1e-2,
+    torch.float16: lambda name: 3e-2 if name[0] == "d" else 1e-2,
+}
+
+
+class Fade(fastpe.PositionalEncoding):
+    """A level-0 encoding: only `features`, in plain PyTorch; products fade with the lag."""
+
+    def __init__(self, head_dim, num_heads):
+        super().__init__(head_dim, num_heads)
+        self.rate = nn.Parameter(torch.linspace(0.01, 0.02, num_heads))
+
+    @property
+    def feature_dim(self):
+        return self.head_dim
+
+    def features(self, x, positions, side):
+        sign = -1 if side == "q" else 1
+        return x * torch.exp(sign * self.rate.double() * positions)[..., None].to(x.dtype)
+
+    def kernel(self, positions_q, positions_k=None):
+        lag = self._levels(positions_q) - self._levels(positions_k)
+        c = torch.exp(-self.rate.detach().double() * lag)
+        return c[..., None, None] * torch.eye(self.head_dim, dtype=torch.float64)
+
+    def oracle(self, params, x, positions, side):
+        """See `oracle.encode`."""
+        growth = torch.exp(params["rate"] * positions).to(x.dtype)[..., None]
+        return x / growth if side == "q" else x * growth
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_inputs(b, t, h, d, e, dtype=torch.float64, seed=0):
+    """Return q, k [B, T, H, D] and v [B, T, H, E], standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (b, t, h, d), (b, t, h, d), (b, t, h, e)
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+
+
+def make_positions(encoding, b, t, seed=0):
+    """Return structure positions [B, T, L]: real, repeated, unordered, of both signs."""
+    if encoding is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-20, 60, (b, t, encoding.num_levels), generator=generator)
+    return labels.double() / 2
+
+
+def make_state(encoding, b, h, d, e, dtype, **options):
+    """Return a state with random contents, s of both signs and z positive."""
+    q, k, v = make_inputs(b, 1, h, d, e, dtype, seed=5)
+    positions = make_positions(encoding, b, 1)
+    with torch.no_grad():
+        state = fastpe.causal_linear_attention(
+            *(q, k, v),
+            pos_encoding=encoding,
+            positions=positions,
+            output_final_state=True,
+            backend="reference",
+            **options,
+        )[1]
+    generator = torch.Generator().manual_seed(6)
+    s, z = (
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        for x in (state.s, state.z)
+    )
+    return state._replace(s=s, z=z.abs())
+
+
+def gradients(outputs, leaves, seed=7):
+    """Return the gradients of a random linear form of the outputs, by name ("dq", ...)."""
+    loss = 0
+    for i, x in enumerate(outputs.values()):
+        generator = torch.Generator().manual_seed(seed + i)
+        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        # a gradient that half precision can hold, so that every dtype is given the same
+        loss = loss + (x.double() * weight.to(torch.bfloat16).double()).sum()
+    used = {name: x for name, x in leaves.items() if x.requires_grad}
+    found = torch.autograd.grad(loss, list(used.values()), allow_unused=True)
+    return {
+        f"d{name}": torch.zeros_like(x) if g is None else g
+        for (name, x), g in zip(used.items(), found, strict=True)
+    }
+
+
+def results(outputs, leaves):
+    """Return the outputs and the gradients."""
+    return outputs | gradients(outputs, leaves)
+
+
+def leaf(x, dtype=None):
+    return None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_()
+
+
+class Problem:
+    """One call: inputs, an encoding and options; run by fastpe and by the oracle.
+
+    Results are dicts of o, s, z and the gradients of every input, state and parameter.
+    """
+
+    def __init__(
+        self,
+        encoding=None,
+        dtype=torch.float64,
+        *,
+        shape=(2, 37, 2),
+        d=8,
+        e=6,
+        positions="structure",
+        state=True,
+        **options,
+    ):
+        (b, t, h), d = shape, d if encoding is None else encoding.head_dim
+        if encoding is not None and dtype == torch.float64:
+            encoding.double()
+        self.encoding, self.dtype, self.options = encoding, dtype, options
+        self.q, self.k, self.v = make_inputs(b, t, h, d, e, dtype)
+        self.positions = make_positions(encoding, b, t) if positions == "structure" else positions
+        self.state = make_state(encoding, b, h, d, e, dtype, **options) if state else None
+        self._expected = {}
+
+    @property
+    def levels(self):
+        return 1 if self.encoding is None else self.encoding.num_levels
+
+    def params(self, dtype=None):
+        if self.encoding is None:
+            return {}
+        named = dict(self.encoding.named_parameters())
+        return named if dtype is None else {name: leaf(p, dtype) for name, p in named.items()}
+
+    def run(
+        self,
+        backend,
+        *,
+        layout=lambda x: x,
+        function=fastpe.causal_linear_attention,
+        derive=results,
+        **options,
+    ):
+        """Return the results of fastpe; `layout` makes a view of each of q, k and v."""
+        leaves = {"q": leaf(self.q), "k": leaf(self.k), "v": leaf(self.v)}
+        state = self.state
+        if state is not None:
+            leaves |= {"s0": leaf(state.s), "z0": leaf(state.z)}
+            state = state._replace(s=leaves["s0"], z=leaves["z0"])
+        if self.positions is not None:
+            leaves["positions"] = leaf(self.positions)
+        o, final = function(
+            *(layout(leaves[name]) for name in "qkv"),
+            pos_encoding=self.encoding,
+            positions=leaves.get("positions"),
+            initial_state=state,
+            output_final_state=True,
+            backend=backend,
+            **(self.options | options),
+        )
+        outputs, leaves = {"o": o, "s": final.s, "z": final.z}, leaves | self.params()
+        return derive(outputs, leaves)
+
+    def expected(self, dtype=torch.float64, form="direct"):
+        """Return the results of the oracle, computed in a dtype from the same numbers."""
+        if (dtype, form) not in self._expected:
+            self._expected[dtype, form] = self.compute(dtype, form)
+        return self._expected[dtype, form]
+
+    def compute(self, dtype=torch.float64, form="direct", derive=results):
+        """Return the same, computed anew."""
+        leaves = {name: leaf(getattr(self, name), dtype) for name in "qkv"}
+        if self.state is not None:
+            leaves |= {"s0": leaf(self.state.s, dtype), "z0": leaf(self.state.z, dtype)}
+        if self.positions is not None:
+            leaves["positions"] = leaf(self.positions, torch.float64)
+        params = self.params(compute_dtype(dtype))
+        o, s, z = oracle.attention(
+            *(leaves[name] for name in "qkv"),
+            self.encoding,
+            leaves.get("positions"),
+            params,
+            s0=leaves.get("s0"),
+            z0=leaves.get("z0"),
+            start=0 if self.state is None else self.state.length,
+            form=form,
+            **self.options,
+        )
+        outputs, leaves = {"o": o, "s": s, "z": z}, leaves | params
+        return derive(outputs, leaves)
+
+    def plain(self, dtype):
+        """Return what plain PyTorch gives at a dtype, in two orders of summation."""
+        return [self.expected(dtype, form) for form in ("matmul", "recurrent")]
+
+    def check(self, actual):
+        """Compare results with the oracle's, in the error budget of the dtype."""
+        plain = [] if self.dtype == torch.float64 else self.plain(self.dtype)
+        assert_close(actual, self.expected(), plain, self.dtype)
+
+
+@functools.cache
+def problem(make_encoding, dtype=torch.float64, *, shape=(2, 37, 2), d=8, **options):
+    """Return the problem of an encoding's factory; the oracle runs once for all backends."""
+    return Problem(make_encoding(d, shape[2]), dtype, shape=shape, d=d, **options)
+
+
+def error(actual, exact):
+    """Return the largest difference, in float64; NaN counts as infinite."""
+    if not exact.numel():
+        return 0.0
+    gap = (actual.detach().double() - exact.detach().double()).abs().max().item()
+    return gap if gap == gap else math.inf
+
+
+def rms(x):
+    return x.detach().double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_close(actual, exact, plain=(), dtype=torch.float64):
+    """Check each tensor of a dict against the exact one.
+
+    The largest error, over the largest number, must be within what MATH section 13 asks. Below
+    float64 the root mean square of the errors must also be within twice that of the same maths in
+    plain PyTorch at that dtype (the worst of `plain`, each a dict), and one rounding.
+    """
+    failures = []
+    for name, x in actual.items():
+        assert x.shape == exact[name].shape, (name, x.shape, exact[name].shape)
+        assert not x.isnan().any(), name
+        size = exact[name].detach().abs().max().item() if x.numel() else 0.0
+        worst, allowed = error(x, exact[name]), TOLERANCES[dtype](name) * size
+        if worst > allowed:
+            failures.append(f"{name}: off by {worst:.3g}, allowed {allowed:.3g}, norm {size:.3g}")
+        if dtype != torch.float64:
+            off = rms(x.double() - exact[name])
+            budget = 2 * max(rms(p[name] - exact[name]) for p in plain)
+            budget += torch.finfo(dtype).eps * rms(exact[name])
+            if off > budget:
+                failures.append(f"{name}: rms {off:.3g}, allowed {budget:.3g}")
+    assert not failures, "; ".join(failures)
+
+
+def assert_within(actual, exact, tolerance, name="o"):
+    """Check one tensor against another, in max norm relative to it."""
+    assert actual.shape == exact.shape, (name, actual.shape, exact.shape)
+    off = error(actual, exact)
+    size = exact.detach().abs().max().item() if exact.numel() else 0.0
+    assert off <= tolerance * size, f"{name}: off by {off:.3g} of {size:.3g}, {tolerance:.1g} asked"

@@ -1,0 +1,376 @@
+"""Noise: the generator, its keys, and when it is redrawn."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from conftest import encodings
+from helpers import assert_within, make_inputs
+from torch.utils.checkpoint import checkpoint
+
+from fastpe import FStripe, SineSPE, causal_linear_attention, noise
+from fastpe.nn import CausalLinearAttention
+from fastpe.ops import philox_normal
+
+NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff")
+
+
+def _native(seed, step, module, kind, shape, dtype=torch.float64):
+    return philox_normal(torch.tensor(seed), torch.tensor(step), module, kind, shape, dtype)
+
+
+def _python(seed, step, module, kind, shape, dtype=torch.float64):
+    return noise.philox_normal(torch.tensor(seed), torch.tensor(step), module, kind, shape, dtype)
+
+
+@pytest.fixture(params=["PyTorch", "native"])
+def draw(request, backend):
+    """The generator in PyTorch and the native one on every code path."""
+    if request.param == "PyTorch":
+        if backend != "reference":
+            pytest.skip("not native")
+        return _python
+    if backend == "reference":
+        pytest.skip("native")
+    return _native
+
+
+def test_known_answers(draw):
+    """T13: the vectors of MATH section 9."""
+    first = draw(1234, 0, 0, noise.SINE, (1, 1, 4))
+    wanted = [1.229155497, -1.616490416, 0.464621076, -1.560540540]
+    assert first.flatten().tolist() == pytest.approx(wanted, abs=6e-10)
+    gate = draw(1234, 7, 5, noise.GATE, (4, 1, 4))[3]
+    wanted = [0.377228256, -0.009702196, 0.412221033, 0.171122600]
+    assert gate.flatten().tolist() == pytest.approx(wanted, abs=6e-10)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [(0, 0, 0, 0), (1234, 3, 5, 1), (2**62 - 1, 2**31 + 7, 2**29 - 1, 3), (-5, 9, 1, 0)],
+    ids=str,
+)
+def test_every_number_is_philox(draw, key):
+    """Against Philox4x32-10 on Python integers; all 64 bits of the seed count."""
+    seed, step, module, kind = key
+    wanted = oracle.normal(seed % 2**64, step % 2**32, module, kind, 5, 3, 10)
+    assert_within(draw(*key, (5, 3, 10)), wanted, 1e-14)
+    assert_within(draw(*key, (5, 3, 10), torch.float32), wanted, 1e-7)
+
+
+def test_prefix_stable(draw):
+    """T13: a longer or wider draw begins with the shorter one, to the bit."""
+    whole = draw(9, 2, 0, 0, (6, 7, 33))
+    for shape in ((6, 7, 1), (6, 7, 32), (6, 3, 33), (2, 7, 33), (1, 1, 5)):
+        part = draw(9, 2, 0, 0, shape)
+        assert torch.equal(part, whole[: shape[0], : shape[1], : shape[2]])
+
+
+def test_native_is_the_same_to_rounding(kernels):
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-7)):
+        key = (2**40 + 17, 12, 3, noise.SINE, (20, 21, 66), dtype)
+        assert _native(*key).dtype == dtype
+        assert_within(_native(*key), _python(*key), tolerance)
+
+
+def test_keys_are_independent(draw):
+    """Each of seed, step, module and kind gives other numbers, standard normal ones."""
+    draws = [
+        draw(*key, (50, 10, 40))
+        for key in ((1, 0, 0, 0), (2, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1))
+    ] + [draw(1 + 2**50, 0, 0, 0, (50, 10, 40))]
+    n = draws[0].numel()
+    for i, x in enumerate(draws):
+        assert abs(x.mean()) < 5 / n**0.5
+        assert abs(x.var() - 1) < 5 * (2 / n) ** 0.5
+        assert abs((x**4).mean() - 3) < 5 * (96 / n) ** 0.5
+        for y in draws[:i]:
+            assert abs((x * y).mean()) < 5 / n**0.5
+
+
+# modules
+
+
+def _attend(encoding, x, **options):
+    q, k, v = x
+    return causal_linear_attention(q, k, v, pos_encoding=encoding, **options)
+
+
+@pytest.mark.parametrize("make", NOISY)
+def test_seed_and_step_are_in_the_state_dict(backend, make):
+    x = make_inputs(1, 9, 2, 8, 8, torch.float32)
+    one, other = make(8, 2), make(8, 2)
+    other.seed += 1
+    assert {"seed", "step"} <= set(one.state_dict())
+    assert one.state_dict()["seed"].dtype == one.state_dict()["step"].dtype == torch.int64
+    one.resample_()
+    one.resample_()
+    before = _attend(one, x, backend=backend)
+    assert not torch.equal(_attend(other, x, backend=backend), before)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(_attend(other, x, backend=backend), before)
+    assert torch.equal(_attend(copy.deepcopy(one), x, backend=backend), before)
+    assert torch.equal(other.noise_key, one.noise_key)
+    other.resample_()
+    assert not torch.equal(_attend(other, x, backend=backend), before)
+    assert torch.equal(_attend(one, x, backend=backend), before)
+
+
+def test_default_seed_comes_from_torch():
+    torch.manual_seed(3)
+    first, second = SineSPE(4, 1), SineSPE(4, 1)
+    torch.manual_seed(3)
+    assert SineSPE(4, 1).seed == first.seed != second.seed
+    assert SineSPE(4, 1, seed=7).seed == 7
+
+
+def _layer(backend="reference", kind=SineSPE, **options):
+    torch.manual_seed(5)
+    options = {"num_sines": 2, "num_realizations": 8, "seed": 1} | options
+    return CausalLinearAttention(8, 2, pos_encoding=kind(4, 2, **options), backend=backend)
+
+
+def _keys(layer, n, x):
+    keys = []
+    for _ in range(n):
+        layer(x)
+        keys.append(layer.pos_encoding.noise_key[1].item())
+    return keys
+
+
+@pytest.mark.parametrize("kind", [SineSPE, FStripe])
+def test_redraw_policy(kind):
+    x = torch.randn(2, 5, 8)
+    assert len(set(_keys(_layer(kind=kind), 6, x))) == 6
+    every = _keys(_layer(kind=kind, resample=3), 9, x)
+    assert len(set(every)) in (3, 4)
+    assert max(every.count(key) for key in every) == 3
+    assert every == sorted(every)
+    never = _layer(kind=kind, resample="never")
+    assert len(set(_keys(never, 4, x))) == 1
+    assert torch.equal(never(x), never(x))
+    layer = _layer(kind=kind)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert len(set(_keys(layer, 4, x))) == 1
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert len(set(_keys(layer, 4, x))) == 4
+
+
+def test_training_goes_on_from_a_checkpoint():
+    x = torch.randn(1, 5, 8)
+    layer, resumed = _layer(), _layer()
+    for _ in range(3):
+        layer(x)
+    resumed.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), resumed(x))
+    assert torch.equal(layer(x), resumed(x))
+
+
+def test_prefill_and_decode_use_one_noise(backend):
+    """In training mode too: a sequence that goes on does not redraw."""
+    layer = _layer(backend)
+    x = torch.randn(2, 9, 8)
+    layer.eval()
+    whole = layer(x)
+    layer.train()
+    layer.pos_encoding.maybe_resample_ = lambda: None
+    y, state = layer(x[:, :4], output_final_state=True)
+    del layer.pos_encoding.maybe_resample_
+    parts = [y]
+    y, state = layer(x[:, 4:7], initial_state=state, output_final_state=True)
+    parts.append(y)
+    for t in (7, 8):
+        y, state = layer.step(x[:, t], state)
+        parts.append(y[:, None])
+    assert_within(torch.cat(parts, 1), whole, 2e-5)
+
+
+# activation checkpointing
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, backend, **options):
+        super().__init__()
+        self.attention = _layer(backend, **options)
+        self.dropout = torch.nn.Dropout(0.2)
+
+    def forward(self, x):
+        return x + self.dropout(self.attention(x))
+
+
+def _train(blocks, x, run, steps=2):
+    """Return losses, gradients and keys of a few steps, from one state of torch's generator."""
+    torch.manual_seed(8)
+    out = []
+    for _ in range(steps):
+        leaf = x.clone().requires_grad_()
+        y = leaf
+        for block in blocks:
+            y = run(block, y)
+        blocks.zero_grad()
+        y.square().sum().backward()
+        out += [y.detach(), leaf.grad, *(p.grad.clone() for p in blocks.parameters())]
+    keys = [block.attention.pos_encoding.noise_key for block in blocks]
+    return [*out, *keys]
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("resample", ["forward", 2, "never"])
+def test_checkpoint_recomputes_with_the_same_noise(backend, reentrant, resample):
+    """Gradients to the bit, for one block and for two, and over steps."""
+    blocks = torch.nn.ModuleList([_Block(backend, resample=resample) for _ in range(2)])
+    again = copy.deepcopy(blocks)
+    x = torch.randn(2, 7, 8)
+    plain = _train(blocks, x, lambda block, y: block(y))
+    saved = _train(again, x, lambda block, y: checkpoint(block, y, use_reentrant=reentrant))
+    for actual, expected in zip(saved, plain, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpoint_of_several_forwards(backend, reentrant):
+    """Two forwards before one backward, as in accumulation: each gets its own noise again."""
+    block = _Block(backend)
+    again = copy.deepcopy(block)
+    x = torch.randn(2, 7, 8)
+
+    def run(module, call):
+        torch.manual_seed(8)
+        leaf = x.clone().requires_grad_()
+        (call(module, leaf).square().sum() + call(module, 2 * leaf).sum()).backward()
+        after = module(x)  # the noise goes on, too
+        return [leaf.grad, *(p.grad for p in module.parameters()), after]
+
+    plain = run(block, lambda module, y: module(y))
+    saved = run(again, lambda module, y: checkpoint(module, y, use_reentrant=reentrant))
+    for actual, expected in zip(saved, plain, strict=True):
+        # reentrant backward adds up the same numbers in another order
+        assert_within(actual, expected, 1e-6 if reentrant else 0)
+
+
+def test_checkpoint_leaves_the_step_alone():
+    """Afterwards evaluation uses the noise that it would without checkpointing."""
+    block = _Block("reference")
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    (
+        checkpoint(block, x, use_reentrant=False) + checkpoint(block, x, use_reentrant=False)
+    ).sum().backward()
+    assert block.attention.pos_encoding.noise_key[1] == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpoint_without_the_generator_is_refused(backend, reentrant):
+    block = _Block(backend)
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    y = checkpoint(block, x, use_reentrant=reentrant, preserve_rng_state=False)
+    with pytest.raises(RuntimeError, match="preserve_rng_state=True"):
+        y.sum().backward()
+
+
+# sharing over layers
+
+
+def test_sharing_over_layers():
+    """One draw of the codes for all layers, gates of their own (MATH section 2.3)."""
+    torch.manual_seed(0)
+    source = SineSPE(4, 2, num_sines=2, num_realizations=8, seed=1)
+    shares = [source.share(), source.share()]
+    shares.append(shares[0].share())
+    maps = [e.position_map("q") for e in (source, *shares)]
+    for other in maps[1:]:
+        assert torch.equal(other.freq, maps[0].freq)
+        assert torch.equal(other.offset, maps[0].offset)
+        assert torch.equal(other.noise[:, :, :-1], maps[0].noise[:, :, :-1])
+    gates = [m.noise[:, :, -1] for m in maps]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(gates[i], gates[j])
+    wanted = oracle.normal(1, 0, shares[1].module_id, noise.GATE, 8, 1, 8)
+    assert_within(gates[2], wanted.view(2, 4, 8), 1e-7)
+    assert [name for name, _ in shares[0].named_parameters(recurse=False)] == ["gate"]
+
+
+def test_first_layer_redraws_for_all(backend):
+    torch.manual_seed(0)
+    source = SineSPE(4, 2, num_sines=2, num_realizations=8, seed=1)
+    layers = torch.nn.Sequential(
+        *(
+            CausalLinearAttention(8, 2, pos_encoding=e, backend=backend)
+            for e in (source, source.share(), source.share())
+        )
+    )
+    x = torch.randn(2, 5, 8)
+    encodings_of = [layer.pos_encoding for layer in layers]
+    for step in (1, 2, 3):
+        layers(x)
+        assert [e.noise_key.tolist() for e in encodings_of] == [[1, step]] * 3
+    names = [name for name, _ in layers.named_parameters() if "freqs" in name]
+    assert names == ["0.pos_encoding.freqs"]
+    layers.eval()
+    twin = copy.deepcopy(layers)
+    assert torch.equal(twin(x), layers(x))
+    assert twin[1].pos_encoding.source is twin[0].pos_encoding
+    with torch.no_grad():
+        twin[0].pos_encoding.freqs.add_(1)
+    assert torch.equal(
+        twin[1].pos_encoding.position_map("k").freq, twin[0].pos_encoding.position_map("k").freq
+    )
+    layers.train()
+    layers(x)
+    twin.load_state_dict(layers.state_dict())
+    layers.eval()
+    assert torch.equal(twin(x), layers(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointed_layers_that_share(backend, reentrant):
+    """Each layer is run again alone, behind the forward of another batch."""
+    blocks = torch.nn.ModuleList(_Block(backend) for _ in range(3))
+    source = blocks[0].attention.pos_encoding
+    for block in blocks[1:]:
+        block.attention.pos_encoding = source.share()
+    again = copy.deepcopy(blocks)
+    batches = torch.randn(2, 2, 7, 8)
+
+    def run(blocks, call):
+        torch.manual_seed(8)
+        leaf = batches.clone().requires_grad_()
+        outputs = []
+        for x in leaf:
+            for block in blocks:
+                x = call(block, x)
+            outputs.append(x.square().sum())
+        sum(outputs).backward()
+        return [leaf.grad, *(p.grad for p in blocks.parameters())]
+
+    plain = run(blocks, lambda block, y: block(y))
+    saved = run(again, lambda block, y: checkpoint(block, y, use_reentrant=reentrant))
+    for actual, expected in zip(saved, plain, strict=True):
+        assert_within(actual, expected, 1e-5)
+
+
+def test_noise_survives_inference_mode(backend):
+    """What evaluation leaves behind can be trained on, and a module made there can be used."""
+    q, k, v = make_inputs(1, 6, 2, 4, 4, torch.float32)
+    encoding = SineSPE(4, 2, num_realizations=8, resample="never")
+    with torch.inference_mode():
+        before = _attend(encoding, (q, k, v), backend=backend)
+    q.requires_grad_()
+    o = _attend(encoding, (q, k, v), backend=backend)
+    o.sum().backward()
+    assert torch.equal(o, before)
+    with torch.inference_mode():
+        made_here = SineSPE(4, 2, num_realizations=8)
+        assert _attend(made_here, (q, k, v), backend=backend).isfinite().all()
+
+
+def test_state_belongs_to_its_noise():
+    layer = _layer()
+    x = torch.randn(1, 4, 8)
+    _, state = layer(x, output_final_state=True)
+    layer.pos_encoding.resample_()
+    with pytest.raises(ValueError, match="noise"):
+        layer.step(x[:, 0], state)
