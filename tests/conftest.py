@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from helpers import Fade
 
 import fastpe
 from fastpe.backends import native
+
+
+def pytest_addoption(parser):
+    parser.addoption("--library", help="test this build of the CPU library (scripts/sanitize.sh)")
+
+
+def pytest_configure(config):
+    if config.getoption("--library"):
+        native.LIBRARY = Path(config.getoption("--library"))
 
 
 def _factory(kind, **options):
@@ -77,7 +87,11 @@ def _backends():
             yield pytest.param((name, 0), id=name)
 
 
-BACKENDS = list(_backends())
+def pytest_generate_tests(metafunc):
+    # not before --library has been read
+    for name in {"backend", "kernels"} & set(metafunc.fixturenames):
+        rows = [p for p in _backends() if name == "backend" or p.values[0][0] != "reference"]
+        metafunc.parametrize(name, rows, indirect=True)
 
 
 def _select(request, monkeypatch):
@@ -86,13 +100,13 @@ def _select(request, monkeypatch):
     return name
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def backend(request, monkeypatch):
     """Every backend that can run here, and every code path of the native ones."""
     return _select(request, monkeypatch)
 
 
-@pytest.fixture(params=[p for p in BACKENDS if p.values[0][0] != "reference"])
+@pytest.fixture
 def kernels(request, monkeypatch):
     """The backends with kernels of their own."""
     return _select(request, monkeypatch)

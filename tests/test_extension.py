@@ -85,8 +85,8 @@ def test_philox_normal():
     torch.library.opcheck(torch.ops.fastpe.philox_normal.default, arguments, test_utils=TESTS)
 
 
-# what noise is in use is read from buffers, which FakeTensorMode alone does not allow; torch.compile
-# does without, and opcheck above has the noise
+# which noise is in use is read from buffers: FakeTensorMode alone does not allow it, torch.compile
+# does without, and opcheck above has it
 @pytest.mark.parametrize("make", encodings("-sinespe", "-sinespe-ungated", "-fstripe-sff"))
 def test_fakes_agree_with_the_kernels(native_kernels, make):
     """Shapes, dtypes and strides of fake tensors: outputs, states and gradients."""
