@@ -76,7 +76,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[
             Extension(
-                "fastpe._lib.libfastpe_cpu",
+                "fastpe.libfastpe_cpu",
                 ["csrc/cpu.cpp", "csrc/cpu_kernels.cpp"],
                 depends=HEADERS,
                 optional=True,

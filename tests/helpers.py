@@ -182,20 +182,23 @@ class Problem:
         outputs, leaves = {"o": o, "s": final.s, "z": final.z}, leaves | self.params()
         return derive(outputs, leaves)
 
-    def expected(self, dtype=torch.float64, form="direct"):
-        """Return the results of the oracle, computed in a dtype from the same numbers."""
-        if (dtype, form) not in self._expected:
-            self._expected[dtype, form] = self.compute(dtype, form)
-        return self._expected[dtype, form]
+    def expected(self, *how, **more):
+        """Return the results of the oracle, computed once."""
+        key = *how, *more.items()
+        if key not in self._expected:
+            self._expected[key] = self.compute(*how, **more)
+        return self._expected[key]
 
-    def compute(self, dtype=torch.float64, form="direct", derive=results):
-        """Return the same, computed anew."""
+    def compute(self, dtype=torch.float64, form="direct", *, rounding=None, derive=results):
+        """Return the results of the oracle, in a dtype, from numbers rounded to another."""
         leaves = {name: leaf(getattr(self, name), dtype) for name in "qkv"}
         if self.state is not None:
             leaves |= {"s0": leaf(self.state.s, dtype), "z0": leaf(self.state.z, dtype)}
         if self.positions is not None:
             leaves["positions"] = leaf(self.positions, torch.float64)
         params = self.params(compute_dtype(dtype))
+        if rounding is not None:
+            round_(leaves | params, rounding)
         o, s, z = oracle.attention(
             *(leaves[name] for name in "qkv"),
             self.encoding,
@@ -211,8 +214,12 @@ class Problem:
         return derive(outputs, leaves)
 
     def plain(self, dtype):
-        """Return what plain PyTorch gives at a dtype, in two orders of summation."""
-        return [self.expected(dtype, form) for form in ("matmul", "recurrent")]
+        """Return what plain PyTorch gives at a dtype, in two orders of summation, and one rounding.
+
+        The rounding is that of the inputs: exact arithmetic on numbers off by their last digit.
+        """
+        forms = [self.expected(dtype, form) for form in ("matmul", "recurrent")]
+        return [*forms, self.expected(torch.float64, "direct", rounding=dtype)]
 
     def check(self, actual):
         """Compare results with the oracle's, in the error budget of the dtype."""
@@ -224,6 +231,17 @@ class Problem:
 def problem(make_encoding, dtype=torch.float64, *, shape=(2, 37, 2), d=8, **options):
     """Return the problem of an encoding's factory; the oracle runs once for all backends."""
     return Problem(make_encoding(d, shape[2]), dtype, shape=shape, d=d, **options)
+
+
+def round_(leaves, dtype):
+    """Change each number by one unit in the last place of a dtype, up or down."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, x in leaves.items():
+            # positions are exact; states and parameters are in float32 for half precision
+            unit = torch.finfo(dtype if name in "qkv" else compute_dtype(dtype)).eps
+            signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+            x.mul_(1 + unit * signs * (name != "positions"))
 
 
 def error(actual, exact):

@@ -14,10 +14,10 @@ from fastpe import causal_linear_attention
 BY_NAME = {p.id: p.values[0] for p in ENCODINGS}
 # the same examples every time; the fixture of a backend is the same for all of them
 fixed = settings(
-    derandomize=True,
+    derandomize=False,
     deadline=None,
     database=None,
-    max_examples=40,
+    max_examples=300,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -52,7 +52,7 @@ def test_any_problem(backend, case, chunk_size):
 
 
 @st.composite
-def strided(draw, shape):
+def strided(draw, shape, dtype):
     """A view of a shape [B, T, H, D] somewhere in a larger tensor, in any order of dimensions."""
     order = draw(st.permutations(range(4)))
     steps = [draw(st.integers(1, 3)) for _ in range(4)]
@@ -63,7 +63,7 @@ def strided(draw, shape):
         for n, step, start, wide in zip(shape, steps, starts, spread, strict=True)
     ]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 100)))
-    x = torch.randn([sizes[i] for i in order], generator=generator)
+    x = torch.randn([sizes[i] for i in order], generator=generator, dtype=dtype)
     x = x.permute([order.index(i) for i in range(4)])
     for i, (n, step, start, wide) in enumerate(zip(shape, steps, starts, spread, strict=True)):
         x = (
@@ -84,8 +84,11 @@ def test_any_strides(backend, data):
     d, e = 2 * data.draw(st.integers(1, 9)), data.draw(st.integers(1, 18))
     name = data.draw(st.sampled_from(["none", "rope", "rope-half", "ropepool", "sinespe"]))
     encoding = BY_NAME[name](d, h)
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    if encoding is not None:
+        encoding.to(dtype)
     shapes = (b, t, h, d), (b, t, h, d), (b, t, h, e), (b, t, h, e)
-    *views, weight = (data.draw(strided(torch.Size(s))) for s in shapes)
+    *views, weight = (data.draw(strided(torch.Size(s), dtype)) for s in shapes)
     options = {"pos_encoding": encoding, "backend": backend}
 
     def run(tensors, weight):
@@ -96,7 +99,7 @@ def test_any_strides(backend, data):
     expected = run([x.contiguous() for x in views], weight.contiguous())
     for actual, wanted in zip(run(views, weight), expected, strict=True):
         if backend == "reference":
-            assert_within(actual, wanted, 1e-4)
+            assert_within(actual, wanted, 1e-9)
         else:
             assert torch.equal(actual, wanted)
 

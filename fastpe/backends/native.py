@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..maps import SineMap
 
-LIBRARY = Path(__file__).parent.parent / "_lib" / "libfastpe_cpu.so"
+LIBRARY = Path(__file__).parent.parent / "libfastpe_cpu.so"
 ISAS = ("best", "portable", "avx2", "avx512")
 # the code path to run, an index into ISAS; tests try each
 isa = 0
