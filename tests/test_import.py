@@ -55,7 +55,7 @@ def test_import_starts_nothing():
 def without_library(tmp_path):
     """A copy of the package as it is where nothing could be compiled."""
     shutil.copytree(
-        PACKAGE, tmp_path / "fastpe", ignore=shutil.ignore_patterns("_lib", "__pycache__")
+        PACKAGE, tmp_path / "fastpe", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     return {"cwd": tmp_path, "env": {"PATH": "", "PYTHONPATH": str(tmp_path), "HOME": "/"}}
 
@@ -90,7 +90,7 @@ except RuntimeError as error:
 
 def test_broken_library(without_library):
     """A file that is no library counts as missing, and its error is passed on."""
-    library = without_library["cwd"] / "fastpe" / "_lib" / "libfastpe_cpu.so"
+    library = without_library["cwd"] / "fastpe" / "libfastpe_cpu.so"
     library.parent.mkdir()
     library.write_bytes(b"not a library")
     out = _python("import fastpe; print(fastpe.available_backends())", **without_library)
