@@ -271,7 +271,8 @@ def assert_close(actual, exact, plain=(), dtype=torch.float64):
         worst, allowed = error(x, exact[name]), TOLERANCES[dtype](name) * size
         if worst > allowed:
             failures.append(f"{name}: off by {worst:.3g}, allowed {allowed:.3g}, norm {size:.3g}")
-        if dtype != torch.float64:
+        # of a few numbers the root mean square is one draw of the error, not its size
+        if dtype != torch.float64 and x.numel() >= 32:
             off = rms(x.double() - exact[name])
             budget = 2 * max(rms(p[name] - exact[name]) for p in plain)
             budget += torch.finfo(dtype).eps * rms(exact[name])
