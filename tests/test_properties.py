@@ -1,4 +1,4 @@
-"""Any shape, any strides, any dtype: hypothesis draws them, the oracle decides."""
+"""Any shape, any strides: hypothesis draws them, the oracle decides."""
 
 import itertools
 
@@ -29,7 +29,8 @@ def problems(draw):
     if "rope" in name:
         d += d % 2
     shape = draw(st.integers(1, 3)), draw(st.integers(1, 40)), h
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    # half precision has tests of its own: here cancelling gradients have no bound known beforehand
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
     feature_map = draw(st.sampled_from(["elu1", "relu", "exp", "identity"]))
     # weights of one feature, or of both signs, leave a sum that may vanish
     normalize = draw(st.booleans()) if feature_map in ("elu1", "relu") and d > 2 else False
