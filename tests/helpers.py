@@ -266,7 +266,8 @@ def assert_close(actual, exact, plain=(), dtype=torch.float64):
         assert not x.isnan().any(), name
         size = wanted.abs().max().item() if x.numel() else 0.0
         measures = [(error, size, tolerance(name, dtype) * size)]
-        if dtype != torch.float64:
+        # of a few numbers the root mean square is one draw of the error, not its size
+        if dtype != torch.float64 and x.numel() >= 64:
             measures.append((lambda x, y: rms(x.double() - y.double()), rms(wanted), 0.0))
         for measure, norm, allowed in measures:
             if plain:
