@@ -70,9 +70,9 @@ class Scan {
 
   void backward(int64_t b, int64_t begin, int64_t end) {
     enter(b, begin, end);
-    prepare_gradient();
     bool positional = args_.grad_freq || args_.grad_positions;
-    if (args_.grad_q.data || positional) run<kGradQ>();
+    prepared_ = args_.grad_q.data || positional;
+    if (prepared_) run<kGradQ>();
     if (args_.grad_k.data || args_.grad_v.data || args_.grad_s0 || args_.grad_z0 || positional)
       run<kGradKV>();
     if (!args_.grad_freq) return;
@@ -125,17 +125,13 @@ class Scan {
   }
 
   // inverse[t] = 1 / divisor, delta[t] = d loss / d den
-  void prepare_gradient() {
-    for (int64_t t = 0; t < args_.T; ++t)
-      for (int64_t i = 0; i < count_; ++i) {
-        const Head &x = heads_[i];
-        x.inverse[t] = 1, x.delta[t] = 0;
-        if (!normalizes()) continue;
-        S sign, den = ((const S *)args_.den)[x.index * args_.T + t];
-        x.inverse[t] = 1 / divisor(den, &sign);
-        const S *g = x.grad_o.get(t, row_), *o = x.o.get(t, row_ + ld_);
-        x.delta[t] = -sign * dot(g, o, args_.E) * x.inverse[t];
-      }
+  void prepare_gradient(const Head &x, int64_t t) {
+    x.inverse[t] = 1, x.delta[t] = 0;
+    if (!normalizes()) return;
+    S sign, den = ((const S *)args_.den)[x.index * args_.T + t];
+    x.inverse[t] = 1 / divisor(den, &sign);
+    const S *g = x.grad_o.get(t, row_), *o = x.o.get(t, row_ + ld_);
+    x.delta[t] = -sign * dot(g, o, args_.E) * x.inverse[t];
   }
 
   static S dot(const S *x, const S *y, int64_t width) {
@@ -187,6 +183,7 @@ class Scan {
     if (role != kGradQ) head.q.prefetch(t);
     head.k.prefetch(t), head.v.prefetch(t);
     if (role != kForward) head.grad_o.prefetch(t);
+    if (role == kGradQ) head.o.prefetch(t);
   }
 
   // out [n, columns] = tril(scores) c + a state
@@ -224,6 +221,8 @@ class Scan {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t t = begin_ + i * step_, at = i * ld_;
       const S *turn = rotation_ + 2 * at;
+      // by the first of the two sweeps back
+      if (role == kGradQ || (role == kGradKV && !prepared_)) prepare_gradient(head, t);
       auto feature = [&](const Rows<S> &x, S *out, S *norm) {
         map_.value(x.get(t, row_), turn, ld_, out + at, norm ? norm + at : nullptr, row_ + ld_);
       };
@@ -374,6 +373,7 @@ class Scan {
   Scratch<double> grad_freq_;
   Head heads_[kHeads];
   int64_t batch_ = 0, count_ = 0, begin_ = 0, step_ = 1;
+  bool prepared_ = false;
 };
 
 }  // namespace
