@@ -55,7 +55,7 @@ def providers(
 
     def fused(group: bool) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            sines = encoding.position_map("q")
+            sines = encoding.position_maps()[0]
             return PhaseFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, backend)
 
         return run
@@ -116,9 +116,8 @@ def call(
 
 def check(encoding: nn.Module, x: Tensor, positions: Tensor, rows: dict, setup: Setup) -> None:
     """Raise unless the fused features and dx are those of the specification in float64."""
-    sines = [None if s is None else s for s in encoding.double().position_map("q")]
     wide = x.double().requires_grad_()
-    y = reference.sine_features(wide, positions, type(encoding.position_map("q"))(*sines))
+    y = reference.sine_features(wide, positions, encoding.double().position_maps()[0])
     dy = output_gradient(y)
     (dx,) = torch.autograd.grad(y, wide, dy)
     encoding.float()

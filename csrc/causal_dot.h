@@ -257,12 +257,16 @@ class Scan {
     const int64_t e = args_.E, size = features_ * e;
     const S *s0 = (const S *)args_.s0 + head.index * size;
     S *s = (S *)args_.s + head.index * size;
-    memset((void *)(S *)out_, 0, sizeof(S) * size_t(e));
-    for (int64_t r = 0; r < features_; ++r)
-      for (int64_t j = 0; j < e; ++j) {
+    int64_t j = 0;
+    for (; j + 4 * kLanes<S> <= e; j += 4 * kLanes<S>) step_columns<4>(s0 + j, s + j, j);
+    for (; j + kLanes<S> <= e; j += kLanes<S>) step_columns<1>(s0 + j, s + j, j);
+    for (; j < e; ++j) {
+      out_[j] = 0;
+      for (int64_t r = 0; r < features_; ++r) {
         const S now = s0[r * e + j] + b_[r] * c_[j];
         s[r * e + j] = now, out_[j] += a_[r] * now;
       }
+    }
     if (normalizes()) {
       const int64_t width = norm_width();
       const S *z0 = (const S *)args_.z0 + head.index * width;
@@ -273,6 +277,19 @@ class Scan {
     if (normalizes())
       memcpy((S *)args_.z + head.index * norm_width(), head.running,
              sizeof(S) * size_t(norm_width()));
+  }
+
+  // of the state [R, E], kVectors vectors of each row, the first of them at column j
+  template <int kVectors>
+  void step_columns(const S *before, S *after, int64_t j) {
+    Vec<S> value[kVectors], total[kVectors];
+    for (int i = 0; i < kVectors; ++i) value[i] = load(c_ + j + i * kLanes<S>), total[i] = Vec<S>{};
+    for (int64_t r = 0; r < features_; ++r, before += args_.E, after += args_.E)
+      for (int i = 0; i < kVectors; ++i) {
+        const Vec<S> now = load(before + i * kLanes<S>) + value[i] * b_[r];
+        store(after + i * kLanes<S>, now), total[i] += now * a_[r];
+      }
+    for (int i = 0; i < kVectors; ++i) store(out_ + j + i * kLanes<S>, total[i]);
   }
 
   // sums [n] of the normaliser's features up to each token, in place; the running sum goes on
@@ -302,7 +319,7 @@ class Scan {
         if (normalizes()) {
           S sign, den = dot((map_.split() ? norm_a_ : a_) + at, norm + at, norm_width());
           S inverse = 1 / divisor(den, &sign);
-          ((S *)args_.den)[head.index * args_.T + t] = den;
+          if (args_.den) ((S *)args_.den)[head.index * args_.T + t] = den;
           for (int64_t j = 0; j < args_.E; j += kLanes<S>)
             store(out + j, load(out + j) * inverse);
         }

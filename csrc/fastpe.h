@@ -35,7 +35,7 @@ typedef struct {
   int64_t Hf, W, L, Bp;
   const double *freq, *positions;
   FastpeTensor q, k, v, o;
-  void *den;               // [B, H, T], the sum of weights before eps
+  void *den;               // [B, H, T], the sum of weights before eps; null if not wanted
   const void *s0, *z0;     // [B, H, R, E], [B, H, Rz]
   void *s, *z;             // final state
   // gradient; `grad_o` and what follows are read or written by causal_dot_backward only

@@ -16,6 +16,7 @@ from .validation import (
     check_options,
     check_positions,
     check_state,
+    check_step_positions,
     config,
     shape,
 )
@@ -69,8 +70,10 @@ def causal_linear_attention(
     check_inputs(q, k, v)
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
+    made_with = config(pos_encoding, feature_map, normalize)
+    noise = None if pos_encoding is None else pos_encoding.noise_key
     if initial_state is not None:
-        check_state(initial_state, q, v, pos_encoding, feature_map, normalize)
+        check_state(initial_state, q, v, pos_encoding, normalize, made_with, noise)
     start = 0 if initial_state is None else initial_state.length
     positions = check_positions(positions, pos_encoding, q, start)
     backend = backends.resolve(backend, q.device)
@@ -86,8 +89,6 @@ def causal_linear_attention(
         o, s, z = run(*inputs, chunk_size, backend)
     if not output_final_state:
         return o
-    made_with = config(pos_encoding, feature_map, normalize)
-    noise = None if pos_encoding is None else pos_encoding.noise_key
     return o, LinearAttentionState(s, z, start + q.shape[1], made_with, noise)
 
 
@@ -125,18 +126,7 @@ def causal_linear_attention_step(
     if not isinstance(state, LinearAttentionState):
         raise TypeError(f"state must be a LinearAttentionState, got {type(state).__name__}")
     if positions is not None:
-        if not isinstance(positions, (Tensor, int, float)):
-            raise TypeError(f"positions must be a tensor or number, got {type(positions).__name__}")
-        positions = torch.as_tensor(positions, device=q.device)
-        levels = 1 if pos_encoding is None else pos_encoding.num_levels
-        # [B, L] or [L] into [B, 1, L] or [1, L]
-        batched = positions.ndim == (1 if levels == 1 else 2)
-        if not batched and positions.ndim != (0 if levels == 1 else 1):
-            raise ValueError(
-                f"positions must be one position of {levels} level(s), or [B] of them, "
-                f"got shape {tuple(positions.shape)}"
-            )
-        positions = positions.unsqueeze(1 if batched else 0)
+        positions = check_step_positions(positions, pos_encoding)
     o, state = causal_linear_attention(
         q.unsqueeze(1),
         k.unsqueeze(1),
@@ -231,7 +221,5 @@ def _fused(
 def _maps(
     encoding: PositionalEncoding | None, device: torch.device
 ) -> tuple[Rotation | SineMap | None, Rotation | SineMap | None]:
-    if encoding is None:
-        return None, None
-    map_q = encoding.position_map("q", device)
-    return map_q, map_q if isinstance(map_q, Rotation) else encoding.position_map("k", device)
+    maps = None if encoding is None else encoding.position_maps(device)
+    return (None, None) if maps is None else maps

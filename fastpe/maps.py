@@ -30,7 +30,7 @@ class SineMap(NamedTuple):
     """Modulate each component by K sines of the position, then project or pool.
 
     Component d gives J rows: gain cos and gain sin of 2 pi (freq . position + offset) for each
-    of K sines, and a constant row when gated.
+    of K sines, and a constant row when gated. All but the noise are float64.
 
     Attributes:
         freq: [H, D, K, L], cycles per unit of position.

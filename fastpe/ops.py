@@ -125,7 +125,7 @@ class CausalDot(torch.autograd.Function):
 def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Apply `CausalDot`; without its bookkeeping where nothing is recorded."""
     if _plain(tensors):
-        o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options)
+        o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
         return o, s, z
     return CausalDot.apply(*tensors, options)
 

@@ -91,27 +91,35 @@ def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
         raise ValueError(f"q must have D = {encoding.head_dim} of pos_encoding, got {shape(q)}")
     if encoding.num_heads not in (None, q.shape[2]):
         raise ValueError(f"q must have H = {encoding.num_heads} of pos_encoding, got {shape(q)}")
-    for parameter in encoding.parameters():
-        if parameter.device != q.device:
-            raise ValueError(f"q must be on pos_encoding's {parameter.device}, got {q.device}")
-        break
+    for x in encoding.map_inputs():
+        if x.device != q.device:
+            raise ValueError(f"q must be on pos_encoding's {x.device}, got {q.device}")
 
 
 def check_positions(
-    positions: Tensor | None, encoding: PositionalEncoding | None, q: Tensor, start: int
+    positions: Tensor | float | None, encoding: PositionalEncoding | None, q: Tensor, start: int
 ) -> Tensor | None:
-    """Return the positions as [B or 1, T, L] in float64; from `start` on by default."""
+    """Return the positions as [B or 1, T, L] in float64; from `start` on by default.
+
+    A number stands for the one position of one token.
+    """
     b, t = q.shape[:2]
     if encoding is None:
         if positions is not None:
-            raise ValueError("positions must be None without pos_encoding, got a tensor")
+            raise ValueError("positions must be None without pos_encoding, got positions")
         return None
     levels = encoding.num_levels
     if positions is None:
         if levels > 1:
             raise ValueError(f"positions must be given for a pos_encoding of {levels} levels")
+        if t == 1:
+            return torch.full((1, 1, 1), start, dtype=torch.float64, device=q.device)
         steps = torch.arange(start, start + t, dtype=torch.float64, device=q.device)
-        return steps[None, :, None]
+        return steps.view(1, t, 1)
+    if type(positions) in (int, float) and t == 1:
+        if not math.isfinite(positions):
+            raise ValueError(f"positions must be finite, got {positions}")
+        return torch.full((1, 1, 1), positions, dtype=torch.float64, device=q.device)
     if not isinstance(positions, Tensor):
         raise TypeError(f"positions must be a tensor, got {type(positions).__name__}")
     if positions.is_complex() or positions.dtype == torch.bool:
@@ -139,6 +147,24 @@ def check_positions(
     return positions
 
 
+def check_step_positions(
+    positions: Tensor | float, encoding: PositionalEncoding | None
+) -> Tensor | float:
+    """Return the positions of one token for `check_positions`: [B, 1, L], [B, 1], or a number."""
+    levels = 1 if encoding is None else encoding.num_levels
+    if not isinstance(positions, Tensor):
+        if isinstance(positions, bool) or not isinstance(positions, (int, float)):
+            raise TypeError(f"positions must be a tensor or number, got {type(positions).__name__}")
+        came, batched = (), False
+    else:
+        came, batched = tuple(positions.shape), positions.ndim == (1 if levels == 1 else 2)
+    if not batched and len(came) != (0 if levels == 1 else 1):
+        raise ValueError(
+            f"positions must be one position of {levels} level(s), or [B] of them, got shape {came}"
+        )
+    return positions.unsqueeze(1 if batched else 0) if isinstance(positions, Tensor) else positions
+
+
 def config(encoding: PositionalEncoding | None, feature_map: str, normalize: bool | str) -> str:
     """Return the configuration that a state belongs to, as text."""
     name = "no encoding" if encoding is None else encoding.signature
@@ -150,13 +176,13 @@ def check_state(
     q: Tensor,
     v: Tensor,
     encoding: PositionalEncoding | None,
-    feature_map: str,
     normalize: bool | str,
+    expected: str,
+    noise: Tensor | None,
 ) -> None:
-    """Check that a state comes from this configuration, noise included."""
+    """Check that a state comes from the configuration `expected`, with this noise key."""
     if not isinstance(state, LinearAttentionState):
         raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
-    expected = config(encoding, feature_map, normalize)
     if state.config != expected:
         raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
     b, _, h, d = q.shape
@@ -170,7 +196,6 @@ def check_state(
                 f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
                 f"got {x.dtype} on {x.device}"
             )
-    noise = None if encoding is None else encoding.noise_key
     if noise is state.noise or torch.compiler.is_compiling():
         return
     if state.noise is None or not torch.equal(noise, state.noise.to(noise.device)):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import warnings
@@ -18,6 +19,7 @@ NAMES = ("auto", *_MODULES, "reference")
 _log = logging.getLogger("fastpe")
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """Return the module of a backend."""
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")

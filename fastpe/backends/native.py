@@ -103,6 +103,14 @@ def _tensor(x: Tensor) -> _Tensor:  # [B, T, H, width]
     return _Tensor(x.data_ptr(), x.stride(), _DTYPES[x.dtype])
 
 
+def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return x.shape, x.stride(), x.dtype
+
+
+def _without_data(layout: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> _Tensor:
+    return _Tensor(None, layout[1], _DTYPES[layout[2]])
+
+
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None or not x.numel() else x.data_ptr()
 
@@ -117,29 +125,36 @@ def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@functools.lru_cache(maxsize=1024)
+def _scan_arguments(q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options: tuple) -> bytes:
+    """Return the arguments but for data, threads and code path: the same for every step."""
+    args = _CausalDot(*q[0], v[0][-1], min(options.chunk, 2**30))
+    args.feature_map = _FEATURE_MAPS[options.feature_map]
+    args.normalize, args.eps = _NORMALIZE[options.normalize], options.eps
+    args.interleaved, args.pool = options.interleaved, options.pool
+    args.map_first, args.scale = options.map_first, options.scale
+    args.q, args.k, args.v = _without_data(q), _without_data(k), _without_data(v)
+    args.Hf, args.W, args.L, args.Bp = *freq, bp
+    return bytes(args)
+
+
 class _Scan:
     """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: tuple) -> None:
         q, k, v, s0, z0, positions, freq = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-        b, t, h, d = q.shape
         self.dtype = _arithmetic(q)
         self.positions = _contiguous(positions, torch.float64)
         self.freq = _contiguous(freq, torch.float64)
         self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
-        self.args = args = _CausalDot(b, t, h, d, v.shape[-1], min(options.chunk, 2**30))
+        rotation = ((0, 0, 0), 0) if freq is None else (freq.shape, positions.shape[0])
+        fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, options)
+        self.args = args = _CausalDot.from_buffer_copy(fixed)
         args.threads, args.isa = torch.get_num_threads(), isa
-        args.feature_map = _FEATURE_MAPS[options.feature_map]
-        args.normalize, args.eps = _NORMALIZE[options.normalize], options.eps
-        args.interleaved, args.pool = options.interleaved, options.pool
-        args.map_first, args.scale = options.map_first, options.scale
-        args.q, args.k, args.v = _tensor(q), _tensor(k), _tensor(v)
+        args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
-        if freq is not None:
-            self.args.Hf, self.args.W, self.args.L = self.freq.shape
-            self.args.Bp = positions.shape[0]
-            self.args.freq, self.args.positions = _pointer(self.freq), _pointer(self.positions)
+        args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
 
 
 def causal_dot(
@@ -151,14 +166,16 @@ def causal_dot(
     positions: Tensor | None,
     freq: Tensor | None,
     options: tuple,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return o, den [B, H, T] and the final state (`ops.CausalDot`)."""
+    *,
+    save: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return o, den [B, H, T] (None unless to be saved) and the final state (`ops.CausalDot`)."""
     scan = _Scan((q, k, v, s0, z0, positions, freq), options)
     b, t, h, d = q.shape
     r = d // 2 if options.pool else d
     rz = 0 if options.normalize == "none" else d if options.map_first else r
-    o = torch.empty(v.shape, dtype=v.dtype)
-    den = torch.empty(b, h, t if rz else 0, dtype=scan.dtype)
+    o = torch.empty(*v.shape, dtype=v.dtype)
+    den = torch.empty(b, h, t if rz else 0, dtype=scan.dtype) if save else None
     s = torch.empty(b, h, r, v.shape[-1], dtype=scan.dtype)
     z = torch.empty(b, h, rz, dtype=scan.dtype)
     scan.args.o, scan.args.den = _tensor(o), _pointer(den)
@@ -217,32 +234,21 @@ class _Sines:
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
         b, t, h, d = x.shape
         self.x = x = x.resolve_neg()
-        self.dtype = _arithmetic(x)
         wide = torch.float64
-        self.tensors = {
-            "positions": _contiguous(positions, wide),
-            "freq": _contiguous(sines.freq, wide),
-            "offset": _contiguous(sines.offset, wide),
-            "gain": _contiguous(sines.gain, wide),
-            "gate": _contiguous(sines.gate, wide),
-            "noise": _contiguous(sines.noise, self.dtype),
-        }
+        self.tensors = (
+            _contiguous(positions, wide),
+            _contiguous(sines.freq, wide),
+            _contiguous(sines.offset, wide),
+            _contiguous(sines.gain, wide),
+            _contiguous(sines.gate, wide),
+            _contiguous(sines.noise, _arithmetic(x)),
+        )
         self.args = _PhaseFeatures(
-            B=b,
-            T=t,
-            H=h,
-            D=d,
-            K=sines.gain.shape[-1],
-            J=sines.rows,
-            R=sines.feature_dim,
-            L=positions.shape[-1],
-            Bp=positions.shape[0],
-            threads=torch.get_num_threads(),
-            isa=isa,
-            pool=sines.pool,
-            group=group,
-            x=_tensor(x),
-            **{name: _pointer(value) for name, value in self.tensors.items()},
+            *(b, t, h, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
+            *(positions.shape[-1], positions.shape[0]),
+            *(torch.get_num_threads(), isa, sines.pool, group),
+            *map(_pointer, self.tensors),
+            _tensor(x),
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,8 @@ from ..maps import Rotation, SineMap
 class PositionalEncoding(nn.Module):
     """A linear map of queries and keys that depends on their positions.
 
-    A new encoding overrides `features` (works on every backend at once), or `position_map`, which
-    the fused kernels read; and `kernel`.
+    A new encoding overrides `features` (works on every backend at once), or `make_maps`, which the
+    fused kernels read; and `kernel`.
 
     Args:
         head_dim: Size D of queries and keys.
@@ -24,6 +26,8 @@ class PositionalEncoding(nn.Module):
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
     _signature: str | None = None
+    # what `position_maps` was made of, and what it was
+    _known: tuple = (None, None)
 
     def __init__(self, head_dim: int, num_heads: int | None = None, num_levels: int = 1) -> None:
         super().__init__()
@@ -48,11 +52,35 @@ class PositionalEncoding(nn.Module):
         """Number of features that the normaliser sees."""
         return self.feature_dim
 
-    def position_map(
-        self, side: str, device: torch.device | None = None
-    ) -> Rotation | SineMap | None:
-        """Return the map of queries ("q") or keys ("k"); None if `features` is overridden."""
+    def make_maps(
+        self, device: torch.device | None = None
+    ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
+        """Return the maps of queries and of keys; None if `features` is overridden."""
         return None
+
+    def map_inputs(self) -> list[Tensor]:
+        """Return the tensors that `make_maps` is made of, besides the noise."""
+        return list(self.parameters())
+
+    def position_maps(
+        self, device: torch.device | None = None
+    ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
+        """Return what `make_maps` makes, made anew where it would be recorded or has changed."""
+        inputs, noise = self.map_inputs(), self.noise_key
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or not all(map(_readable, inputs))
+        ):
+            return self.make_maps(device)
+        # decoding asks for the same maps at every token; contents, as `.data` leaves no other trace
+        contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
+        key = device, id(noise), [x.dtype for x in inputs], contents
+        if self._known[0] != key:
+            # the noise is kept, so that its id remains its own
+            self._known = key, self.make_maps(device), noise
+        return self._known[1]
 
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
         """Return the encoded queries or keys in plain PyTorch, before any feature map.
@@ -64,7 +92,7 @@ class PositionalEncoding(nn.Module):
         Returns:
             [B, T, H, R].
         """
-        position_map = self.position_map(side, x.device)
+        position_map = self.position_maps(x.device)["qk".index(side)]
         if isinstance(position_map, Rotation):
             return reference.rotate(x, positions, position_map)
         return reference.sine_features(x, positions, position_map)
@@ -99,3 +127,7 @@ class PositionalEncoding(nn.Module):
         if self._signature is None:
             self._signature = f"{type(self).__name__}({self.extra_repr()})"
         return self._signature
+
+
+def _readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.is_contiguous() and not x.is_neg()

@@ -75,7 +75,7 @@ class RoPE(PositionalEncoding):
             self.theta = nn.Parameter(theta.to(torch.get_default_dtype()))
         else:
             # no buffer: `module.bfloat16()` must not round the frequencies
-            self._theta = {torch.device("cpu"): theta}
+            self._cycles = {torch.device("cpu"): theta / (2 * math.pi)}
 
     @property
     def feature_dim(self) -> int:
@@ -92,19 +92,24 @@ class RoPE(PositionalEncoding):
         if self.learned:
             return self.theta.double() / (2 * math.pi)
         device = torch.device("cpu") if device is None else device
-        if device not in self._theta:
-            self._theta[device] = self._theta[torch.device("cpu")].to(device)
-        return self._theta[device] / (2 * math.pi)
+        if device not in self._cycles:
+            self._cycles[device] = self._cycles[torch.device("cpu")].to(device)
+        return self._cycles[device]
 
-    def position_map(self, side: str, device: torch.device | None = None) -> Rotation:
+    def map_inputs(self) -> list[Tensor]:
+        """Return theta, if it is a parameter."""
+        return [self.theta] if self.learned else []
+
+    def make_maps(self, device: torch.device | None = None) -> tuple[Rotation, Rotation]:
         """Return the rotation, the same for both sides."""
-        return Rotation(
+        rotation = Rotation(
             freq=self.frequencies(device),
             interleaved=self.interleaved,
             pool=self._pool,
             map_first=self.apply_order == "after",
             scale=self._scale,
         )
+        return rotation, rotation
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
         """Return the rotation by the lag (2504.05364, eq. 14), [..., H or 1, D, D]; R = D."""

@@ -85,7 +85,6 @@ class SineEncoding(PositionalEncoding):
         self._newest: int | None = None
         self._cache: tuple | None = None
         self._key: tuple | None = None
-        self._maps: dict[str, tuple] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -112,26 +111,22 @@ class SineEncoding(PositionalEncoding):
         # the module that holds frequencies and noise; another one where they are shared
         return self
 
+    def map_inputs(self) -> list[Tensor]:
+        """Return the parameters, those of the source where they are shared."""
+        source = self._sines()
+        shared = (
+            [source.freqs] if source.unit_gains else [source.freqs, source.offsets, source.gains]
+        )
+        return [*shared, self.gate] if self.gated else shared
+
     def _lambda_offset(self) -> tuple[Tensor, Tensor | None]:
         source = self._sines()
         if source.unit_gains:
-            return torch.ones_like(source.freqs[..., 0]), None
-        return F.softplus(_wide(source.gains)), _wide(source.offsets) / (2 * math.pi)
+            return torch.ones_like(source.freqs[..., 0], dtype=torch.float64), None
+        return F.softplus(source.gains.double()), source.offsets.double() / (2 * math.pi)
 
-    def position_map(self, side: str, device: torch.device | None = None) -> SineMap:
+    def make_maps(self, device: torch.device | None = None) -> tuple[SineMap, SineMap]:
         """Return the sines; queries alone have the offsets."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._position_map(side)
-        # decoding asks for the same map at every token; `.data` can change without a trace
-        source = self._sines()
-        tensors = (*source.parameters(), *self.parameters())
-        key, cached = self.noise_key, self._maps.get(side)
-        if cached is None or cached[0] is not key or not all(map(_same, tensors, cached[1])):
-            cached = key, [x.detach().clone() for x in tensors], self._position_map(side)
-            self._maps[side] = cached
-        return cached[2]
-
-    def _position_map(self, side: str) -> SineMap:
         d, r = self.head_dim, self.feature_dim
         gain, offset = self._lambda_offset()
         gain = gain * self._mean_over**-0.5
@@ -143,17 +138,18 @@ class SineEncoding(PositionalEncoding):
         gate = None
         if self.gated:
             # sqrt(g) and sqrt(1 - g) through logarithms: their slopes stay finite when g saturates
-            gate = (F.logsigmoid(_wide(self.gate)) / 2).exp() * scale
-            gain = gain * (F.logsigmoid(-_wide(self.gate)) / 2).exp()[..., None]
-        return SineMap(
+            gate = (F.logsigmoid(self.gate.double()) / 2).exp() * scale
+            gain = gain * (F.logsigmoid(-self.gate.double()) / 2).exp()[..., None]
+        for_k = SineMap(
             # in float64: at position 10^6 its last float32 digit would be 4 % of a turn
             freq=self._sines().freqs.double().sigmoid() / 2,
-            offset=offset if side == "q" else None,
+            offset=None,
             gain=gain * scale,
             gate=gate,
             noise=self._noise() if noisy else None,
             pool=self.pool,
         )
+        return for_k._replace(offset=offset), for_k
 
     # noise
 
@@ -256,9 +252,7 @@ class SineEncoding(PositionalEncoding):
         K in F-StrIPE without noise. Pooled features have the products of different components too:
         entry (d, e) is sum_k lambda_dk lambda_ek cos(phase_dk(s_m) - phase_ek(s_n)) / K.
         """
-        gain, offset = (
-            None if x is None else x.detach().cpu().double() for x in self._lambda_offset()
-        )
+        gain, offset = (None if x is None else x.detach().cpu() for x in self._lambda_offset())
         freq = self._sines().freqs.detach().cpu().double().sigmoid() / 2
         positions_q, positions_k = self._levels(positions_q), self._levels(positions_k)
         turn = 2 * math.pi
@@ -291,12 +285,3 @@ def _stamp(x: Tensor) -> object:
     if type(x) is Tensor and x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack():
         return x.item()
     return id(x), None if x.is_inference() else x._version
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == y.dtype and torch.equal(x, y)
-
-
-def _wide(x: Tensor) -> Tensor:
-    # parameters of a half-precision model are used in float32
-    return x.to(torch.promote_types(x.dtype, torch.float32))
