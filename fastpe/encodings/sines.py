@@ -114,10 +114,8 @@ class SineEncoding(PositionalEncoding):
     def map_inputs(self) -> list[Tensor]:
         """Return the parameters, those of the source where they are shared."""
         source = self._sines()
-        shared = (
-            [source.freqs] if source.unit_gains else [source.freqs, source.offsets, source.gains]
-        )
-        return [*shared, self.gate] if self.gated else shared
+        shared = [] if source.unit_gains else [source.offsets, source.gains]
+        return [source.freqs, *shared, *([self.gate] if self.gated else [])]
 
     def _lambda_offset(self) -> tuple[Tensor, Tensor | None]:
         source = self._sines()
