@@ -3,8 +3,8 @@
     python examples/plot_kernels.py [--bars 16] [--out docs/kernels.png]
 
 Each panel shows, for every pair of 16th notes of the piece, how much a query at one sees of a key
-at the other: the mean over components of the kernel C. The row below estimates the same from the
-features of random queries and keys, as the attention does.
+at the other, where content is the same everywhere: 1^T C 1 / D, C the kernel. The row below has the
+same from features, as the attention computes it; noise is redrawn and averaged.
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ def encodings(piece: music.Piece) -> dict[str, tuple[fastpe.PositionalEncoding, 
 
 
 def closed_form(encoding: fastpe.PositionalEncoding, positions: Tensor) -> Tensor:
-    """Return the mean diagonal of C for all pairs of positions, [T, T]."""
+    """Return 1^T C 1 / D for all pairs of positions, [T, T]."""
     rows = [encoding.kernel(p[None], positions)[..., 0, :, :] for p in positions]
-    return torch.stack([row.diagonal(dim1=-2, dim2=-1).mean(-1) for row in rows])
+    return torch.stack([row.sum((-2, -1)) for row in rows]) / HEAD_DIM
 
 
-def estimate(encoding: fastpe.PositionalEncoding, positions: Tensor, draws: int = 256) -> Tensor:
-    """Return the same from features: the mean of q . k over random q = k of unit components."""
+def estimate(encoding: fastpe.PositionalEncoding, positions: Tensor, draws: int = 16) -> Tensor:
+    """Return the same from the features of ones, the mean over draws of the noise."""
     length, total = len(positions), 0
     where = positions.double().view(1, length, -1)
     scale = (encoding.feature_dim / HEAD_DIM) ** 0.5
+    x = torch.ones(1, length, 1, HEAD_DIM)
+    draws = 1 if encoding.noise_key is None else draws
     for _ in range(draws):
-        x = torch.randn(HEAD_DIM).sign().expand(1, length, 1, HEAD_DIM)
         q, k = (encoding.features(x, where, side)[0, :, 0] for side in "qk")
         total = total + (q @ k.T).double()
+        encoding.maybe_resample_()
     return total / draws / HEAD_DIM / scale
 
 

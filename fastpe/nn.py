@@ -23,7 +23,7 @@ class CausalLinearAttention(nn.Module):
         embed_dim: Width of the model.
         num_heads: H; D = embed_dim / num_heads.
         bias: Of the projections.
-        vdim: Width of all values together, H E; default embed_dim.
+        value_dim: Width of all values together, H E; default embed_dim.
         pos_encoding: A `fastpe` encoding for (D, H), or None. A random one redraws its noise at
             each training forward that starts a sequence, as its `resample` says.
         feature_map: "elu1", "relu", "exp" or "identity".
@@ -34,7 +34,7 @@ class CausalLinearAttention(nn.Module):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: embed_dim or vdim is not divisible by num_heads.
+        ValueError: embed_dim or value_dim is not divisible by num_heads.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class CausalLinearAttention(nn.Module):
         num_heads: int,
         *,
         bias: bool = True,
-        vdim: int | None = None,
+        value_dim: int | None = None,
         pos_encoding: PositionalEncoding | None = None,
         feature_map: str = "elu1",
         normalize: bool | str = True,
@@ -53,8 +53,8 @@ class CausalLinearAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        vdim = embed_dim if vdim is None else vdim
-        for name, value in (("embed_dim", embed_dim), ("vdim", vdim)):
+        value_dim = embed_dim if value_dim is None else value_dim
+        for name, value in (("embed_dim", embed_dim), ("value_dim", value_dim)):
             if num_heads < 1 or value < 1 or value % num_heads:
                 raise ValueError(
                     f"{name} must be divisible by num_heads = {num_heads}, got {value}"
@@ -68,9 +68,9 @@ class CausalLinearAttention(nn.Module):
                 f"{pos_encoding.head_dim} and {pos_encoding.num_heads}"
             )
         factory = {"bias": bias, "device": device, "dtype": dtype}
-        self.embed_dim, self.num_heads, self.vdim = embed_dim, num_heads, vdim
-        self.in_proj = nn.Linear(embed_dim, 2 * embed_dim + vdim, **factory)
-        self.out_proj = nn.Linear(vdim, embed_dim, **factory)
+        self.embed_dim, self.num_heads, self.value_dim = embed_dim, num_heads, value_dim
+        self.in_proj = nn.Linear(embed_dim, 2 * embed_dim + value_dim, **factory)
+        self.out_proj = nn.Linear(value_dim, embed_dim, **factory)
         self.pos_encoding = pos_encoding
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.backend = backend
@@ -126,7 +126,7 @@ class CausalLinearAttention(nn.Module):
             raise ValueError(
                 f"x must be {shape} with embed_dim = {self.embed_dim}, got {tuple(x.shape)}"
             )
-        q, k, v = self.in_proj(x).split((self.embed_dim, self.embed_dim, self.vdim), dim=-1)
+        q, k, v = self.in_proj(x).split((self.embed_dim, self.embed_dim, self.value_dim), dim=-1)
         return tuple(y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
 
     def _options(self) -> dict[str, object]:
@@ -141,7 +141,7 @@ class CausalLinearAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return the configuration."""
         return (
-            f"{self.embed_dim}, {self.num_heads}, vdim={self.vdim}, "
+            f"{self.embed_dim}, {self.num_heads}, value_dim={self.value_dim}, "
             f"feature_map={self.feature_map!r}, normalize={self.normalize!r}, "
             f"backend={self.backend!r}"
         )

@@ -256,7 +256,7 @@ def test_bad_steps(changes, error, message):
         (lambda: FStripe(8, 2, gated=True), "gated must be False for pooled features"),
         (lambda: FStripe(8, 2, num_levels=-1), "num_levels must be"),
         (lambda: CausalLinearAttention(10, 3), "embed_dim must be divisible by num_heads = 3"),
-        (lambda: CausalLinearAttention(12, 3, vdim=10), "vdim must be divisible"),
+        (lambda: CausalLinearAttention(12, 3, value_dim=10), "value_dim must be divisible"),
         (lambda: CausalLinearAttention(12, 0), "must be divisible by num_heads = 0"),
         (lambda: CausalLinearAttention(12, 3, pos_encoding=RoPE(8)), "head_dim = 4"),
         (lambda: CausalLinearAttention(12, 3, pos_encoding=SineSPE(4, 2)), "num_heads = 3"),

@@ -24,28 +24,28 @@ def _input(t=9, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"vdim": 18}, {"bias": False}, {"normalize": False}], ids=str
+    "options", [{}, {"value_dim": 18}, {"bias": False}, {"normalize": False}], ids=str
 )
 def test_layer_is_projections_around_attention(backend, make_encoding, options):
     layer = _layer(make_encoding, backend, **options)
     x = _input()
     positions = make_positions(layer.pos_encoding, 2, 9)
     weight, bias = layer.in_proj.weight, layer.in_proj.bias
-    vdim = options.get("vdim", 12)
-    assert weight.shape == (24 + vdim, 12)
+    value_dim = options.get("value_dim", 12)
+    assert weight.shape == (24 + value_dim, 12)
     assert (bias is None) == ("bias" in options)
     projected = x @ weight.T + (0 if bias is None else bias)
-    q, k, v = projected.split((12, 12, vdim), -1)
+    q, k, v = projected.split((12, 12, value_dim), -1)
     o = causal_linear_attention(
         q.view(2, 9, 3, 4),
         k.view(2, 9, 3, 4),
-        v.view(2, 9, 3, vdim // 3),
+        v.view(2, 9, 3, value_dim // 3),
         pos_encoding=layer.pos_encoding,
         positions=positions,
         normalize=options.get("normalize", True),
         backend="reference",
     )
-    wanted = layer.out_proj(o.reshape(2, 9, vdim))
+    wanted = layer.out_proj(o.reshape(2, 9, value_dim))
     assert_within(layer(x, positions), wanted, 1e-11)
 
 
