@@ -6,8 +6,6 @@
 namespace fastpe {
 namespace {
 
-constexpr int64_t kSlices = 16;  // of the positions of a head, whatever the number of threads
-
 // doubles that gradients of parameters add up in: d gain, d phase [DK each], d phase * position
 // [DK, L], d gate [D]
 inline int64_t partial_size(const FastpePhaseFeatures &args) {
@@ -41,7 +39,9 @@ void phase_features(const FastpePhaseFeatures &args, bool backward) {
   Scratch<S> rows(pad ? hd * j * rp : 1);
   Scratch<S> transposed(!transpose ? 1 : (alone ? args.H : hd) * r * ld);
   const S *noise = pad ? (const S *)rows : (const S *)args.noise;
-  const int64_t size = partial_size(args), units = args.H * kSlices;
+  // the positions of a head are shared out in slices, whatever the number of threads
+  const int64_t slices = smaller<int64_t>(16, (groups.size() + 7) / 8);
+  const int64_t size = partial_size(args), units = args.H * slices;
   Scratch<double> partial(parameters ? units * size : 1);
 
 #pragma omp parallel num_threads(args.threads)
@@ -62,10 +62,9 @@ void phase_features(const FastpePhaseFeatures &args, bool backward) {
     auto run = [&](auto &&sines) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < units; ++i) {
-        const int64_t slice = i % kSlices, begin = groups.size() * slice / kSlices;
-        const int64_t end = groups.size() * (slice + 1) / kSlices;
-        if (begin < end)
-          sines.run(i / kSlices, begin, end, partial + (parameters ? i * size : 0));
+        const int64_t slice = i % slices, begin = groups.size() * slice / slices;
+        const int64_t end = groups.size() * (slice + 1) / slices;
+        sines.run(i / slices, begin, end, partial + (parameters ? i * size : 0));
       }
     };
     if (alone)
@@ -74,7 +73,7 @@ void phase_features(const FastpePhaseFeatures &args, bool backward) {
       run(CodedSines<S>(args, groups, noise, transposed));
   }
   for (int64_t i = 0; parameters && i < units; ++i)
-    add_partial(args, i / kSlices, partial + i * size);
+    add_partial(args, i / slices, partial + i * size);
 }
 
 }  // namespace
