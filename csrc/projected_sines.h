@@ -23,6 +23,7 @@ class ProjectedSines {
         ldj_(ld_noise(args)),
         x_(kPositions * at_.ldx),
         y_(kPositions * width_),
+        sum_(args.grad_y.data ? 1 : kPositions * width_),
         expanded_(at_.ldk),
         grad_x_(at_.ldx),
         u_(args.grad_y.data ? kPositions * ldj_ : 1),
@@ -52,7 +53,8 @@ class ProjectedSines {
   }
 
  private:
-  static constexpr int64_t kComponents = 4;  // whose noise stays in the first-level cache
+  // whose noise stays in the first-level cache; their sums are rounded apart from the others'
+  static constexpr int64_t kComponents = 4;
 
   // x_d at every sine of component d
   void expand(const S *x) {
@@ -72,6 +74,7 @@ class ProjectedSines {
         store(x_ + p * at_.ldx + d, load(x_ + p * at_.ldx + d) * load(at_.gate + d));
     }
     const int64_t k = args_.K;
+    memset((void *)(S *)y_, 0, sizeof(S) * size_t(n * width_));
     for (int64_t first = 0; first < args_.D; first += kComponents) {
       Product<S> terms[3 * kComponents];
       int count = 0;
@@ -81,7 +84,9 @@ class ProjectedSines {
         terms[count++] = {k, at_.row_sines + d * k, at_.ldk, 1, z + width_, 2 * width_};
         if (args_.gate) terms[count++] = {1, x_ + d, at_.ldx, 1, z + 2 * k * width_, 0};
       }
-      multiply<S>(n, width_, terms, count, first > 0, y_, width_);
+      multiply<S>(n, width_, terms, count, false, sum_, width_);
+      for (int64_t i = 0; i < n * width_; i += kLanes<S>)
+        store(y_ + i, load(y_ + i) + load(sum_ + i));
     }
     for (int64_t p = 0; p < n; ++p)
       at_.tokens(u + p, 0, 1, [&](int64_t, int64_t b, int64_t t) {
@@ -144,7 +149,7 @@ class ProjectedSines {
   const bool parameters_;
   const int64_t width_, ldj_;
   int64_t h_ = 0;
-  Scratch<S> x_, y_, expanded_, grad_x_, u_, sums_;
+  Scratch<S> x_, y_, sum_, expanded_, grad_x_, u_, sums_;
 };
 
 }  // namespace

@@ -53,8 +53,8 @@ def causal_linear_attention(
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
             numbers, in any order; default 0, 1, 2, ... continued from initial_state.
         feature_map: "elu1", "relu", "exp" or "identity".
-        normalize: Divide by the sum of weights. True adds eps to it, which needs weights >= 0;
-            "abs" divides by max(|sum|, eps); False does not divide.
+        normalize: Divide by the sum of weights. True adds eps to it, which needs weights >= 0, so
+            not feature_map="identity"; "abs" divides by max(|sum|, eps); False does not divide.
         eps: Added to the sum of weights, or its least magnitude with "abs".
         initial_state: State after the tokens before these, from the same configuration.
         output_final_state: Return the state after the last token too.

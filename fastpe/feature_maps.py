@@ -27,7 +27,7 @@ def exp(x: Tensor) -> Tensor:
 
 
 def identity(x: Tensor) -> Tensor:
-    """Return x: for features made by the caller, or for attention without a normaliser."""
+    """Return x: for features made by the caller; normalize="abs" or False."""
     return x
 
 

@@ -71,6 +71,11 @@ def check_options(
         raise ValueError(f"feature_map must be one of {choices}, got {feature_map!r}")
     if normalize not in (True, False, "abs") or not isinstance(normalize, (bool, str)):
         raise ValueError(f"normalize must be True, False or 'abs', got {normalize!r}")
+    if feature_map == "identity" and normalize is True:
+        raise ValueError(
+            "normalize must be 'abs' or False with feature_map='identity', whose weights may add "
+            "up to zero, got True"
+        )
     if not (isinstance(eps, (int, float)) and eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
     if chunk_size is not None and (

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastpe import FStripe, SineSPE
+from fastpe import FStripe, SineSPE, reference
+from fastpe.ops import phase_features
 
 R = 200_000
 
@@ -129,3 +130,16 @@ def test_structural_noise_averages_to_half_the_exact_kernel():
     )
     lags = torch.arange(-5.0, 6)
     assert (2 * noisy.kernel(lags) - exact.kernel(lags)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("step", [1.0, 0.0], ids=["different", "equal"])
+def test_rounding_at_full_size(kernels, step):
+    """T1 in float32: 1344 products in every feature, with and without codes."""
+    encoding = SineSPE(64, 2, num_sines=10, num_realizations=64)
+    x, positions = torch.randn(1, 48, 2, 64), 4000 + step * torch.arange(48.0).double()
+    with torch.no_grad():
+        sines = encoding.position_maps()[0]
+        wide = sines._replace(noise=sines.noise.double())
+        exact = reference.sine_features(x.double(), positions.view(1, -1, 1), wide)
+        y = phase_features(x, positions.view(1, -1, 1), sines, backend=kernels)
+    assert (y - exact).abs().max() < 1e-6 * exact.abs().max()

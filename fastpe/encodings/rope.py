@@ -30,11 +30,13 @@ class RoPE(PositionalEncoding):
         learned: theta is a parameter, [H or 1, rotary_dim / 2, L], radians per unit of position.
         per_head: Each head has frequencies of its own, base^(-2(i + h/H)/rotary_dim) at first.
         num_levels: Components L of a position; the angle is theta_i . position, each
-            theta_i / L at first.
+            theta_i / L at first. More than one needs learned=True: equal frequencies at every
+            level see the sum of the components only.
         apply: "after" or "before" the feature map.
 
     Raises:
-        ValueError: an odd head_dim or rotary_dim, or per_head without num_heads.
+        ValueError: an odd head_dim or rotary_dim, per_head without num_heads, or num_levels > 1
+            without learned.
     """
 
     _pool, _scale = False, 1.0
@@ -60,6 +62,11 @@ class RoPE(PositionalEncoding):
             raise ValueError(f"rotary_dim must be even and in 2..{head_dim}, got {rotary_dim}")
         if per_head and num_heads is None:
             raise ValueError("num_heads must be given with per_head=True, got None")
+        if num_levels > 1 and not learned:
+            raise ValueError(
+                f"learned must be True with num_levels = {num_levels}: fixed frequencies are the "
+                "same at every level"
+            )
         if apply not in ("after", "before"):
             raise ValueError(f"apply must be 'after' or 'before', got {apply!r}")
         if not base > 0:
@@ -157,7 +164,7 @@ class RoPEPool(RoPE):
         num_levels: Components L of a position.
         apply: "after" or "before" the feature map.
         scale: "matched" multiplies the features by (R / D)^(1/4) (`PositionalEncoding.kernel`),
-            "paper" does not.
+            "paper" does not. With apply="after" this scales the output: the normaliser has none.
     """
 
     _pool = True

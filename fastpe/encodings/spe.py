@@ -21,9 +21,8 @@ class SineSPE(SineEncoding):
         num_realizations: R; None gives the D (2 K + gate) features whose products are the
             expectation itself, exact and without noise.
         gated: A learned part of each component ignores position.
-        resample: When training redraws the noise: "forward", "never", or n for every n-th forward.
+        resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
         seed: Of the noise; default drawn from torch's generator.
-        scale: "matched" or "paper", see `PositionalEncoding.kernel`.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class SineSPE(SineEncoding):
         gated: bool = True,
         resample: str | int = "forward",
         seed: int | None = None,
-        scale: str = "matched",
     ) -> None:
         super().__init__(
             head_dim,
@@ -49,7 +47,7 @@ class SineSPE(SineEncoding):
             mean_over=2 * num_sines,
             resample=resample,
             seed=seed,
-            scale=scale,
+            scale="matched",
         )
         self._num_shares = 0
 
@@ -80,7 +78,6 @@ class SharedSineSPE(SineSPE):
             gated=source.gated,
             resample=source.resample,
             seed=0,
-            scale=source.scale,
         )
         self.source = source
         self.module_id = module_id
