@@ -36,7 +36,8 @@ class Scan {
       : args_(args),
         map_(args),
         at_once_(heads_at_once(args)),
-        chunk_(smaller<int64_t>(args.chunk > 0 ? args.chunk : kDefaultChunk,
+        chunk_(smaller<int64_t>(args.chunk > 0 ? smaller<int64_t>(args.chunk, kLargestChunk)
+                                               : kDefaultChunk,
                                 larger<int64_t>(args.T, 1))),
         features_(map_.width()),
         ld_(padded<S>(larger(larger(args.D, args.E), features_))),
@@ -49,8 +50,8 @@ class Scan {
         out_(lc_ * ld_),
         psi_(args.grad_o.data ? lc_ * ld_ : 1),
         c_transposed_(args.grad_o.data ? ld_ * lc_ : 1),
-        state_transposed_(args.grad_o.data ? ld_ * ld_ : 1),
-        states_(stepping() ? 1 : at_once_ * ld_ * ld_),
+        state_transposed_(args.grad_o.data ? state_size() : 1),
+        states_(stepping() ? 1 : at_once_ * state_size()),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),
@@ -82,7 +83,7 @@ class Scan {
   }
 
  private:
-  static constexpr int64_t kDefaultChunk = 32;
+  static constexpr int64_t kDefaultChunk = 32, kLargestChunk = 512;  // its weights are a square
   static constexpr int64_t kHeads = 8;
 
   struct Head {
@@ -103,7 +104,7 @@ class Scan {
       x.v = Rows<S>(args_.v, b, h, e), x.o = Rows<S>(args_.o, b, h, e);
       x.grad_q = Rows<S>(args_.grad_q, b, h, d), x.grad_k = Rows<S>(args_.grad_k, b, h, d);
       x.grad_v = Rows<S>(args_.grad_v, b, h, e), x.grad_o = Rows<S>(args_.grad_o, b, h, e);
-      x.state = states_ + i * ld_ * ld_;
+      x.state = states_ + i * state_size();
       x.running = sums_ + 2 * i * ld_, x.compensation = x.running + ld_;
       x.inverse = by_token_ + 2 * i * args_.T, x.delta = x.inverse + args_.T;
       x.grad_freq = grad_freq_ + i * args_.W * args_.L;
@@ -113,6 +114,8 @@ class Scan {
 
   // one token after a state: no tiles are needed
   bool stepping() const { return args_.T == 1 && args_.s0 && !args_.grad_o.data; }
+  // [R, padded E] or [E, padded R], and a whole number of rows to transpose it by
+  int64_t state_size() const { return padded<S>(features_) * padded<S>(args_.E); }
   bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
   int64_t norm_width() const { return map_.split() ? args_.D : features_; }
 
@@ -166,7 +169,7 @@ class Scan {
         const Product<S> scores = {inner, a_, ld_, 1, b_transposed_, lc_};
         multiply_tiles(scores, c_, heads_[i].state, n, padded<S>(outer), out_, fetch);
         Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
-        multiply<S>(inner, padded<S>(outer), &update, 1, true, heads_[i].state, ld_);
+        multiply<S>(inner, padded<S>(outer), &update, 1, true, heads_[i].state, padded<S>(outer));
         finish<role>(heads_[i], n);
       }
     }
@@ -186,7 +189,7 @@ class Scan {
     if (role == kGradQ) head.o.prefetch(t);
   }
 
-  // out [n, columns] = tril(scores) c + a state
+  // out [n, columns] = tril(scores) c + a state, state [depth, columns]
   template <class Fetch>
   void multiply_tiles(const Product<S> &scores, const S *c, const S *state, int64_t n,
                       int64_t columns, S *out, Fetch fetch) {
@@ -198,7 +201,7 @@ class Scan {
         for (int64_t j = i + r + 1; j < seen; ++j) weights[r * lc_ + j] = 0;
       // inside the chunk, and through the state before it
       const Product<S> terms[] = {{seen, weights, lc_, 1, c, ld_},
-                                  {scores.depth, scores.a + i * ld_, ld_, 1, state, ld_}};
+                                  {scores.depth, scores.a + i * ld_, ld_, 1, state, columns}};
       few_rows<S>(count, terms, 2, 0, 0, columns, false, out + i * ld_, ld_);
       for (int64_t r = 0; r < count; ++r) fetch(i + r);
     }
@@ -207,7 +210,8 @@ class Scan {
   // in the tiles of grad_k, b is the c and c the b of grad_v, and its state is the transpose
   void grad_v(const Head &head, int64_t n) {
     if (!head.grad_v) return;
-    transpose<S>(head.state, ld_, padded<S>(args_.E), padded<S>(features_), state_transposed_, ld_);
+    const int64_t e = padded<S>(args_.E), r = padded<S>(features_);
+    transpose<S>(head.state, r, e, r, state_transposed_, e);
     transpose<S>(c_, ld_, padded<S>(n), padded<S>(features_), c_transposed_, lc_);
     const Product<S> scores = {features_, psi_, ld_, 1, c_transposed_, lc_};
     multiply_tiles(scores, b_, state_transposed_, n, padded<S>(args_.E), out_, [](int64_t) {});
@@ -355,16 +359,17 @@ class Scan {
     }
   }
 
-  // the state [rows, ld_] from a contiguous [rows, columns] or its transpose, and the running sum;
-  // zero from null
+  // the state [rows, padded columns] from a contiguous [rows, columns] or its transpose, and the
+  // running sum; zero from null
   void get_state(const Head &head, const void *s, const void *z, int64_t rows, int64_t columns,
                  bool transposed) {
-    memset((void *)head.state, 0, sizeof(S) * size_t(larger(features_, args_.E) * ld_));
+    const int64_t ld = padded<S>(columns);
+    memset((void *)head.state, 0, sizeof(S) * size_t(state_size()));
     memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
     const S *x = (const S *)s + head.index * rows * columns;
     for (int64_t i = 0; s && i < rows; ++i) {
-      if (!transposed) memcpy(head.state + i * ld_, x + i * columns, sizeof(S) * size_t(columns));
-      for (int64_t j = 0; transposed && j < columns; ++j) head.state[i * ld_ + j] = x[j * rows + i];
+      if (!transposed) memcpy(head.state + i * ld, x + i * columns, sizeof(S) * size_t(columns));
+      for (int64_t j = 0; transposed && j < columns; ++j) head.state[i * ld + j] = x[j * rows + i];
     }
     if (!z || !normalizes()) return;
     const int64_t width = norm_width();
@@ -373,10 +378,11 @@ class Scan {
   // to a contiguous [R, E], transposed if the state is [E, R]
   void put_state(const Head &head, void *s, void *z, bool transposed) {
     const int64_t width = norm_width(), e = args_.E;
+    const int64_t ld = padded<S>(transposed ? features_ : e);
     S *out = (S *)s + head.index * features_ * e;
     for (int64_t i = 0; s && i < features_; ++i) {
-      if (!transposed) memcpy(out + i * e, head.state + i * ld_, sizeof(S) * size_t(e));
-      for (int64_t j = 0; transposed && j < e; ++j) out[i * e + j] = head.state[j * ld_ + i];
+      if (!transposed) memcpy(out + i * e, head.state + i * ld, sizeof(S) * size_t(e));
+      for (int64_t j = 0; transposed && j < e; ++j) out[i * e + j] = head.state[j * ld + i];
     }
     if (z) memcpy((S *)z + head.index * width, head.running, sizeof(S) * size_t(width));
   }

@@ -22,8 +22,9 @@ constexpr float kRound<float> = 12582912.0f;  // 1.5 * 2^23
 template <>
 constexpr double kRound<double> = 6755399441055744.0;  // 1.5 * 2^52
 
-// whole turns removed: a number in [-1/2, 1/2]
+// whole turns removed: a number in [-1/2, 1/2]; from 2^51 turns on a double has no fraction
 FASTPE_HD double reduce_turns(double u) {
+  u = u < 2251799813685248.0 && u > -2251799813685248.0 ? u : 0.0;
   double whole = u + kRound<double>;
   whole -= kRound<double>;
   return u - whole;
@@ -51,30 +52,30 @@ struct Identity {
     return x;
   }
   template <class S, class V>
-  static FASTPE_HD V slope(V, V value) {
-    return value - value + S(1);
+  static FASTPE_HD V slope(V, V) {
+    return V{} + S(1);
   }
 };
 
 struct Elu1 {
   template <class S, class V, class Exp>
   static FASTPE_HD V value(V x, Exp exp) {
-    return x > S(0) ? x + S(1) : exp(x > S(0) ? x - x : x);
+    return x > S(0) ? x + S(1) : exp(x > S(0) ? V{} : x);
   }
   template <class S, class V>
   static FASTPE_HD V slope(V x, V value) {
-    return x > S(0) ? value - value + S(1) : value;
+    return x > S(0) ? V{} + S(1) : value;
   }
 };
 
 struct Relu {
   template <class S, class V, class Exp>
   static FASTPE_HD V value(V x, Exp) {
-    return (x < S(0) ? x - x : x) + S(kReluShift);
+    return (x < S(0) ? V{} : x) + S(kReluShift);
   }
   template <class S, class V>
   static FASTPE_HD V slope(V x, V) {
-    return x > S(0) ? x - x + S(1) : x - x;
+    return x > S(0) ? V{} + S(1) : V{};
   }
 };
 

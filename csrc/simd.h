@@ -266,7 +266,7 @@ template <class S>
 class Scratch {
  public:
   explicit Scratch(int64_t count) : data_(nullptr) {
-    if (posix_memalign((void **)&data_, 64, size_t(round_up(count, 64)) * sizeof(S))) abort();
+    if (posix_memalign((void **)&data_, 64, size_t(larger<int64_t>(count, 1)) * sizeof(S))) abort();
     memset((void *)data_, 0, size_t(count) * sizeof(S));
   }
   ~Scratch() { free(data_); }

@@ -78,15 +78,14 @@ def causal_linear_attention(
     positions = check_positions(positions, pos_encoding, q, start)
     backend = backends.resolve(backend, q.device)
 
-    inputs = (q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state)
-    run = _reference if backend == "reference" else _fused
+    inputs = q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state
     # arithmetic is float32 at least, whatever autocast makes of matrix products
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            o, s, z = run(*inputs, chunk_size, backend)
+            o, s, z = _attend(*inputs, chunk_size, backend)
     else:
-        o, s, z = run(*inputs, chunk_size, backend)
+        o, s, z = _attend(*inputs, chunk_size, backend)
     if not output_final_state:
         return o
     return o, LinearAttentionState(s, z, start + q.shape[1], made_with, noise)
@@ -143,7 +142,7 @@ def causal_linear_attention_step(
     return o.squeeze(1), state
 
 
-def _reference(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,52 +155,28 @@ def _reference(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything by reference.py: differentiable any number of times."""
-    dtype = compute_dtype(q)
-    q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    map_q, map_k = _maps(encoding, q.device)
-    if encoding is not None and map_q is None:
-        q, k = encoding.features(q, positions, "q"), encoding.features(k, positions, "k")
-    q, dq = reference.features(q, positions, map_q, feature_map)
-    k, dk = reference.features(k, positions, map_k, feature_map)
-    if not normalize:
-        dq, dk = dq[..., :0], dk[..., :0]
-    o, (s, z) = reference.chunked(
-        q,
-        k,
-        values,
-        dq,
-        dk,
-        normalize=normalize,
-        eps=eps,
-        state=None if state is None else (state.s, state.z),
-        chunk_size=chunk_size,
-    )
-    return o.to(v.dtype), s, z
-
-
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor | None,
-    encoding: PositionalEncoding | None,
-    feature_map: str,
-    normalize: bool | str,
-    eps: float,
-    state: LinearAttentionState | None,
-    chunk_size: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotations are fused into the scan; everything else makes features first."""
-    rotation, (map_q, map_k) = None, _maps(encoding, q.device)
-    if isinstance(map_q, Rotation):
-        rotation = map_q
-    elif map_q is not None:
+    dtype = v.dtype
+    if backend == "reference":
+        q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
+    maps = None if encoding is None else encoding.position_maps(q.device)
+    if encoding is not None and maps is None:
+        q, k = (_encoded(encoding, x, positions, side) for x, side in ((q, "q"), (k, "k")))
+    map_q, map_k = maps or (None, None)
+    state = None if state is None else (state.s, state.z)
+    if backend == "reference":
+        # everything by reference.py: differentiable any number of times
+        q, dq = reference.features(q, positions, map_q, feature_map)
+        k, dk = reference.features(k, positions, map_k, feature_map)
+        if not normalize:
+            dq, dk = dq[..., :0], dk[..., :0]
+        options = {"normalize": normalize, "eps": eps, "state": state, "chunk_size": chunk_size}
+        o, (s, z) = reference.chunked(q, k, v, dq, dk, **options)
+        return o.to(dtype), s, z
+    # rotations are fused into the scan; everything else makes features first
+    rotation = map_q if isinstance(map_q, Rotation) else None
+    if isinstance(map_q, SineMap):
         q = phase_features(q, positions, map_q, backend=backend)
         k = phase_features(k, positions, map_k, backend=backend)
-    elif encoding is not None:
-        q, k = encoding.features(q, positions, "q"), encoding.features(k, positions, "k")
     options = ScanOptions(
         feature_map=feature_map,
         normalize=_NORMALIZE[normalize],
@@ -213,13 +188,16 @@ def _fused(
         chunk=chunk_size or 0,
         backend=backend,
     )
-    s0, z0 = (None, None) if state is None else (state.s, state.z)
     where = (None, None) if rotation is None else (positions, rotation.freq)
-    return causal_dot(q, k, v, s0, z0, *where, options=options)
+    return causal_dot(q, k, v, *(state or (None, None)), *where, options=options)
 
 
-def _maps(
-    encoding: PositionalEncoding | None, device: torch.device
-) -> tuple[Rotation | SineMap | None, Rotation | SineMap | None]:
-    maps = None if encoding is None else encoding.position_maps(device)
-    return (None, None) if maps is None else maps
+def _encoded(encoding: PositionalEncoding, x: Tensor, positions: Tensor, side: str) -> Tensor:
+    # features of an encoding that is not ours: what the kernels rely on is checked
+    y = encoding.features(x, positions, side)
+    wanted = (*x.shape[:-1], encoding.feature_dim)
+    if not isinstance(y, Tensor) or tuple(y.shape) != wanted or y.device != x.device:
+        raise ValueError(
+            f"pos_encoding.features must return {wanted} on {x.device}, got {shape(y)}"
+        )
+    return y.to(x.dtype)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import backends
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
     causal_linear_attention_step,
 )
 from .encodings import PositionalEncoding
+from .encodings.base import check_positive
+from .validation import check_options
 
 
 class CausalLinearAttention(nn.Module):
@@ -54,11 +57,20 @@ class CausalLinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         value_dim = embed_dim if value_dim is None else value_dim
+        check_positive("num_heads", num_heads)
         for name, value in (("embed_dim", embed_dim), ("value_dim", value_dim)):
-            if num_heads < 1 or value < 1 or value % num_heads:
+            check_positive(name, value)
+            if value % num_heads:
                 raise ValueError(
                     f"{name} must be divisible by num_heads = {num_heads}, got {value}"
                 )
+        if pos_encoding is not None and not isinstance(pos_encoding, PositionalEncoding):
+            raise TypeError(
+                "pos_encoding must be a fastpe.PositionalEncoding, "
+                f"got {type(pos_encoding).__name__}"
+            )
+        check_options(feature_map, normalize, eps, None)
+        backends.check_name(backend)
         head_dim = embed_dim // num_heads
         if pos_encoding is not None and (
             pos_encoding.head_dim != head_dim or pos_encoding.num_heads not in (None, num_heads)
@@ -121,6 +133,13 @@ class CausalLinearAttention(nn.Module):
         return self.out_proj(o.flatten(-2)), state
 
     def _project(self, x: Tensor, ndim: int) -> tuple[Tensor, ...]:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a tensor of floats, got {came}")
+        dtype, device = self.in_proj.weight.dtype, x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if x.dtype != dtype and not autocast:
+            raise TypeError(f"x must have the dtype of the layer, {dtype}, got {x.dtype}")
         if x.ndim != ndim or x.shape[-1] != self.embed_dim:
             shape = "[B, T, embed_dim]" if ndim == 3 else "[B, embed_dim]"
             raise ValueError(

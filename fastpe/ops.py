@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, noise
 from .maps import SineMap
@@ -47,6 +48,13 @@ class ScanOptions(NamedTuple):
     chunk: int  # 0: the backend's choice
     backend: str
 
+    def widths(self, head_dim: int) -> tuple[int, int]:
+        """Return R and Rz, the features of the numerator and of the normaliser."""
+        r = head_dim // 2 if self.pool else head_dim
+        # the normaliser sees the features that are not rotated, if psi comes first
+        rz = head_dim if self.map_first else r
+        return r, 0 if self.normalize == "none" else rz
+
 
 _SCAN_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? s0, Tensor? z0, Tensor? positions, Tensor? freq, "
@@ -63,9 +71,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _causal_dot_fake(q, k, v, s0, z0, positions, freq, *options):
     options = ScanOptions(*options)
     b, t, h, d = q.shape
-    r = d // 2 if options.pool else d
-    # the normaliser sees the features that are not rotated, if psi comes first
-    rz = 0 if options.normalize == "none" else d if options.map_first else r
+    r, rz = options.widths(d)
     dtype = compute_dtype(q)
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
@@ -130,9 +136,20 @@ def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, T
     return CausalDot.apply(*tensors, options)
 
 
+def observed() -> bool:
+    """Return whether what is done with tensors now is traced or transformed, not just done."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     # neither traced nor differentiated: the kernel can be called as it is
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if observed():
         return False
     recorded = torch.is_grad_enabled()
     return all(
@@ -243,3 +260,15 @@ def philox_normal(seed, step, module, kind, shape, dtype):
     if native and backends.unavailable(native) is None:
         return backends.load(native).philox_normal(seed, step, module, kind, shape, dtype)
     return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype)
+
+
+@_op("count_forward(Tensor(a!) step) -> ()", lambda step: None)
+def count_forward(step):
+    """Add one to the step of the noise, in compiled code."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a compiled forward with noise was run again inside backward, which would draw it "
+            "anew: compile around the checkpoint, not inside, or construct the encoding with "
+            "resample='never' and call resample_() before each forward"
+        )
+    step.add_(1)

@@ -12,6 +12,9 @@ from .encodings import PositionalEncoding
 from .feature_maps import FEATURE_MAPS
 from .ops import compute_dtype
 
+# up to here float64 holds every integer
+_LARGEST_POSITION = 2.0**53
+_FINITE = "positions must be finite, at most 2^53 in size"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -76,7 +79,8 @@ def check_options(
             "normalize must be 'abs' or False with feature_map='identity', whose weights may add "
             "up to zero, got True"
         )
-    if not (isinstance(eps, (int, float)) and eps >= 0 and math.isfinite(eps)):
+    is_number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not (is_number and eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
     if chunk_size is not None and (
         isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
@@ -122,8 +126,8 @@ def check_positions(
         steps = torch.arange(start, start + t, dtype=torch.float64, device=q.device)
         return steps.view(1, t, 1)
     if type(positions) in (int, float) and t == 1:
-        if not math.isfinite(positions):
-            raise ValueError(f"positions must be finite, got {positions}")
+        if not abs(positions) <= _LARGEST_POSITION:
+            raise ValueError(f"{_FINITE}, got {str(positions)[:20]}")
         return torch.full((1, 1, 1), positions, dtype=torch.float64, device=q.device)
     if not isinstance(positions, Tensor):
         raise TypeError(f"positions must be a tensor, got {type(positions).__name__}")
@@ -133,7 +137,6 @@ def check_positions(
         raise ValueError(
             f"positions must be on the device of q, {q.device}, got {positions.device}"
         )
-    given = positions
     came = tuple(positions.shape)
     if levels == 1 and came in ((t,), (b, t), (1, t)):
         positions = positions[..., None]
@@ -145,18 +148,25 @@ def check_positions(
             f"positions must be {allowed}[{t}, {levels}] or [{b}, {t}, {levels}], got {came}"
         )
     positions = positions.double()
-    # on another device the look would wait for it
-    look = given.is_floating_point() and given.device.type == "cpu"
-    if look and not torch.compiler.is_compiling() and not positions.isfinite().all():
-        raise ValueError("positions must be finite, got NaN or infinity")
+    if positions.device.type == "cpu":  # on another device the look would wait for it
+        _require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
     return positions
+
+
+def _require(condition: Tensor, message: str) -> None:
+    # compiled code cannot stop to look: it raises RuntimeError where it is run
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
 
 
 def check_step_positions(
     positions: Tensor | float, encoding: PositionalEncoding | None
 ) -> Tensor | float:
     """Return the positions of one token for `check_positions`: [B, 1, L], [B, 1], or a number."""
-    levels = 1 if encoding is None else encoding.num_levels
+    # anything else is refused where encodings are checked
+    levels = encoding.num_levels if isinstance(encoding, PositionalEncoding) else 1
     if not isinstance(positions, Tensor):
         if isinstance(positions, bool) or not isinstance(positions, (int, float)):
             raise TypeError(f"positions must be a tensor or number, got {type(positions).__name__}")
@@ -193,6 +203,8 @@ def check_state(
     b, _, h, d = q.shape
     r = d if encoding is None else encoding.feature_dim
     rz = 0 if not normalize else d if encoding is None else encoding.norm_dim
+    if isinstance(state.length, bool) or not isinstance(state.length, (int, torch.SymInt)):
+        raise TypeError(f"initial_state.length must be an int, got {type(state.length).__name__}")
     for name, x, size in (("s", state.s, (b, h, r, v.shape[-1])), ("z", state.z, (b, h, rz))):
         if not isinstance(x, Tensor) or tuple(x.shape) != size:
             raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
@@ -201,11 +213,15 @@ def check_state(
                 f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
                 f"got {x.dtype} on {x.device}"
             )
-    if noise is state.noise or torch.compiler.is_compiling():
+    if noise is state.noise:
         return
-    if state.noise is None or not torch.equal(noise, state.noise.to(noise.device)):
-        came = None if state.noise is None else state.noise.tolist()
+    if noise is None or not isinstance(state.noise, Tensor) or state.noise.shape != noise.shape:
         raise ValueError(
-            f"initial_state was made with noise (seed, step) {came}, pos_encoding "
-            f"has {noise.tolist()}: do not resample inside a sequence"
+            f"initial_state.noise must be the noise_key of pos_encoding, {noise}, got {state.noise}"
         )
+    _require(
+        (noise == state.noise.to(noise.device)).all(),
+        "initial_state was made with another (seed, step) of noise than pos_encoding has now: "
+        "noise stays for a whole sequence, in training too; layers that have one encoding in "
+        "common need its share()",
+    )

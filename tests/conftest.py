@@ -169,3 +169,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile of a module as one graph, by aot_eager."""
+    torch._dynamo.reset()
+    yield lambda module: torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()

@@ -213,7 +213,8 @@ def test_same_bits_every_time(backend, make_encoding):
 
 
 def test_same_bits_on_any_number_of_threads(kernels, make_encoding, threads):
-    case = problem(make_encoding, torch.float32, shape=(3, 150, 2))
+    """Of a call that is large enough to be shared out (csrc/cpu_kernels.cpp)."""
+    case = problem(make_encoding, torch.float32, shape=(3, 150, 4), d=16, e=16)
     first = case.run(kernels)
     for n in (2, 3):
         threads(n)

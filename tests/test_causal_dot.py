@@ -1,5 +1,7 @@
 """The scan: widths, lengths, chunks, memory layouts, and the operators behind it."""
 
+import math
+
 import pytest
 import torch
 from conftest import encodings
@@ -96,6 +98,16 @@ def test_layouts(backend, make, layout):
             assert_within(x, expected[name], 1e-5, name)
         else:
             assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "relu", "exp"])
+def test_infinite_inputs(backend, feature_map):
+    """psi(-inf) is psi's limit."""
+    q, k, v = make_inputs(1, 5, 2, 4, 4, torch.float32)
+    low = torch.full_like(q, -math.inf)
+    options = {"feature_map": feature_map, "normalize": False, "backend": backend}
+    o = causal_linear_attention(low, k, v, **options)
+    assert_within(o, causal_linear_attention(torch.full_like(q, -1e3), k, v, **options), 1e-30)
 
 
 def test_negative_views(backend):

@@ -95,9 +95,11 @@ BAD_POSITIONS = [
     (ROPE, torch.zeros(2, 5, 1, 1), ValueError, "positions must be"),
     (ROPE, torch.zeros(5, dtype=torch.complex64), TypeError, "positions must be integers or"),
     (ROPE, torch.zeros(5, dtype=torch.bool), TypeError, "positions must be integers or"),
-    (ROPE, _with(NAN), ValueError, "positions must be finite, got NaN or infinity"),
+    (ROPE, _with(NAN), ValueError, "positions must be finite, at most 2\\^53 in size"),
     (ROPE, _with(INF), ValueError, "positions must be finite"),
     (ROPE, _with(-INF).bfloat16(), ValueError, "positions must be finite"),
+    (ROPE, _with(1e30), ValueError, "positions must be finite, at most 2\\^53 in size"),
+    (ROPE, torch.full((5,), 2**60), ValueError, "positions must be finite, at most 2\\^53 in size"),
     (ROPE, torch.zeros(5, device="meta"), ValueError, "positions must be on the device of q"),
     (VECTOR, None, ValueError, "positions must be given for a pos_encoding of 3 levels"),
     (VECTOR, torch.zeros(5), ValueError, r"positions must be \[5, 3\] or \[2, 5, 3\]"),
@@ -180,7 +182,7 @@ def test_state_of_another_noise_step():
     encoding = SineSPE(8, 3, seed=1)
     state = _state(encoding)
     encoding.resample_()
-    with pytest.raises(ValueError, match=r"noise \(seed, step\) \[1, 0\], .* has \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"made with another \(seed, step\) of noise"):
         _attend(pos_encoding=encoding, initial_state=state)
 
 
@@ -198,6 +200,16 @@ def test_not_a_state(state, error):
         _attend(pos_encoding=SineSPE(8, 3, seed=1), initial_state=state)
 
 
+def test_state_of_another_share():
+    """Shares have the same noise but for the gate's."""
+    source = SineSPE(8, 3, seed=1)
+    one, other = source.share(), source.share()
+    state = _state(one)
+    _attend(pos_encoding=one, initial_state=state)
+    with pytest.raises(ValueError, match="module_id=2"):
+        _attend(pos_encoding=other, initial_state=state)
+
+
 # one step
 
 
@@ -211,6 +223,9 @@ def test_not_a_state(state, error):
         ({"positions": torch.zeros(3)}, ValueError, "positions must be"),
         ({"positions": "x"}, (ValueError, TypeError), "positions"),
         ({"positions": NAN}, ValueError, "positions must be finite"),
+        ({"positions": 10**400}, ValueError, "positions must be finite"),
+        ({"positions": True}, TypeError, "positions must be a tensor or number, got bool"),
+        ({"pos_encoding": "x", "positions": 1.0}, TypeError, "pos_encoding must be"),
         ({"state": None}, TypeError, "state must be a LinearAttentionState"),
         ({"feature_map": "softmax"}, ValueError, "feature_map must be"),
         ({"eps": -1}, ValueError, "eps must be"),
@@ -243,8 +258,8 @@ def test_bad_steps(changes, error, message):
         (lambda: RoPE(8, per_head=True), "num_heads must be given with per_head"),
         (lambda: RoPEPool(8), "num_heads must be given"),
         (lambda: RoPE(8, apply="both"), "apply must be 'after' or 'before', got 'both'"),
-        (lambda: RoPE(8, base=0), "base must be positive"),
-        (lambda: RoPE(8, base=NAN), "base must be positive"),
+        (lambda: RoPE(8, base=0), "base must be a positive number"),
+        (lambda: RoPE(8, base=NAN), "base must be a positive number"),
         (lambda: RoPEPool(8, 2, scale="none"), "scale must be 'matched' or 'paper'"),
         (lambda: SineSPE(8, None), "num_heads must be a positive int"),
         (lambda: SineSPE(8, 2, num_sines=0), "num_sines must be a positive int, got 0"),
@@ -259,7 +274,20 @@ def test_bad_steps(changes, error, message):
         (lambda: FStripe(8, 2, num_levels=-1), "num_levels must be"),
         (lambda: CausalLinearAttention(10, 3), "embed_dim must be divisible by num_heads = 3"),
         (lambda: CausalLinearAttention(12, 3, value_dim=10), "value_dim must be divisible"),
-        (lambda: CausalLinearAttention(12, 0), "must be divisible by num_heads = 0"),
+        (lambda: CausalLinearAttention(12, 0), "num_heads must be a positive int, got 0"),
+        (lambda: CausalLinearAttention(12, 3.0), "num_heads must be a positive int, got 3.0"),
+        (lambda: CausalLinearAttention(12, 3, feature_map="gelu"), "feature_map must be one of"),
+        (lambda: CausalLinearAttention(12, 3, normalize="max"), "normalize must be"),
+        (lambda: CausalLinearAttention(12, 3, eps=-1), "eps must be"),
+        (lambda: CausalLinearAttention(12, 3, backend="x"), "backend must be one of"),
+        (lambda: RoPE(True), "head_dim must be a positive int, got True"),
+        (lambda: RoPE(8, rotary_dim=2.0), "rotary_dim must be a positive int, got 2.0"),
+        (lambda: RoPE(8, base="a"), "base must be a positive number, got 'a'"),
+        (lambda: SineSPE(8, 2, seed=1.5), "seed must be an int of 64 bits, got 1.5"),
+        (lambda: SineSPE(8, 2, seed=2**64), "seed must be an int of 64 bits"),
+        (lambda: SineSPE(8, 2, resample=True), "resample must be"),
+        (lambda: SineSPE(8, 2, gated="no"), "gated must be True or False, got 'no'"),
+        (lambda: FStripe(8, 2, pool="mean"), "pool must be True or False, got 'mean'"),
         (lambda: CausalLinearAttention(12, 3, pos_encoding=RoPE(8)), "head_dim = 4"),
         (lambda: CausalLinearAttention(12, 3, pos_encoding=SineSPE(4, 2)), "num_heads = 3"),
     ],
@@ -279,9 +307,13 @@ def test_bad_layer_inputs():
         layer.step(torch.zeros(2, 1, 12), state)
     with pytest.raises(ValueError, match="positions must be"):
         layer(torch.zeros(2, 5, 12), torch.zeros(4))
-    for changes in ({"feature_map": "gelu"}, {"normalize": "max"}, {"eps": -1}, {"backend": "x"}):
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            CausalLinearAttention(12, 3, **changes)(torch.zeros(2, 5, 12))
+    for x in ([1], None, torch.zeros(2, 5, 12, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="x must be a tensor of floats"):
+            layer(x)
+    with pytest.raises(TypeError, match=r"x must have the dtype of the layer, torch.float32"):
+        layer(torch.zeros(2, 5, 12, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"pos_encoding must be a fastpe\.PositionalEncoding"):
+        CausalLinearAttention(12, 3, pos_encoding="rope")
 
 
 # not errors

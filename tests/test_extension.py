@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import encodings
-from helpers import assert_within, leaf, make_inputs, make_positions
+from helpers import assert_within, leaf, make_inputs, make_positions, traced
 
 import fastpe
 from fastpe import causal_linear_attention
@@ -143,9 +143,6 @@ def test_second_derivative_works_or_raises(backend, make_encoding):
 
 # compilation
 
-# Dynamo itself makes an instance of the class when it traces a Function
-traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 
 @pytest.fixture(params=["reference", "cpu"])
 def either(request):
@@ -153,14 +150,6 @@ def either(request):
     if request.param == "reference":
         return "reference"
     return request.getfixturevalue("native_kernels")
-
-
-@pytest.fixture
-def compiled():
-    """torch.compile of a module as one graph, by aot_eager."""
-    torch._dynamo.reset()
-    yield lambda module: torch.compile(module, backend="aot_eager", fullgraph=True)
-    torch._dynamo.reset()
 
 
 @traced

@@ -36,6 +36,12 @@ def test_import_costs_little():
     pytest.fail(f"import fastpe took {min(times):.2f} s beyond torch")
 
 
+def test_a_folder_named_fastpe_does_not_hide_it(tmp_path):
+    """As the clone does in the folder it was cloned into."""
+    (tmp_path / "fastpe").mkdir()
+    assert _python("import fastpe; print(fastpe.RoPE(8))", cwd=tmp_path).startswith("RoPE")
+
+
 def test_import_starts_nothing():
     """No library is loaded, no compiler or triton is looked for, and nothing is printed."""
     code = (

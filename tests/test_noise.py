@@ -270,6 +270,22 @@ def test_checkpoint_without_the_generator_is_refused(backend, reentrant):
         y.sum().backward()
 
 
+def test_forwards_from_one_generator_state_are_told_apart(backend):
+    """One at a time each has its noise again; two at once cannot be told apart, which is said."""
+    block = _Block(backend)
+    x = torch.randn(2, 7, 8, requires_grad=True)
+
+    def forward():
+        torch.manual_seed(8)
+        return checkpoint(block, x, use_reentrant=False).sum()
+
+    for _ in range(2):
+        forward().backward()
+    both = forward() + forward()
+    with pytest.raises(RuntimeError, match="several forwards began with"):
+        both.backward()
+
+
 # sharing over layers
 
 

@@ -46,10 +46,15 @@ def available_backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES if name != "auto"}
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """Return the backend to run on this device; a named one that cannot raises with the reason."""
+def check_name(name: str) -> None:
+    """Raise ValueError unless there is a backend of this name."""
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """Return the backend to run on this device; a named one that cannot raises with the reason."""
+    check_name(name)
     if name == "auto":
         return _choose(device.type)
     if name == "cpu" and device.type != "cpu":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..maps import SineMap
+from ..ops import ScanOptions, compute_dtype
 
 LIBRARY = Path(__file__).parent.parent / "libfastpe_cpu.so"
 ISAS = ("best", "portable", "avx2", "avx512")
@@ -103,6 +104,14 @@ def _tensor(x: Tensor) -> _Tensor:  # [B, T, H, width]
     return _Tensor(x.data_ptr(), x.stride(), _DTYPES[x.dtype])
 
 
+# of everything made here, whatever torch.set_default_device says
+_CPU = torch.device("cpu")
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=_CPU)
+
+
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return x.shape, x.stride(), x.dtype
 
@@ -121,12 +130,10 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype).contiguous().resolve_neg()
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @functools.lru_cache(maxsize=1024)
-def _scan_arguments(q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options: tuple) -> bytes:
+def _scan_arguments(
+    q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options: ScanOptions
+) -> bytes:
     """Return the arguments but for data, threads and code path: the same for every step."""
     args = _CausalDot(*q[0], v[0][-1], min(options.chunk, 2**30))
     args.feature_map = _FEATURE_MAPS[options.feature_map]
@@ -141,10 +148,10 @@ def _scan_arguments(q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options:
 class _Scan:
     """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
 
-    def __init__(self, inputs: Sequence[Tensor | None], options: tuple) -> None:
+    def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         q, k, v, s0, z0, positions, freq = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-        self.dtype = _arithmetic(q)
+        self.dtype = compute_dtype(q)
         self.positions = _contiguous(positions, torch.float64)
         self.freq = _contiguous(freq, torch.float64)
         self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
@@ -165,19 +172,18 @@ def causal_dot(
     z0: Tensor | None,
     positions: Tensor | None,
     freq: Tensor | None,
-    options: tuple,
+    options: ScanOptions,
     *,
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return o, den [B, H, T] (None unless to be saved) and the final state (`ops.CausalDot`)."""
     scan = _Scan((q, k, v, s0, z0, positions, freq), options)
     b, t, h, d = q.shape
-    r = d // 2 if options.pool else d
-    rz = 0 if options.normalize == "none" else d if options.map_first else r
-    o = torch.empty(*v.shape, dtype=v.dtype)
-    den = torch.empty(b, h, t if rz else 0, dtype=scan.dtype) if save else None
-    s = torch.empty(b, h, r, v.shape[-1], dtype=scan.dtype)
-    z = torch.empty(b, h, rz, dtype=scan.dtype)
+    r, rz = options.widths(d)
+    o = _empty(*v.shape, dtype=v.dtype)
+    den = _empty(b, h, t if rz else 0, dtype=scan.dtype) if save else None
+    s = _empty(b, h, r, v.shape[-1], dtype=scan.dtype)
+    z = _empty(b, h, rz, dtype=scan.dtype)
     scan.args.o, scan.args.den = _tensor(o), _pointer(den)
     scan.args.s, scan.args.z = _pointer(s), _pointer(z)
     _call("fastpe_causal_dot", scan.args)
@@ -187,7 +193,7 @@ def causal_dot(
 def causal_dot_backward(
     grads: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
-    options: tuple,
+    options: ScanOptions,
     o: Tensor,
     den: Tensor,
     needs: Sequence[bool],
@@ -200,14 +206,14 @@ def causal_dot_backward(
     args = scan.args
 
     def out(i: int, like: Tensor | None) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype) if needs[i] else q.new_empty(0)
+        return _empty(*like.shape, dtype=like.dtype) if needs[i] else q.new_empty(0)
 
     dq, dk, dv, ds0, dz0 = (out(i, x) for i, x in enumerate(inputs[:5]))
     dpositions, dfreq = q.new_empty(0), q.new_empty(0)
     if needs[5]:
-        dpositions = torch.empty(b, h, t, args.L, dtype=torch.float64)
+        dpositions = _empty(b, h, t, args.L, dtype=torch.float64)
     if needs[6]:
-        dfreq = torch.empty(b, h, args.W, args.L, dtype=torch.float64)
+        dfreq = _empty(b, h, args.W, args.L, dtype=torch.float64)
     args.o, args.den, args.grad_o = _tensor(o), _pointer(den), _tensor(grad_o)
     args.grad_s, args.grad_z = _pointer(grad_s), _pointer(grad_z)
     for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
@@ -241,7 +247,7 @@ class _Sines:
             _contiguous(sines.offset, wide),
             _contiguous(sines.gain, wide),
             _contiguous(sines.gate, wide),
-            _contiguous(sines.noise, _arithmetic(x)),
+            _contiguous(sines.noise, compute_dtype(x)),
         )
         self.args = _PhaseFeatures(
             *(b, t, h, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
@@ -255,7 +261,7 @@ class _Sines:
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
     """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
     call = _Sines(x, positions, sines, group)
-    y = torch.empty(*x.shape[:-1], sines.feature_dim, dtype=x.dtype)
+    y = _empty(*x.shape[:-1], sines.feature_dim, dtype=x.dtype)
     call.args.y = _tensor(y)
     _call("fastpe_phase_features", call.args)
     return y
@@ -272,10 +278,10 @@ def phase_features_backward(
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
     call, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
     b, t, h, _ = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else x.new_empty(0)
+    dx = _empty(*x.shape, dtype=x.dtype) if needs[0] else x.new_empty(0)
     dpositions = x.new_empty(0)
     if needs[1]:
-        dpositions = torch.empty(b, h, t, positions.shape[-1], dtype=torch.float64)
+        dpositions = _empty(b, h, t, positions.shape[-1], dtype=torch.float64)
     call.args.grad_y = _tensor(grad_y)
     if needs[0]:
         call.args.grad_x = _tensor(dx)
@@ -284,7 +290,7 @@ def phase_features_backward(
     for name, need in zip(names, needs[2:], strict=True):
         grads.append(x.new_empty(0))
         if need:
-            grads[-1] = torch.zeros(getattr(sines, name).shape, dtype=torch.float64)
+            grads[-1] = torch.zeros_like(getattr(sines, name), dtype=torch.float64)
             setattr(call.args, f"grad_{name}", _pointer(grads[-1]))
     _call("fastpe_phase_features_backward", call.args)
     if needs[1]:
@@ -300,7 +306,7 @@ def philox_normal(
     seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = _empty(*shape, dtype=dtype)
     hd, rows, r = shape
     args = _PhiloxNormal(
         seed=int(seed) & (2**64 - 1),

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..maps import Rotation, SineMap
+from ..ops import observed
 
 
 class PositionalEncoding(nn.Module):
     """A linear map of queries and keys that depends on their positions.
+
+    The arguments are fixed at construction; parameters and buffers may change at any time.
 
     A new encoding overrides `features` (works on every backend at once), or `make_maps`, which the
     fused kernels read; and `kernel`.
@@ -36,8 +39,8 @@ class PositionalEncoding(nn.Module):
             ("num_heads", num_heads),
             ("num_levels", num_levels),
         ):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+            if value is not None:
+                check_positive(name, value)
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.num_levels = num_levels
@@ -60,19 +63,14 @@ class PositionalEncoding(nn.Module):
 
     def map_inputs(self) -> list[Tensor]:
         """Return the tensors that `make_maps` is made of, besides the noise."""
-        return list(self.parameters())
+        return [*self.parameters(), *self.buffers()]
 
     def position_maps(
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
         """Return what `make_maps` makes, made anew where it would be recorded or has changed."""
         inputs, noise = self.map_inputs(), self.noise_key
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or not all(map(_readable, inputs))
-        ):
+        if torch.is_grad_enabled() or observed() or not all(map(_readable, inputs)):
             return self.make_maps(device)
         # decoding asks for the same maps at every token; contents, as `.data` leaves no other trace
         contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
@@ -121,12 +119,22 @@ class PositionalEncoding(nn.Module):
     def maybe_resample_(self) -> None:
         """Redraw the noise where a training forward is due to; called by the layer."""
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is copied and pickled: not what can be made again."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_signature")}
+
     @property
     def signature(self) -> str:
         """The configuration as text: a state made with another one is refused."""
         if self._signature is None:
             self._signature = f"{type(self).__name__}({self.extra_repr()})"
         return self._signature
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless a value is a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
 def _readable(x: Tensor) -> bool:

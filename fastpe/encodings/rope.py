@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maps import Rotation
-from .base import PositionalEncoding
+from .base import PositionalEncoding, check_positive
 
 
 class RoPE(PositionalEncoding):
@@ -58,7 +58,8 @@ class RoPE(PositionalEncoding):
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if head_dim % 2:
             raise ValueError(f"head_dim must be even to form pairs, got {head_dim}")
-        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        check_positive("rotary_dim", rotary_dim)
+        if rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be even and in 2..{head_dim}, got {rotary_dim}")
         if per_head and num_heads is None:
             raise ValueError("num_heads must be given with per_head=True, got None")
@@ -69,17 +70,19 @@ class RoPE(PositionalEncoding):
             )
         if apply not in ("after", "before"):
             raise ValueError(f"apply must be 'after' or 'before', got {apply!r}")
-        if not base > 0:
-            raise ValueError(f"base must be positive, got {base}")
+        if isinstance(base, bool) or not isinstance(base, (int, float)) or not base > 0:
+            raise ValueError(f"base must be a positive number, got {base!r}")
         self.base, self.rotary_dim, self.interleaved = base, rotary_dim, interleaved
         self.learned, self.per_head, self.apply_order = learned, per_head, apply
         heads = num_heads if per_head else 1
-        pair = torch.arange(rotary_dim // 2, dtype=torch.float64)
-        shift = torch.arange(heads, dtype=torch.float64)[:, None] / heads
+        pair = torch.arange(rotary_dim // 2, dtype=torch.float64, device="cpu")
+        shift = torch.arange(heads, dtype=torch.float64, device="cpu")[:, None] / heads
         theta = base ** (-2 * (pair + shift) / rotary_dim) / num_levels
         theta = theta[..., None].repeat(1, 1, num_levels)
         if learned:
-            self.theta = nn.Parameter(theta.to(torch.get_default_dtype()))
+            self.theta = nn.Parameter(torch.empty(theta.shape))
+            with torch.no_grad():
+                self.theta.copy_(theta)
         else:
             # no buffer: `module.bfloat16()` must not round the frequencies
             self._cycles = {torch.device("cpu"): theta / (2 * math.pi)}

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ..maps import SineMap
 from ..noise import GATE, SINE
-from ..ops import philox_normal
-from .base import PositionalEncoding
+from ..ops import count_forward, philox_normal
+from .base import PositionalEncoding, check_positive
 
 
 class SineEncoding(PositionalEncoding):
@@ -53,13 +53,19 @@ class SineEncoding(PositionalEncoding):
         unit_gains: bool = False,
     ) -> None:
         super().__init__(head_dim, num_heads, num_levels)
-        for name, value in (("num_sines", num_sines), ("num_realizations", num_realizations)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        check_positive("num_sines", num_sines)
+        if num_realizations is not None:
+            check_positive("num_realizations", num_realizations)
+        if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
+            raise ValueError(f"seed must be an int of 64 bits, got {seed!r}")
+        flags = {"pool": pool, "gated": gated, "unit_gains": unit_gains}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if num_heads is None:
             raise ValueError("num_heads must be a positive int, got None")
         every = {"forward": 1, "never": 0}.get(resample, resample)
-        if not isinstance(every, int) or every < 0 or resample == 0:
+        if not isinstance(every, int) or every < 0 or resample in (0, True, False):
             raise ValueError(
                 f"resample must be 'forward', 'never' or a positive int, got {resample!r}"
             )
@@ -77,11 +83,12 @@ class SineEncoding(PositionalEncoding):
             self.gate = nn.Parameter(torch.empty(num_heads, head_dim))
         self.module_id = 0
         if num_realizations is not None:
-            seed = int(torch.randint(2**62, ())) if seed is None else seed
+            seed = _random_int() if seed is None else seed
             self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
             # counts training forwards; the noise changes with step // every
             self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
-        self._steps_drawn: dict[int, int] = {}
+        # {token: (step, whether a backward has asked for it)}
+        self._steps_drawn: dict[int, tuple[int | None, bool]] = {}
         self._newest: int | None = None
         self._cache: tuple | None = None
         self._key: tuple | None = None
@@ -182,19 +189,24 @@ class SineEncoding(PositionalEncoding):
             return
         if torch.compiler.is_compiling():
             if source is self:
-                self.step.add_(1)
+                count_forward(self.step)
             return
         # activation checkpointing restores torch's generator before it runs a forward again: the
         # token is then the same, and tells which noise to use again
-        token = int(torch.randint(2**62, ()))
+        token = _random_int()
         if torch._C._current_graph_task_id() != -1:
-            source._reuse(self._steps_drawn.get(token))
+            step, _ = self._steps_drawn.get(token, (None, True))
+            source._reuse(step)
+            self._steps_drawn[token] = step, True
             return
         if source._newest is not None:
             source._restore()  # the last backward failed before it could
         if source is self:
             self.step.add_(1)
-        self._steps_drawn[token] = int(source.step)
+        step = int(source.step)
+        before, used = self._steps_drawn.get(token, (step, True))
+        # None: which of two forwards from the same state of the generator it was, is not known
+        self._steps_drawn[token] = step if used or before == step else None, False
         if len(self._steps_drawn) > 1024:
             del self._steps_drawn[next(iter(self._steps_drawn))]
 
@@ -202,7 +214,8 @@ class SineEncoding(PositionalEncoding):
         if step is None:
             raise RuntimeError(
                 "a forward was run again inside backward with another state of torch's generator, "
-                "so its noise is lost: use checkpoint(..., preserve_rng_state=True)"
+                "or with one that several forwards began with, so its noise is lost: use "
+                "checkpoint(..., preserve_rng_state=True), and seed the generator once"
             )
         if self._newest is None:
             # in use again when this backward is done
@@ -213,6 +226,11 @@ class SineEncoding(PositionalEncoding):
     def _restore(self) -> None:
         self.step.fill_(self._newest)
         self._newest = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is copied and pickled: not what can be made again."""
+        made = {"_cache": None, "_key": None, "_steps_drawn": {}, "_newest": None}
+        return super().__getstate__() | made
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -276,6 +294,10 @@ class SineEncoding(PositionalEncoding):
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
             f"scale={self.scale!r}"
         )
+
+
+def _random_int() -> int:
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _stamp(x: Tensor) -> object:

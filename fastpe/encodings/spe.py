@@ -91,3 +91,7 @@ class SharedSineSPE(SineSPE):
     def share(self) -> SharedSineSPE:
         """Return a further share of the same source."""
         return self.source.share()
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        return f"{super().extra_repr()}, module_id={self.module_id}"
