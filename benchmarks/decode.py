@@ -135,6 +135,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repeats of a row")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
+    if min(args.contexts) < 1 or args.threads < 1:
+        parser.error("--contexts and --threads must be at least 1")
     isolated, records = Isolated(), []
     for name, context in tqdm([(n, c) for n in ENCODINGS for c in args.contexts], unit="row"):
         setup = Setup(context + STEPS, threads=args.threads)

@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repeats of a row")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
+    if min(args.lengths) < 1 or args.threads < 1:
+        parser.error("--lengths and --threads must be at least 1")
     isolated, records = Isolated(), []
     rows = [(length, field) for length in args.lengths for field in ("", *POSITIONS)]
     for length, field in tqdm(rows, unit="row"):

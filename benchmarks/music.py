@@ -188,7 +188,7 @@ def _load_npz(path: Path, song: int) -> Piece:
         chord = part("chord_per_beat", "beat_ptr")
         phrases = part("phrase", "phrase_ptr")
         mask = data["chord_mask"].astype(np.int64)[chord]
-        title = f"{path.stem}, song {int(data['song_id'][song])}"
+        title = f"{path.stem}, song {song} (number {int(data['song_id'][song])})"
     start = np.round(notes[:, 1] / TICKS).astype(np.int64)
     end = np.round((notes[:, 1] + notes[:, 2]) / TICKS).astype(np.int64)
     letter = np.full(bars, -1)  # bars outside every phrase share a label

@@ -176,7 +176,8 @@ def plot(records: list[dict], path: Path) -> None:
 def _panel(ax: Axes, rows: list[dict], value: Callable[[dict], float], title: str) -> None:
     from matplotlib.ticker import LogLocator
 
-    ends, lengths = [], sorted({r["length"] for r in rows})
+    lengths = sorted({r["length"] for r in rows})
+    ends: dict[int, list[tuple[float, str, str]]] = {}
     for name in dict.fromkeys(r["case"] for r in rows):
         line = sorted((r for r in rows if r["case"] == name), key=lambda r: r["length"])
         x, y = [r["length"] for r in line], [value(r) for r in line]
@@ -185,11 +186,7 @@ def _panel(ax: Axes, rows: list[dict], value: Callable[[dict], float], title: st
         style = {"color": colour, "lw": 2.0 if ours or name == BASELINE else 1.4}
         style |= {"marker": "o", "ms": 3.5, "zorder": 3 if ours else 2}
         ax.plot(x, y, **style)
-        if x[-1] == lengths[-1]:
-            ends.append((y[-1], line[0]["label"], colour))
-        else:
-            at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            ax.annotate(line[0]["label"], (x[-1], y[-1]), color=colour, **at)
+        ends.setdefault(x[-1], []).append((y[-1], line[0]["label"], colour))
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
@@ -201,12 +198,16 @@ def _panel(ax: Axes, rows: list[dict], value: Callable[[dict], float], title: st
     ax.grid(True, color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    _label(ax, ends, lengths[-1])
+    for length, lines in ends.items():
+        _label(ax, lines, length, 1.045 if length == lengths[-1] else None)
 
 
-def _label(ax: Axes, ends: list[tuple[float, str, str]], right: float) -> None:
-    # names at the right of the panel, moved apart where lines end close together
+def _label(ax: Axes, ends: list[tuple[float, str, str]], length: int, column: float | None) -> None:
+    # names beside the ends of lines, or in a column, moved apart where they are close together
     low, high = (math.log10(y) for y in ax.get_ylim())
+    left, right = (math.log2(x) for x in ax.get_xlim())
+    if column is None:
+        column = (math.log2(length) - left) / (right - left) + 0.015
     gap = 0.036
     ends = sorted(ends, key=lambda end: end[0])
     want = [(math.log10(y) - low) / (high - low) for y, _, _ in ends]
@@ -214,8 +215,8 @@ def _label(ax: Axes, ends: list[tuple[float, str, str]], right: float) -> None:
     for (y, text, colour), at in zip(ends, place, strict=True):
         ax.annotate(
             text,
-            xy=(right, y),
-            xytext=(1.045, at),
+            xy=(length, y),
+            xytext=(column, at),
             textcoords="axes fraction",
             color=colour,
             va="center",

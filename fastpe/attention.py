@@ -155,6 +155,7 @@ def _attend(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o and the final s and z: features by the encoding's maps, then the scan."""
     dtype = v.dtype
     if backend == "reference":
         q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))

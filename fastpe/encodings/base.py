@@ -69,6 +69,8 @@ class PositionalEncoding(nn.Module):
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
         """Return what `make_maps` makes, made anew where it would be recorded or has changed."""
+        if type(self).make_maps is PositionalEncoding.make_maps:
+            return None
         inputs, noise = self.map_inputs(), self.noise_key
         if torch.is_grad_enabled() or observed() or not all(map(_readable, inputs)):
             return self.make_maps(device)
