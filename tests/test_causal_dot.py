@@ -118,6 +118,19 @@ def test_negative_views(backend):
     assert torch.equal(causal_linear_attention(*views, backend=backend), expected)
 
 
+@pytest.mark.parametrize(
+    "make", encodings("sinespe", "fstripe-pooled", "fstripe-unpooled", "ropepool")
+)
+def test_parameters_in_any_layout(kernels, make):
+    """Their gradients are the same wherever in memory their entries lie."""
+    case = Problem(make(8, 2))
+    expected = case.run(kernels)
+    for p in case.encoding.parameters():
+        p.data = p.data.transpose(0, 1).contiguous().transpose(0, 1)
+    for name, x in case.run(kernels).items():
+        assert_within(x, expected[name], 1e-13, name)
+
+
 @pytest.mark.parametrize("make", encodings("none", "rope", "sinespe"))
 def test_expanded_inputs(backend, make):
     """Stride 0 over the batch, the heads and in the gradient of the output."""

@@ -290,7 +290,7 @@ def phase_features_backward(
     for name, need in zip(names, needs[2:], strict=True):
         grads.append(x.new_empty(0))
         if need:
-            grads[-1] = torch.zeros_like(getattr(sines, name), dtype=torch.float64)
+            grads[-1] = _empty(*getattr(sines, name).shape, dtype=torch.float64).zero_()
             setattr(call.args, f"grad_{name}", _pointer(grads[-1]))
     _call("fastpe_phase_features_backward", call.args)
     if needs[1]:
