@@ -65,7 +65,7 @@ class SineEncoding(PositionalEncoding):
         if num_heads is None:
             raise ValueError("num_heads must be a positive int, got None")
         every = {"forward": 1, "never": 0}.get(resample, resample)
-        if not isinstance(every, int) or every < 0 or resample in (0, True, False):
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0 or resample == 0:
             raise ValueError(
                 f"resample must be 'forward', 'never' or a positive int, got {resample!r}"
             )
