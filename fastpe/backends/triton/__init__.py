@@ -331,3 +331,106 @@ def causal_dot_backward(
 def _sum_to(x: Tensor, like: Tensor) -> Tensor:
     # by turns to by cycles; over the batch or the heads, where they share
     return (2 * math.pi * (x.sum(0, keepdim=True) if like.shape[0] == 1 else x)).to(like.dtype)
+
+
+class _Sines:
+    """What the kernels of the phase features and of their gradient have in common."""
+
+    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap) -> None:
+        self.x, self.sines = _rows(x), sines
+        self.b, self.t, self.h, self.d = x.shape
+        self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
+        self.wide = compute_dtype(x)
+        numbers = Numbers.of(x.dtype)
+        double = [_as(i, torch.float64) for i in (positions, *sines[:4])]
+        # half of the bytes that every tile of tokens reads
+        noise = _as(sines.noise, torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide)
+        self.positions = double[0]
+        self.tables = [x if i is None else i for i in (*double, noise)]
+        self.shared = positions.shape[0] == 1
+        self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
+        self.by_batch = 0 if self.shared else self.t * self.levels
+        mix = "noise" if sines.noise is not None else "pool" if sines.pool else "keep"
+        self.meta = {
+            "MIX": mix,
+            "OFFSET": sines.offset is not None,
+            "GATE": sines.gate is not None,
+            "ACC": numbers.acc,
+            "DOT": numbers.dot,
+            "PRECISION": numbers.precision,
+        }
+
+    def launch(self, kernel: Callable, rows: int, columns: int, *args: object, **meta) -> None:
+        """Run a kernel on tiles of so many rows: tensors, tables, sizes, strides."""
+        grid = self.tiles(rows), self.h, columns
+        if not math.prod(grid):
+            return
+        bb = self.together(rows)
+        n = kernel.arg_names.index("B")
+        tensors, strides = args[: n - len(self.tables)], args[n - len(self.tables) :]
+        with torch.cuda.device_of(self.x):
+            kernel[grid](
+                *tensors, *self.tables, *self.sizes, *self.x.stride()[:3], *strides, self.by_batch,
+                **self.meta, **meta, BB=bb, BN=rows // bb, BD=min(_power(self.d), 64),
+            )  # fmt: skip
+
+    def together(self, rows: int) -> int:
+        """Return the sequences whose tokens share sines in a tile."""
+        return min(triton.next_power_of_2(self.b), 4, rows // 16) if self.shared else 1
+
+    def tiles(self, rows: int) -> int:
+        """Return the tiles of a head."""
+        bb = self.together(rows)
+        return -(-self.b // bb) * -(-self.t * bb // rows)
+
+
+def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
+    """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
+    call = _Sines(x, positions, sines)
+    y = _empty(x, *x.shape[:-1], call.r)
+    keep = call.meta["MIX"] == "keep"
+    br = 16 if keep else min(_power(call.r), 128)
+    columns = 1 if keep else -(-call.r // br)
+    call.launch(features.features_kernel, 64, columns, call.x, y, BR=br, num_warps=4, num_stages=2)
+    return y
+
+
+def phase_features_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    sines: SineMap,
+    group: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    call, dy, rows = _Sines(x, positions, sines), _rows(grad_y), 64
+    dx, none, parameters = _empty(x, *x.shape), x.new_empty(0), any(needs[2:])
+    tiles, levels, wide = call.tiles(rows), call.levels, call.wide
+    by_position, partial, by_gate = dx, dx, dx
+    if needs[1]:
+        by_position = _empty(x, call.b, call.h, call.t, levels, dtype=wide)
+    if parameters:
+        partial = _empty(x, tiles, call.h, call.k, 2 + levels, call.d, dtype=wide)
+        by_gate = _empty(x, tiles, call.h, call.d, dtype=wide)
+    call.launch(
+        features.features_backward_kernel, rows, 1,
+        call.x, dy, dx, by_position, partial, by_gate, *dy.stride()[:3],
+        WANT_X=needs[0], WANT_POSITIONS=needs[1], WANT_PARAMETERS=parameters,
+        BR=min(_power(call.r), 64), BL=_power(levels), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    grads = [dx if needs[0] else none] + [none] * 5
+    if needs[1]:
+        grads[1] = _sum_to(by_position.sum(1, dtype=torch.float64), positions)
+    if parameters:
+        total = partial.sum(0, dtype=torch.float64).movedim(-1, 1)  # [H, D, K, 2 + L]
+        # by the phase in cycles, its factor gain included
+        slope = 2 * math.pi * sines.gain.double()
+        found = {2: slope[..., None] * total[..., 2:], 3: slope * total[..., 1], 4: total[..., 0]}
+        if sines.gate is not None:
+            found[5] = by_gate.sum(0, dtype=torch.float64)
+        tensors = {2: sines.freq, 3: sines.offset, 4: sines.gain, 5: sines.gate}
+        for i, grad in found.items():
+            if needs[i]:
+                grads[i] = grad.to(tensors[i].dtype)
+    return tuple(grads)
