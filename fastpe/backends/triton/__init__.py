@@ -94,26 +94,44 @@ def _power(x: int) -> int:
     return max(16, triton.next_power_of_2(x))
 
 
+# Tokens of a tile and columns of the result that a program makes, by the widest block of a row and
+# whether pairs rotate: the largest that scripts/aot_check.py finds to need no spills on sm_90.
+_TILES = {
+    "forward": {(64, 1): (64, 64), (64, 2): (32, 64), (128, 1): (32, 64), (128, 2): (32, 32)},
+    "grad_q": {(64, 1): (64, 64), (64, 2): (32, 64), (128, 1): (32, 64), (128, 2): (32, 32)},
+    "grad_kv": {(64, 1): (32, 64), (64, 2): (16, 64)},
+    "grad_k": {(128, 1): (32, 64), (128, 2): (32, 32)},
+    "grad_v": {(128, 1): (32, 64), (128, 2): (32, 64)},
+    "state": {(64, 1): (64, 64), (64, 2): (64, 64), (128, 1): (32, 64), (128, 2): (32, 64)},
+}
+
+
 @functools.cache
-def blocks(role: str, width: int, e: int, parts: int, dtype: torch.dtype, chunk: int) -> Blocks:
+def blocks(
+    role: str, width: int, e: int, parts: int, dtype: torch.dtype, chunk: int = 0
+) -> Blocks:
     """Return the launch of a kernel: a function of sizes and dtype, never of T.
 
     Args:
-        role: "forward", "state", "grad_q", "grad_kv", "grad_k" or "grad_v".
+        role: A row of _TILES.
         width: Pairs of a query, or its components where nothing rotates.
-        parts: Blocks of a query: 2 where pairs rotate.
+        parts: 2 where pairs rotate, else 1.
         chunk: The caller's chunk size, 0 for the default.
     """
     bw, be = _power(width), _power(e)
-    inner = bw * parts
-    if role in ("forward", "state", "grad_v"):
-        be = min(be, 64)
-    elif role in ("grad_q", "grad_k"):
-        bw = min(bw, 64 // parts)
-    c = 64 if dtype.itemsize == 2 and max(inner, be) <= 128 else 32
+    widest = max(bw * parts, be, 64)
+    c, columns = 16, 32
+    if dtype.itemsize == 2:
+        c, columns = _TILES[role].get((widest, parts), (c, columns))
+    elif role == "grad_kv":
+        columns = 64
     if chunk:
         c = min(c, _power(chunk))
-    return Blocks(c, bw, be, 8 if max(inner, be) > 128 else 4, 2)
+    if role in ("grad_q", "grad_k"):
+        bw = min(bw, max(columns // parts, 16))
+    elif role != "grad_kv":
+        be = min(be, columns)
+    return Blocks(c, bw, be, 4 if widest == 64 and dtype.itemsize == 2 else 8, 2)
 
 
 def segments(programs: int, t: int, c: int, device: torch.device) -> tuple[int, int]:
@@ -123,6 +141,11 @@ def segments(programs: int, t: int, c: int, device: torch.device) -> tuple[int, 
     wanted = min(wanted, max(t // (4 * c), 1))
     length = -(-max(t, 1) // (wanted * c)) * c
     return length, -(-max(t, 1) // length)
+
+
+def _levels(levels: int) -> int:
+    # the block for components of a position; one needs no product
+    return 1 if levels <= 1 else _power(levels)
 
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -166,6 +189,8 @@ class _Scan:
             pairs = "neighbours" if options.interleaved else pairs
             self.pairs = -(-self.d // 2)
         self.maps = {
+            "SCALE": options.scale,
+            "EPS": options.eps,
             "PSI": psi,
             "ENCODE": encode,
             "PAIRS": pairs,
@@ -176,7 +201,6 @@ class _Scan:
         numbers = Numbers.of(q.dtype)
         self.numbers = {"ACC": numbers.acc, "DOT": numbers.dot, "PRECISION": numbers.precision}
         self.sizes = self.t, self.h, self.d, self.e, w, self.levels
-        self.rest = options.scale, options.eps
 
     def blocks(self, role: str) -> Blocks:
         parts = 1 if self.maps["PAIRS"] == "none" else 2
@@ -185,7 +209,7 @@ class _Scan:
     def roles_kv(self, want_k: bool, want_v: bool) -> tuple[str, ...]:
         """Return the kernels that make dk and dv: one, if the whole state fits a program."""
         parts = 1 if self.maps["PAIRS"] == "none" else 2
-        if want_k and want_v and max(_power(self.pairs) * parts, _power(self.e)) <= 128:
+        if want_k and want_v and max(_power(self.pairs) * parts, _power(self.e)) <= 64:
             return ("grad_kv",)
         return ("grad_k",) * want_k + ("grad_v",) * want_v
 
@@ -197,7 +221,7 @@ class _Scan:
         n = kernel.arg_names.index("T")
         meta |= self.numbers | {"C": block.c, "BW": block.bw, "BE": block.be}
         kernel[(programs,)](
-            *args[:n], *self.sizes, *cut, *self.rest, *args[n:],
+            *args[:n], *self.sizes, *cut, *args[n:],
             **meta, num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
 
@@ -288,7 +312,7 @@ def causal_dot_backward(
 
     strides = *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *do.stride()[:3]
     meta = call.maps | {"SLOPE": call.slope, "ADJOINT": call.adjoint, "TURN": turn}
-    meta["BL"] = _power(call.levels)
+    meta |= {"WANT_POSITIONS": needs[5], "BL": _levels(call.levels)}
     with torch.cuda.device_of(q):
         # by the way it makes delta, which the gradients of the keys begin with
         if call.heads and (needs[0] or turn or (want_k and call.rz)):

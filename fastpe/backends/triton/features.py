@@ -32,9 +32,10 @@ def to_rows(x, BB: tl.constexpr):
     """Repeat the tile of one sequence for each of BB."""
     if BB == 1:
         return x
-    N: tl.constexpr = x.shape[0]
-    D: tl.constexpr = x.shape[1]
-    return tl.reshape(tl.broadcast_to(x[None], (BB, N, D)), (BB * N, D))
+    else:
+        N: tl.constexpr = x.shape[0]
+        D: tl.constexpr = x.shape[1]
+        return tl.reshape(tl.broadcast_to(x[None], (BB, N, D)), (BB * N, D))
 
 
 @triton.jit
@@ -57,12 +58,14 @@ def sines(
 
 
 @triton.jit
-def mixing(noise, o_d, m_d, o_r, R, J, j, MIX: tl.constexpr, DOT: tl.constexpr):
+def mixing(noise, o_d, m_d, o_r, R, J, j, MIX: tl.constexpr):
     """Return row j of the noise of the components, [BD, BR]."""
     if MIX == "pool":
-        return tl.broadcast_to(tl.where(o_r == j, 1.0, 0.0)[None, :], (o_d.shape[0], o_r.shape[0]))
-    at = (o_d[:, None] * J + j) * R + o_r[None, :]
-    return tl.load(noise + at, mask=m_d[:, None] & (o_r < R)[None, :], other=0.0).to(DOT)
+        row = tl.where(o_r == j, 1.0, 0.0)[None, :]
+        return tl.broadcast_to(row, (o_d.shape[0], o_r.shape[0]))
+    else:
+        at = (o_d[:, None] * J + j) * R + o_r[None, :]
+        return tl.load(noise + at, mask=m_d[:, None] & (o_r < R)[None, :], other=0.0)
 
 
 @triton.jit
@@ -103,8 +106,8 @@ def features_kernel(
                 tl.store(y + at, u_c.to(y.dtype.element_ty), mask=m_x)
                 tl.store(y + at + 1, u_s.to(y.dtype.element_ty), mask=m_x)
             else:
-                z_c = mixing(noise, o_d, m_d, o_r, R, J, 2 * i_k, MIX, DOT)
-                z_s = mixing(noise, o_d, m_d, o_r, R, J, 2 * i_k + 1, MIX, DOT)
+                z_c = mixing(noise, o_d, m_d, o_r, R, J, 2 * i_k, MIX)
+                z_s = mixing(noise, o_d, m_d, o_r, R, J, 2 * i_k + 1, MIX)
                 total = dot(u_c, z_c, total, DOT, PRECISION)
                 total = dot(u_s, z_s, total, DOT, PRECISION)
         if GATE:
@@ -113,7 +116,7 @@ def features_kernel(
                 at = row_y[:, None] + (o_d * J + J - 1)[None, :]
                 tl.store(y + at, u.to(y.dtype.element_ty), mask=m_x)
             else:
-                z = mixing(noise, o_d, m_d, o_r, R, J, J - 1, MIX, DOT)
+                z = mixing(noise, o_d, m_d, o_r, R, J, J - 1, MIX)
                 total = dot(u, z, total, DOT, PRECISION)
     if MIX != "keep":
         m_y = m_m[:, None] & (o_r < R)[None, :]
@@ -129,17 +132,18 @@ def pulled(
     if MIX == "keep":
         at = row_y[:, None] + (o_d * J + j)[None, :]
         return tl.load(dy + at, mask=m_m[:, None] & m_d[None, :], other=0.0).to(ACC)
-    if MIX == "pool":
+    elif MIX == "pool":
         column = tl.load(dy + row_y + j, mask=m_m, other=0.0).to(ACC)
         return tl.broadcast_to(column[:, None], (row_y.shape[0], o_d.shape[0]))
-    g = tl.zeros((row_y.shape[0], o_d.shape[0]), ACC)
-    for i_r in range(0, R, BR):
-        o_r = i_r + tl.arange(0, BR)
-        m_y = m_m[:, None] & (o_r < R)[None, :]
-        b_dy = tl.load(dy + row_y[:, None] + o_r[None, :], mask=m_y, other=0.0)
-        z = mixing(noise, o_d, m_d, o_r, R, J, j, MIX, DOT)
-        g = dot(b_dy, tl.trans(z), g, DOT, PRECISION)
-    return g
+    else:
+        g = tl.zeros((row_y.shape[0], o_d.shape[0]), ACC)
+        for i_r in range(0, R, BR):
+            o_r = i_r + tl.arange(0, BR)
+            m_y = m_m[:, None] & (o_r < R)[None, :]
+            b_dy = tl.load(dy + row_y[:, None] + o_r[None, :], mask=m_y, other=0.0)
+            z = mixing(noise, o_d, m_d, o_r, R, J, j, MIX)
+            g = dot(b_dy, tl.trans(z), g, DOT, PRECISION)
+        return g
 
 
 @triton.jit

@@ -98,7 +98,8 @@ def nearest(x):
     """Round to the nearest integer."""
     if x.dtype == tl.float64:
         return tl.floor(x + 0.5)
-    return (x + ROUND) - ROUND
+    else:
+        return (x + ROUND) - ROUND
 
 
 @triton.jit
@@ -118,12 +119,12 @@ def turns(position, freq, ACC: tl.constexpr):
     if ACC == tl.float64:
         product = position * freq
         return product - nearest(product)
-    position_high, position_low = split(position)
-    freq_high, freq_low = split(freq)
-    whole = nearest(position_high * freq_high)
-    rest = tl.fma(position_high, freq_high, -whole)
-    rest += position_high * freq_low + position_low * freq_high
-    return rest
+    else:
+        position_high, position_low = split(position)
+        freq_high, freq_low = split(freq)
+        whole = nearest(position_high * freq_high)
+        rest = tl.fma(position_high, freq_high, -whole)
+        return rest + (position_high * freq_low + position_low * freq_high)
 
 
 @triton.jit
@@ -131,14 +132,15 @@ def sincos_turns(u):
     """Return sin and cos of 2 pi u, |u| < 2^22, to about 1e-7 in float32."""
     if u.dtype == tl.float64:
         return tl.sin(u * TWO_PI), tl.cos(u * TWO_PI)
-    u -= nearest(u)
-    quarter = nearest(u * 4.0)  # -2, -1, 0, 1 or 2
-    t = (u - quarter * 0.25) * TWO_PI
-    z = t * t
-    s = ((z * -1.9515295891e-4 + 8.3321608736e-3) * z - 1.6666654611e-1) * z * t + t
-    c = (z * 2.443315711809948e-5 - 1.388731625493765e-3) * z + 4.166664568298827e-2
-    c = c * z * z - z * 0.5 + 1.0
-    square = quarter * quarter
-    sin = tl.where(square == 1.0, c * quarter, tl.where(square == 4.0, -s, s))
-    cos = tl.where(square == 1.0, -s * quarter, tl.where(square == 4.0, -c, c))
-    return sin, cos
+    else:
+        u -= nearest(u)
+        quarter = nearest(u * 4.0)  # -2, -1, 0, 1 or 2
+        t = (u - quarter * 0.25) * TWO_PI
+        z = t * t
+        s = ((z * -1.9515295891e-4 + 8.3321608736e-3) * z - 1.6666654611e-1) * z * t + t
+        c = (z * 2.443315711809948e-5 - 1.388731625493765e-3) * z + 4.166664568298827e-2
+        c = c * z * z - z * 0.5 + 1.0
+        square = quarter * quarter
+        sin = tl.where(square == 1.0, c * quarter, tl.where(square == 4.0, -s, s))
+        cos = tl.where(square == 1.0, -s * quarter, tl.where(square == 4.0, -c, c))
+        return sin, cos

@@ -48,7 +48,8 @@ def divisor(den, eps, NORMALIZE: tl.constexpr):
     """Return what the weighted sum is divided by."""
     if NORMALIZE == "sum":
         return den + eps
-    return tl.maximum(tl.abs(den), eps)
+    else:
+        return tl.maximum(tl.abs(den), eps)
 
 
 @triton.jit
@@ -56,7 +57,8 @@ def divisor_slope(den, eps, NORMALIZE: tl.constexpr):
     """Return the derivative of `divisor`: 0 where it is clamped."""
     if NORMALIZE == "sum":
         return tl.full(den.shape, 1.0, den.dtype)
-    return tl.where(tl.abs(den) < eps, 0.0, tl.where(den < 0, -1.0, 1.0)).to(den.dtype)
+    else:
+        return tl.where(tl.abs(den) < eps, 0.0, tl.where(den < 0, -1.0, 1.0)).to(den.dtype)
 
 
 @triton.jit
@@ -70,12 +72,12 @@ def products(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "SEG", "NSEG", "q_b", "k_b", "v_b", "position_b"])
+@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
 def forward_kernel(
     q, k, v, o, den, s0, z0, s, z, positions, freq,
-    T, H, D, E, W, L, SEG, NSEG, scale, eps,
+    T, H, D, E, W, L, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, position_b, freq_h, s0_size, z0_size,
-    PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
     MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, STATE: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -104,16 +106,16 @@ def forward_kernel(
     for i in range(tl.cdiv(end - begin, C)):
         o_t = begin + i * C + o_c
         m_t = o_t < end
-        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS, ACC)
+        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, SCALE, PAIRS, ACC)
         q_1, q_2 = load_pairs(q, o_t, o_w, q_t, m_t, D, W, PAIRS, ACC)
-        k_1, k_2 = load_pairs(k, o_t, o_w, k_t, m_t, D, W, PAIRS, ACC)
-        b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, ACC)
         phi_1, phi_2, pd_1, pd_2 = features(
-            q_1, q_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS
+            q_1, q_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
         )
+        k_1, k_2 = load_pairs(k, o_t, o_w, k_t, m_t, D, W, PAIRS, ACC)
         psi_1, psi_2, kd_1, kd_2 = features(
-            k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS
+            k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
         )
+        b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, DOT)
         zero = tl.zeros((C, C), ACC)
         w = products(
             phi_1, phi_2, tl.trans(psi_1), tl.trans(psi_2), zero, PARTS, DOT, PRECISION
@@ -128,13 +130,13 @@ def forward_kernel(
                     pd_1, pd_2, tl.trans(kd_1), tl.trans(kd_2), zero, 2, DOT, PRECISION
                 )
                 w = tl.where(seen, w, 0.0)
-            total = tl.sum(w, 1) + tl.sum(pd_1 * z_1[None, :], 1)
-            z_1 += tl.sum(kd_1, 0)
+            total = tl.sum(w, 1) + tl.sum(pd_1.to(ACC) * z_1[None, :], 1)
+            z_1 += tl.sum(kd_1.to(ACC), 0)
             if NORM_PARTS == 2:
-                total += tl.sum(pd_2 * z_2[None, :], 1)
-                z_2 += tl.sum(kd_2, 0)
+                total += tl.sum(pd_2.to(ACC) * z_2[None, :], 1)
+                z_2 += tl.sum(kd_2.to(ACC), 0)
             tl.store(den + o_t, total, mask=m_t & (i_block == 0))
-            b_o /= divisor(total, eps, NORMALIZE)[:, None]
+            b_o /= divisor(total, EPS, NORMALIZE)[:, None]
         store_rows(o, b_o, o_t, o_e, H * E, m_t, o_e < E)
         s_1 = dot(tl.trans(psi_1), b_v, s_1, DOT, PRECISION)
         if PARTS == 2:
@@ -148,12 +150,12 @@ def forward_kernel(
             store_sums(z + i_bh * RZ, z_1, z_2, o_w, i_block == 0, D, W, PAIRS, NORM_PARTS)
 
 
-@triton.jit(do_not_specialize=["T", "SEG", "NSEG", "x_b", "y_b", "position_b"])
+@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
 def state_kernel(
     x, y, den, delta, states, positions, freq,
-    T, H, D, E, W, L, SEG, NSEG, scale, eps,
+    T, H, D, E, W, L, SEG, NSEG,
     x_b, x_t, x_h, y_b, y_t, y_h, position_b, freq_h,
-    PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
     MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARDS: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -176,21 +178,20 @@ def state_kernel(
     for i in range(tl.cdiv(end - begin, C)):
         o_t = begin + i * C + o_c
         m_t = o_t < end
-        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS, ACC)
+        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, SCALE, PAIRS, ACC)
         b_y = load_rows(y, o_t, o_e, y_t, m_t, o_e < E, ACC)
         x_1, x_2 = load_pairs(x, o_t, o_w, x_t, m_t, D, W, PAIRS, ACC)
         f_1, f_2, n_1, n_2 = features(
-            x_1, x_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS
+            x_1, x_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
         )
         if NORM:
             if BACKWARDS:
                 total = tl.load(den + o_t, mask=m_t, other=1.0)
-                b_y /= divisor(total, eps, NORMALIZE)[:, None]
+                b_y /= divisor(total, EPS, NORMALIZE)[:, None]
                 b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)
-                n_1 *= b_delta[:, None]
-                n_2 *= b_delta[:, None]
-            z_1 += tl.sum(n_1, 0)
-            z_2 += tl.sum(n_2, 0)
+                n_1, n_2 = n_1.to(ACC) * b_delta[:, None], n_2.to(ACC) * b_delta[:, None]
+            z_1 += tl.sum(n_1.to(ACC), 0)
+            z_2 += tl.sum(n_2.to(ACC), 0)
         s_1 = dot(tl.trans(f_1), b_y, s_1, DOT, PRECISION)
         if PARTS == 2:
             s_2 = dot(tl.trans(f_2), b_y, s_2, DOT, PRECISION)

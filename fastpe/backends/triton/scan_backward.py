@@ -22,17 +22,18 @@ from .tiles import (
 
 
 @triton.jit
-def token_weights(do, o, den, o_t, m_t, eps, NORMALIZE: tl.constexpr):
+def token_weights(do, o, den, o_t, m_t, EPS: tl.constexpr, NORMALIZE: tl.constexpr):
     """Return 1 / normaliser of each token, and the loss's derivative by its sum of weights."""
     total = tl.load(den + o_t, mask=m_t, other=1.0)
-    inverse = tl.where(m_t, 1.0 / divisor(total, eps, NORMALIZE), 0.0)
-    return inverse, -divisor_slope(total, eps, NORMALIZE) * tl.sum(do * o, 1) * inverse
+    inverse = tl.where(m_t, 1.0 / divisor(total, EPS, NORMALIZE), 0.0)
+    return inverse, -divisor_slope(total, EPS, NORMALIZE) * tl.sum(do * o, 1) * inverse
 
 
 @triton.jit
 def turn_gradients(
-    turn, b_df, dpositions, positions, freq, o_t, o_w, m_t, W, L, ACC: tl.constexpr
-):
+    turn, b_df, dpositions, positions, freq, o_t, o_w, m_t, W, L,
+    WANT_POSITIONS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Return b_df plus the gradient of the frequencies [BW, BL], and store that of the positions.
 
     Both are by the angles in turns: without the factor 2 pi.
@@ -44,11 +45,18 @@ def turn_gradients(
     at = o_t[:, None].to(tl.int64) * L + o_l[None, :]
     m_p = m_t[:, None] & m_l
     position = tl.load(positions + at, mask=m_p, other=0.0).to(ACC)
-    m_f = (o_w < W)[:, None] & m_l
-    f = tl.load(freq + o_w[:, None] * L + o_l[None, :], mask=m_f, other=0.0).to(ACC)
-    by_position = dot(turn, f, tl.zeros(position.shape, ACC), ACC, PRECISION)
-    tl.store(dpositions + at, by_position, mask=m_p)
-    return dot(tl.trans(turn), position, b_df, ACC, PRECISION)
+    if WANT_POSITIONS:
+        m_f = (o_w < W)[:, None] & m_l
+        f = tl.load(freq + o_w[:, None] * L + o_l[None, :], mask=m_f, other=0.0).to(ACC)
+        if BL == 1:
+            by_position = tl.sum(turn * tl.trans(f), 1, keep_dims=True)
+        else:
+            by_position = dot(turn, f, tl.zeros(position.shape, ACC), ACC, PRECISION)
+        tl.store(dpositions + at, by_position, mask=m_p)
+    if BL == 1:
+        return b_df + tl.sum(turn * position, 0)[:, None]
+    else:
+        return dot(tl.trans(turn), position, b_df, ACC, PRECISION)
 
 
 @triton.jit
@@ -58,17 +66,15 @@ def store_frequencies(dfreq, b_df, o_w, W, L):
     tl.store(dfreq + o_w[:, None] * L + o_l[None, :], b_df, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["T", "SEG", "NSEG", "q_b", "k_b", "v_b", "do_b", "position_b"]
-)
+@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
 def grad_q_kernel(
     q, k, v, o, do, den, delta, s0, z0, dq, positions, freq, dpositions, dfreq,
-    T, H, D, E, W, L, SEG, NSEG, scale, eps,
+    T, H, D, E, W, L, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     position_b, freq_h, s0_size, z0_size,
-    PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
-    NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr,
+    NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr, WANT_POSITIONS: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,17 +106,17 @@ def grad_q_kernel(
     for i in range(tl.cdiv(end - begin, C)):
         o_t = begin + i * C + o_c
         m_t = o_t < end
-        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS, ACC)
+        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, SCALE, PAIRS, ACC)
         g = load_rows(do, o_t, o_e, do_t, m_t, o_e < E, ACC)
         if NORM:
             b_o = load_rows(o, o_t, o_e, H * E, m_t, o_e < E, ACC)
-            inverse, b_delta = token_weights(g, b_o, den, o_t, m_t, eps, NORMALIZE)
+            inverse, b_delta = token_weights(g, b_o, den, o_t, m_t, EPS, NORMALIZE)
             tl.store(delta + o_t, b_delta, mask=m_t & (i_block == 0))
             g *= inverse[:, None]
-        b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, ACC)
+        b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, DOT)
         k_1, k_2 = load_pairs(k, o_t, o_w, k_t, m_t, D, W, PAIRS, ACC)
         psi_1, psi_2, kd_1, kd_2 = features(
-            k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS
+            k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
         )
         w = dot(g, tl.trans(b_v), tl.zeros((C, C), ACC), DOT, PRECISION)
         dn_1, dn_2 = 0.0, 0.0
@@ -124,9 +130,9 @@ def grad_q_kernel(
                 w += b_delta[:, None]
                 dn_1 = b_delta[:, None] * z_1[None, :]
                 dn_2 = b_delta[:, None] * z_2[None, :]
-            z_1 += tl.sum(kd_1, 0)
+            z_1 += tl.sum(kd_1.to(ACC), 0)
             if NORM_PARTS == 2:
-                z_2 += tl.sum(kd_2, 0)
+                z_2 += tl.sum(kd_2.to(ACC), 0)
         w = tl.where(seen, w, 0.0)
         dy_1 = dot(g, tl.trans(s_1), tl.zeros((C, BW), ACC), DOT, PRECISION)
         dy_1 = dot(w, psi_1, dy_1, DOT, PRECISION)
@@ -144,23 +150,22 @@ def grad_q_kernel(
         if TURN:
             at = (i_block * (tl.num_programs(0) // BLOCKS // NSEG) + i_bh) * T * L
             b_df = turn_gradients(
-                turn, b_df, dpositions + at, positions, freq, o_t, o_w, m_t, W, L, ACC
-            )
+                turn, b_df, dpositions + at, positions, freq, o_t, o_w, m_t, W, L,
+                WANT_POSITIONS, ACC,
+            )  # fmt: skip
     if TURN:
         store_frequencies(dfreq + (i_bh * NSEG + i_seg) * W * L, b_df, o_w, W, L)
 
 
-@triton.jit(
-    do_not_specialize=["T", "SEG", "NSEG", "q_b", "k_b", "v_b", "do_b", "position_b"]
-)
+@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
 def grad_kv_kernel(
     q, k, v, do, den, delta, t0, y0, dk, dv, ds0, dz0, positions, freq, dpositions, dfreq,
-    T, H, D, E, W, L, SEG, NSEG, scale, eps,
+    T, H, D, E, W, L, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     position_b, freq_h, t0_size, y0_size,
-    PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
-    NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr,
+    NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr, WANT_POSITIONS: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, WANT_STATE: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -202,19 +207,19 @@ def grad_kv_kernel(
     for i in range(chunks):
         o_t = begin + (chunks - 1 - i) * C + o_c
         m_t = o_t < end
-        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS, ACC)
+        cos, sin = angles(positions, freq, o_t, o_w, m_t, W, L, SCALE, PAIRS, ACC)
         g = load_rows(do, o_t, o_e, do_t, m_t, o_e < E, ACC)
         if NORM:
             total = tl.load(den + o_t, mask=m_t, other=1.0)
-            g /= divisor(total, eps, NORMALIZE)[:, None]
+            g /= divisor(total, EPS, NORMALIZE)[:, None]
         q_1, q_2 = load_pairs(q, o_t, o_w, q_t, m_t, D, W, PAIRS, ACC)
         k_1, k_2 = load_pairs(k, o_t, o_w, k_t, m_t, D, W, PAIRS, ACC)
         phi_1, phi_2, pd_1, pd_2 = features(
-            q_1, q_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS
+            q_1, q_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
         )
         if WANT_DV:
             psi_1, psi_2, kd_1, kd_2 = features(
-                k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS
+                k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
             )
             w = products(
                 psi_1, psi_2, tl.trans(phi_1), tl.trans(phi_2), tl.zeros((C, C), ACC), PARTS,
@@ -225,22 +230,19 @@ def grad_kv_kernel(
             b_dv = dot(tl.where(seen, w, 0.0), g, b_dv, DOT, PRECISION)
             store_rows(dv, b_dv, o_t, o_e, H * E, m_t, o_e < E)
         if WANT_DK:
-            b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, ACC)
+            b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, DOT)
             w = dot(b_v, tl.trans(g), tl.zeros((C, C), ACC), DOT, PRECISION)
             dn_1, dn_2 = 0.0, 0.0
             if NORM:
                 b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)
                 dn_1, dn_2 = y_1[None, :], y_2[None, :]
-                pd_1 *= b_delta[:, None]
+                pd_1, pd_2 = pd_1.to(ACC) * b_delta[:, None], pd_2.to(ACC) * b_delta[:, None]
                 if SPLIT:
-                    pd_2 *= b_delta[:, None]
                     ones = tl.where(seen, 1.0, 0.0)
                     zero = tl.zeros((C, BW), ACC)
                     dn_1 += dot(ones, pd_1, zero, DOT, PRECISION)
                     dn_2 += dot(ones, pd_2, zero, DOT, PRECISION)
-                elif PARTS == 2:
-                    pd_2 *= b_delta[:, None]
-                if not SPLIT:
+                else:
                     w += b_delta[None, :]
                 y_1 += tl.sum(pd_1, 0)
                 if NORM_PARTS == 2:
@@ -259,8 +261,9 @@ def grad_kv_kernel(
             if TURN:
                 at = (i_block * (tl.num_programs(0) // BLOCKS // NSEG) + i_bh) * T * L
                 b_df = turn_gradients(
-                    turn, b_df, dpositions + at, positions, freq, o_t, o_w, m_t, W, L, ACC
-                )
+                    turn, b_df, dpositions + at, positions, freq, o_t, o_w, m_t, W, L,
+                    WANT_POSITIONS, ACC,
+                )  # fmt: skip
         t_1 = dot(tl.trans(phi_1), g, t_1, DOT, PRECISION)
         if PARTS == 2:
             t_2 = dot(tl.trans(phi_2), g, t_2, DOT, PRECISION)

@@ -22,10 +22,10 @@ def columns(o_w, D, W, PAIRS: tl.constexpr):
 
     Components behind the last pair are taken as pairs that do not turn.
     """
+    m_w = o_w < (D + 1) // 2
     if PAIRS == "none":
         return o_w, o_w, o_w < D, o_w < D
-    m_w = o_w < (D + 1) // 2
-    if PAIRS == "neighbours":
+    elif PAIRS == "neighbours":
         return 2 * o_w, 2 * o_w + 1, m_w, 2 * o_w + 1 < D
     elif PAIRS == "halves":
         return o_w, o_w + W, m_w, m_w
@@ -61,11 +61,13 @@ def load_pairs(x, o_t, o_w, stride, m_t, D, W, PAIRS: tl.constexpr, ACC: tl.cons
         o_d = neighbours(o_w)
         tile = load_rows(x, o_t, o_d, stride, m_t, o_d < D, ACC)
         return tl.split(tl.reshape(tile, (o_t.shape[0], o_w.shape[0], 2)))
-    c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
-    x_1 = load_rows(x, o_t, c_1, stride, m_t, m_1, ACC)
-    if PAIRS == "none":
-        return x_1, x_1
-    return x_1, load_rows(x, o_t, c_2, stride, m_t, m_2, ACC)
+    else:
+        c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
+        x_1 = load_rows(x, o_t, c_1, stride, m_t, m_1, ACC)
+        x_2 = x_1
+        if PAIRS != "none":
+            x_2 = load_rows(x, o_t, c_2, stride, m_t, m_2, ACC)
+        return x_1, x_2
 
 
 @triton.jit
@@ -86,39 +88,48 @@ def angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS: tl.constexpr, ACC
     """Return scale times cos and sin of 2 pi freq . position, [C, BW]."""
     if PAIRS == "none":
         return 1.0, 0.0
-    u = tl.zeros((o_t.shape[0], o_w.shape[0]), ACC)
-    for i in range(L):
-        position = tl.load(positions + o_t.to(tl.int64) * L + i, mask=m_t, other=0.0)
-        f = tl.load(freq + o_w * L + i, mask=o_w < W, other=0.0)
-        u += turns(position[:, None], f[None, :], ACC)
-    s, c = sincos_turns(u)
-    return c * scale, s * scale
+    else:
+        u = tl.zeros((o_t.shape[0], o_w.shape[0]), ACC)
+        for i in range(L):
+            position = tl.load(positions + o_t.to(tl.int64) * L + i, mask=m_t, other=0.0)
+            f = tl.load(freq + o_w * L + i, mask=o_w < W, other=0.0)
+            u += turns(position[:, None], f[None, :], ACC)
+        s, c = sincos_turns(u)
+        return c * scale, s * scale
 
 
 @triton.jit
 def existing(x_1, x_2, o_w, m_t, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
     """Return the blocks with zeros in tokens and columns that are not there."""
     c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
-    x_1 = tl.where(m_t[:, None] & m_1[None, :], x_1, 0.0)
-    if PARTS == 1:
-        return x_1, x_1
-    return x_1, tl.where(m_t[:, None] & m_2[None, :], x_2, 0.0)
+    # not by one mask of two dimensions, which would be carried around the loop in registers
+    x_1 = tl.where(m_t[:, None], tl.where(m_1[None, :], x_1, 0.0), 0.0)
+    if PARTS == 2:
+        x_2 = tl.where(m_t[:, None], tl.where(m_2[None, :], x_2, 0.0), 0.0)
+    else:
+        x_2 = x_1
+    return x_1, x_2
 
 
 @triton.jit
 def features(
     x_1, x_2, c, s, o_w, m_t, D, W,
     PSI: tl.constexpr, ENCODE: tl.constexpr, MAP_FIRST: tl.constexpr,
-    PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    PAIRS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Return the features of a tile, PARTS blocks of them, and those that the normaliser sees."""
+    """Return the features of a tile, PARTS blocks of them, and those that the normaliser sees.
+
+    They are rounded to the type of products at once: weights and their sums agree on them.
+    """
     if MAP_FIRST:
         n_1, n_2 = existing(PSI(x_1), PSI(x_2), o_w, m_t, D, W, PAIRS, 1 if PAIRS == "none" else 2)
         y_1, y_2 = ENCODE(n_1, n_2, c, s)
-        return y_1, y_2, n_1, n_2
-    y_1, y_2 = ENCODE(x_1, x_2, c, s)
-    y_1, y_2 = existing(PSI(y_1), PSI(y_2), o_w, m_t, D, W, PAIRS, PARTS)
-    return y_1, y_2, y_1, y_2
+        return y_1.to(DOT), y_2.to(DOT), n_1.to(DOT), n_2.to(DOT)
+    else:
+        y_1, y_2 = ENCODE(x_1, x_2, c, s)
+        y_1, y_2 = existing(PSI(y_1), PSI(y_2), o_w, m_t, D, W, PAIRS, PARTS)
+        y_1, y_2 = y_1.to(DOT), y_2.to(DOT)
+        return y_1, y_2, y_1, y_2
 
 
 @triton.jit
@@ -133,11 +144,12 @@ def features_adjoint(
         dx_1, dx_2 = ADJOINT(dy_1, dy_2, c, s)
         turn = n_1 * dx_2 - n_2 * dx_1
         return (dx_1 + dn_1) * SLOPE(x_1, n_1), (dx_2 + dn_2) * SLOPE(x_2, n_2), turn
-    y_1, y_2 = ENCODE(x_1, x_2, c, s)
-    dy_1 = (dy_1 + dn_1) * SLOPE(y_1, PSI(y_1))
-    dy_2 = (dy_2 + dn_2) * SLOPE(y_2, PSI(y_2))
-    dx_1, dx_2 = ADJOINT(dy_1, dy_2, c, s)
-    return dx_1, dx_2, x_1 * dx_2 - x_2 * dx_1
+    else:
+        y_1, y_2 = ENCODE(x_1, x_2, c, s)
+        dy_1 = (dy_1 + dn_1) * SLOPE(y_1, PSI(y_1))
+        dy_2 = (dy_2 + dn_2) * SLOPE(y_2, PSI(y_2))
+        dx_1, dx_2 = ADJOINT(dy_1, dy_2, c, s)
+        return dx_1, dx_2, x_1 * dx_2 - x_2 * dx_1
 
 
 @triton.jit
@@ -146,7 +158,8 @@ def feature_rows(o_w, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
     c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
     if PAIRS != "none" and PARTS == 1:
         return o_w, o_w, W
-    return c_1, c_2, D
+    else:
+        return c_1, c_2, D
 
 
 @triton.jit
