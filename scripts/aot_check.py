@@ -130,7 +130,7 @@ def launches(dtypes: list[torch.dtype], widths: list[tuple[int, int]]) -> list[L
     for dtype in dtypes:
         for d, e in widths:
             for name, make in (ENCODINGS | SINES).items():
-                if name in SINES and (dtype == torch.float64 or d > 128):
+                if backend.unsupported(torch.device("cuda"), dtype, (d, d, e)):
                     continue
                 for recorder in recorders:
                     recorder.case = f"{name} {TYPES[dtype]} D={d} E={e}"

@@ -19,7 +19,8 @@ from ...maps import SineMap
 from ...ops import ScanOptions, compute_dtype
 from . import features, maps, scan, scan_backward
 
-WIDEST = 256
+# widest head by bytes of a number
+WIDEST = {2: 256, 4: 128}
 INTERPRETED = triton.knobs.runtime.interpret
 
 _TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -44,12 +45,16 @@ def describe() -> str:
     return f"Triton {triton.__version__}, {where}"
 
 
-def unsupported(device: torch.device, widths: tuple[int, int, int]) -> str | None:
-    """Return why tensors on a device, or of these D, R and E, cannot be taken; or None."""
+def unsupported(
+    device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> str | None:
+    """Return why tensors on a device, of a dtype and these D, R and E, cannot be taken; or None."""
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"it needs tensors on a CUDA device, got {device}"
-    if max(widths) > WIDEST:
-        return f"it takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
+    widest = WIDEST[min(dtype.itemsize, 4)]
+    if max(widths) > widest:
+        got = ", ".join(map(str, widths))
+        return f"it takes D, R and E up to {widest} in {dtype}, got {got}"
     return None
 
 
@@ -94,15 +99,31 @@ def _power(x: int) -> int:
     return max(16, triton.next_power_of_2(x))
 
 
-# Tokens of a tile and columns of the result that a program makes, by the widest block of a row and
-# whether pairs rotate: the largest that scripts/aot_check.py finds to need no spills on sm_90.
+# For 16 bits, by the widest block of a row and whether pairs rotate (2) or not (1): tokens of a
+# tile, columns of the result that a program makes, warps. The largest that need no spills on sm_90
+# (scripts/aot_check.py); where there is no entry, the last line of `blocks` holds.
 _TILES = {
-    "forward": {(64, 1): (64, 64), (64, 2): (32, 64), (128, 1): (32, 64), (128, 2): (32, 32)},
-    "grad_q": {(64, 1): (64, 64), (64, 2): (32, 64), (128, 1): (32, 64), (128, 2): (32, 32)},
-    "grad_kv": {(64, 1): (32, 64), (64, 2): (16, 64)},
-    "grad_k": {(128, 1): (32, 64), (128, 2): (32, 32)},
-    "grad_v": {(128, 1): (32, 64), (128, 2): (32, 64)},
-    "state": {(64, 1): (64, 64), (64, 2): (64, 64), (128, 1): (32, 64), (128, 2): (32, 64)},
+    "forward": {
+        (64, 1): (64, 64, 4),
+        (64, 2): (32, 64, 4),
+        (128, 1): (32, 64, 8),
+        (256, 2): (16, 16, 8),
+    },
+    "grad_q": {
+        (64, 1): (64, 64, 4),
+        (64, 2): (32, 64, 8),
+        (128, 1): (32, 64, 8),
+        (128, 2): (32, 32, 8),
+    },
+    "grad_kv": {(64, 1): (32, 64, 4), (64, 2): (16, 64, 4)},
+    "grad_k": {(128, 1): (32, 64, 8), (128, 2): (32, 32, 8)},
+    "grad_v": {(128, 1): (32, 64, 8), (128, 2): (32, 64, 8)},
+    "state": {
+        (64, 1): (64, 64, 4),
+        (64, 2): (64, 64, 4),
+        (128, 1): (32, 64, 8),
+        (128, 2): (32, 64, 8),
+    },
 }
 
 
@@ -120,18 +141,16 @@ def blocks(
     """
     bw, be = _power(width), _power(e)
     widest = max(bw * parts, be, 64)
-    c, columns = 16, 32
+    c, columns, warps = 16, 32, 8
     if dtype.itemsize == 2:
-        c, columns = _TILES[role].get((widest, parts), (c, columns))
-    elif role == "grad_kv":
-        columns = 64
+        c, columns, warps = _TILES[role].get((widest, parts), (c, columns, warps))
     if chunk:
         c = min(c, _power(chunk))
     if role in ("grad_q", "grad_k"):
         bw = min(bw, max(columns // parts, 16))
     elif role != "grad_kv":
         be = min(be, columns)
-    return Blocks(c, bw, be, 4 if widest == 64 and dtype.itemsize == 2 else 8, 2)
+    return Blocks(c, bw, be, warps, 2)
 
 
 def segments(programs: int, t: int, c: int, device: torch.device) -> tuple[int, int]:
@@ -371,9 +390,14 @@ class _Sines:
         noise = _as(sines.noise, torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide)
         self.positions = double[0]
         self.tables = [x if i is None else i for i in (*double, noise)]
-        self.shared = positions.shape[0] == 1
+        shared = positions.shape[0] == 1
         self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
-        self.by_batch = 0 if self.shared else self.t * self.levels
+        self.by_batch = 0 if shared else self.t * self.levels
+        # rows of a tile: tokens of one sequence, or of those that share positions, and so sines
+        self.rows = 64 if x.dtype.itemsize == 2 else 32
+        self.together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
+        self.tokens = self.rows // self.together
+        self.tiles = -(-self.b // self.together) * -(-self.t // self.tokens)
         mix = "noise" if sines.noise is not None else "pool" if sines.pool else "keep"
         self.meta = {
             "MIX": mix,
@@ -384,28 +408,18 @@ class _Sines:
             "PRECISION": numbers.precision,
         }
 
-    def launch(self, kernel: Callable, rows: int, columns: int, *args: object, **meta) -> None:
-        """Run a kernel on tiles of so many rows: tensors, tables, sizes, strides."""
-        grid = self.tiles(rows), self.h, columns
+    def launch(self, kernel: Callable, columns: int, *args: object, **meta: object) -> None:
+        """Run a kernel on all tiles: its tensors; behind the tables and sizes its own strides."""
+        grid = self.tiles, self.h, columns
         if not math.prod(grid):
             return
-        bb = self.together(rows)
-        n = kernel.arg_names.index("B")
-        tensors, strides = args[: n - len(self.tables)], args[n - len(self.tables) :]
+        n = kernel.arg_names.index("B") - len(self.tables)
         with torch.cuda.device_of(self.x):
             kernel[grid](
-                *tensors, *self.tables, *self.sizes, *self.x.stride()[:3], *strides, self.by_batch,
-                **self.meta, **meta, BB=bb, BN=rows // bb, BD=min(_power(self.d), 64),
+                *args[:n], *self.tables, *self.sizes, *self.x.stride()[:3], *args[n:],
+                self.by_batch, **self.meta, **meta, BB=self.together, BN=self.tokens,
+                BD=min(_power(self.d), self.rows), num_warps=8, num_stages=2,
             )  # fmt: skip
-
-    def together(self, rows: int) -> int:
-        """Return the sequences whose tokens share sines in a tile."""
-        return min(triton.next_power_of_2(self.b), 4, rows // 16) if self.shared else 1
-
-    def tiles(self, rows: int) -> int:
-        """Return the tiles of a head."""
-        bb = self.together(rows)
-        return -(-self.b // bb) * -(-self.t * bb // rows)
 
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
@@ -415,7 +429,7 @@ def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) ->
     keep = call.meta["MIX"] == "keep"
     br = 16 if keep else min(_power(call.r), 128)
     columns = 1 if keep else -(-call.r // br)
-    call.launch(features.features_kernel, 64, columns, call.x, y, BR=br, num_warps=4, num_stages=2)
+    call.launch(features.features_kernel, columns, call.x, y, BR=br)
     return y
 
 
@@ -428,20 +442,20 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
-    call, dy, rows = _Sines(x, positions, sines), _rows(grad_y), 64
+    call, dy = _Sines(x, positions, sines), _rows(grad_y)
     dx, none, parameters = _empty(x, *x.shape), x.new_empty(0), any(needs[2:])
-    tiles, levels, wide = call.tiles(rows), call.levels, call.wide
+    levels, wide = call.levels, call.wide
     by_position, partial, by_gate = dx, dx, dx
     if needs[1]:
         by_position = _empty(x, call.b, call.h, call.t, levels, dtype=wide)
     if parameters:
-        partial = _empty(x, tiles, call.h, call.k, 2 + levels, call.d, dtype=wide)
-        by_gate = _empty(x, tiles, call.h, call.d, dtype=wide)
+        partial = _empty(x, call.tiles, call.h, call.k, 2 + levels, call.d, dtype=wide)
+        by_gate = _empty(x, call.tiles, call.h, call.d, dtype=wide)
     call.launch(
-        features.features_backward_kernel, rows, 1,
+        features.features_backward_kernel, 1,
         call.x, dy, dx, by_position, partial, by_gate, *dy.stride()[:3],
         WANT_X=needs[0], WANT_POSITIONS=needs[1], WANT_PARAMETERS=parameters,
-        BR=min(_power(call.r), 64), BL=_power(levels), num_warps=4, num_stages=2,
+        BR=min(_power(call.r), 64), BL=_power(levels),
     )  # fmt: skip
     grads = [dx if needs[0] else none] + [none] * 5
     if needs[1]:
