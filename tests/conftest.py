@@ -1,7 +1,9 @@
 """Fixtures: every backend and code path, every encoding, and NaN in memory not yet written."""
 
 import functools
+import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,15 @@ import pytest
 import torch
 from helpers import Fade
 
+# before any kernel is imported
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.mend()
+
 import fastpe
+from fastpe import backends
 from fastpe.backends import native
 
 
@@ -83,6 +93,9 @@ def _backends():
         elif name == "cpu":
             for isa in range(1, native._library().fastpe_best_isa() + 1):
                 yield pytest.param((name, isa), id=f"{name}-{native.ISAS[isa]}")
+        elif name == "triton":
+            yield pytest.param((name, False), id=name)
+            yield pytest.param((name, True), id=f"{name}-segments")
         else:
             yield pytest.param((name, 0), id=name)
 
@@ -95,8 +108,13 @@ def pytest_generate_tests(metafunc):
 
 
 def _select(request, monkeypatch):
-    name, isa = request.param
-    monkeypatch.setattr(native, "isa", isa)
+    name, path = request.param
+    if name == "cpu":
+        monkeypatch.setattr(native, "isa", path)
+    elif name == "triton" and path:
+        # every chunk is a segment
+        cut = lambda programs, t, c, device: (c, max(-(-t // c), 1))  # noqa: E731
+        monkeypatch.setattr(backends.load(name), "segments", cut)
     return name
 
 

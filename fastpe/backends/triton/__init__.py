@@ -19,8 +19,7 @@ from ...maps import SineMap
 from ...ops import ScanOptions, compute_dtype
 from . import features, maps, scan, scan_backward
 
-# widest head by bytes of a number
-WIDEST = {2: 256, 4: 128}
+WIDEST = 256
 INTERPRETED = triton.knobs.runtime.interpret
 
 _TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -50,11 +49,9 @@ def unsupported(
 ) -> str | None:
     """Return why tensors on a device, of a dtype and these D, R and E, cannot be taken; or None."""
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        return f"it needs tensors on a CUDA device, got {device}"
-    widest = WIDEST[min(dtype.itemsize, 4)]
-    if max(widths) > widest:
-        got = ", ".join(map(str, widths))
-        return f"it takes D, R and E up to {widest} in {dtype}, got {got}"
+        return f"needs tensors on a CUDA device, got {device}"
+    if max(widths) > WIDEST:
+        return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
     return None
 
 
@@ -107,7 +104,6 @@ _TILES = {
         (64, 1): (64, 64, 4),
         (64, 2): (32, 64, 4),
         (128, 1): (32, 64, 8),
-        (256, 2): (16, 16, 8),
     },
     "grad_q": {
         (64, 1): (64, 64, 4),
@@ -455,7 +451,7 @@ def phase_features_backward(
         features.features_backward_kernel, 1,
         call.x, dy, dx, by_position, partial, by_gate, *dy.stride()[:3],
         WANT_X=needs[0], WANT_POSITIONS=needs[1], WANT_PARAMETERS=parameters,
-        BR=min(_power(call.r), 64), BL=_power(levels),
+        BR=min(_power(call.r), call.rows), BL=_power(levels),
     )  # fmt: skip
     grads = [dx if needs[0] else none] + [none] * 5
     if needs[1]:
