@@ -4,8 +4,9 @@
     python scripts/aot_check.py                   sm_80, sm_90, sm_100
     python scripts/aot_check.py --arch gfx942     for information
 
-The backend's own launchers run on tensors without memory; what they would launch is compiled. Prints
-registers, spilled bytes, shared memory and tensor-core instructions; spills beyond the budget fail.
+The backend's own launchers run on tensors without memory; what they would launch is compiled.
+Prints registers, spilled bytes, shared memory and tensor-core instructions; spills over a budget
+fail.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 import fastpe
 from fastpe.backends import triton as backend
+from fastpe.backends.triton import launch_features, launch_scan
 from fastpe.ops import ScanOptions
 
 # bytes of spills that are accepted, by architecture: none on the one that is tuned for
@@ -49,7 +51,12 @@ SINES = {
     "fstripe-pooled": fastpe.FStripe,
     "fstripe-unpooled": lambda d, h: fastpe.FStripe(d, h, pool=False),
 }
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
 """Element types by dtype."""
 
 
@@ -93,17 +100,19 @@ class Recorder:
     def __getitem__(self, grid: tuple) -> Recorder:
         return self
 
-    def __call__(self, *args: object, num_warps: int = 4, num_stages: int = 1, **meta: object) -> None:
+    def __call__(
+        self, *args: object, num_warps: int = 4, num_stages: int = 1, **meta: object
+    ) -> None:
         """Note the types, the constants, and which numbers are multiples of 16."""
         signature, constants, attrs = [], [], []
         values = dict(zip(self.arg_names, args, strict=False)) | meta
         for i, (name, param) in enumerate(zip(self.arg_names, self.kernel.params, strict=True)):
             value = values[name]
-            if param.is_constexpr or (value == 1 if type(value) is int else False):
-                if param.is_constexpr or not param.do_not_specialize:
-                    signature.append((name, "constexpr"))
-                    constants.append(((i,), Name.of(value)))
-                    continue
+            one = type(value) is int and value == 1 and not param.do_not_specialize
+            if param.is_constexpr or one:
+                signature.append((name, "constexpr"))
+                constants.append(((i,), Name.of(value)))
+                continue
             if isinstance(value, torch.Tensor):
                 signature.append((name, "*" + TYPES[value.dtype]))
                 aligned = True  # as torch allocates
@@ -122,11 +131,11 @@ def launches(dtypes: list[torch.dtype], widths: list[tuple[int, int]]) -> list[L
     """Return what the launchers compile for these dtypes, D and E."""
     found: dict[Launch, Launch] = {}
     recorders = []
-    for module in (backend.scan, backend.scan_backward, backend.features):
+    for module in (launch_scan.scan, launch_scan.scan_backward, launch_features.features):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             recorders.append(Recorder(getattr(module, name), found))
             setattr(module, name, recorders[-1])
-    backend.processors = lambda device: 132
+    launch_scan.processors = lambda device: 132
     for dtype in dtypes:
         for d, e in widths:
             for name, make in (ENCODINGS | SINES).items():
@@ -200,7 +209,9 @@ def captured(path: str) -> object:
 
 def build(launch: Launch, arch: str) -> dict:
     """Compile a launch and return what the compiler says of it."""
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
+    target = (
+        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
+    )
     source = triton.compiler.ASTSource(
         Name.resolve(launch.kernel),
         dict(launch.signature),
@@ -246,7 +257,9 @@ def main() -> int:
     found = [x for x in found if args.only in f"{x.kernel.name} {x.case}"]
     failed = 0
     print(f"triton {triton.__version__}, {len(found)} kernels for {', '.join(args.arch)}")
-    print(f"{'kernel':26}{'case':34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'s':>6}")
+    print(
+        f"{'kernel':26}{'case':34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'s':>6}"
+    )
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(build, x, arch): (x, arch) for x in found for arch in args.arch}
         for job in as_completed(jobs):

@@ -107,6 +107,34 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, rows, indirect=True)
 
 
+# modules whose tests of the Triton kernels run in the interpreter, a second each; cards run all
+_INTERPRETED = ("test_attention", "test_causal_dot", "test_encodings", "test_noise")
+_THOROUGH = (
+    "test_output_state_and_every_gradient",
+    "test_shapes",
+    "test_gradient_of_the_state_alone",
+)
+
+
+def _left_to_cards(item):
+    """Return whether the interpreter would take too long for what a test adds."""
+    params = getattr(item, "callspec", None)
+    params = params.params if params else {}
+    name, path = params.get("backend", params.get("kernels", ("", 0)))
+    if name != "triton" or item.originalname in _THOROUGH:
+        return False
+    narrow = params.get("dtype", torch.float64) not in (torch.float64, torch.bfloat16)
+    return path or narrow or item.module.__name__ not in _INTERPRETED
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    left = [item for item in items if _left_to_cards(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not _left_to_cards(item)]
+
+
 def _select(request, monkeypatch):
     name, path = request.param
     if name == "cpu":

@@ -5,37 +5,70 @@ With TRITON_INTERPRET=1 they run on CPU tensors in Triton's interpreter, for tes
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ...maps import SineMap
-from ...ops import ScanOptions, compute_dtype
-from . import features, maps, scan, scan_backward
+from ... import reference
+from ...feature_maps import elu1
+from ...ops import ScanOptions
+from .launch_features import phase_features, phase_features_backward, philox_normal
+from .launch_scan import causal_dot, causal_dot_backward
+
+__all__ = [
+    "causal_dot",
+    "causal_dot_backward",
+    "describe",
+    "phase_features",
+    "phase_features_backward",
+    "philox_normal",
+    "unavailable",
+    "unsupported",
+]
 
 WIDEST = 256
 INTERPRETED = triton.knobs.runtime.interpret
 
-_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-_FEATURE_MAPS = {
-    "identity": (maps.identity, maps.identity_slope),
-    "elu1": (maps.elu1, maps.elu1_slope),
-    "relu": (maps.relu, maps.relu_slope),
-    "exp": (maps.exp, maps.exp_slope),
-}
-
 
 def unavailable() -> str | None:
     """Return why the kernels cannot run, or None."""
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
         return None
-    return "torch finds no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return miscompiled(torch.device("cuda"))
+
+
+def miscompiled(device: torch.device) -> str | None:
+    """Return what is wrong with gradients that this Triton compiles for this card, or None.
+
+    Its compiler has had faults that show in a wrong gradient alone (flash-linear-attention issues
+    640 and 984).
+    """
+    with _disable_current_modes(), torch.no_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v, do = (
+            torch.randn(1, 200, 2, 64, generator=generator, device=device).bfloat16()
+            for _ in range(4)
+        )
+        options = ScanOptions("elu1", "sum", 1e-6, False, False, True, 1.0, 0, "triton")
+        inputs = q, k, v, None, None, None, None
+        o, den, _, _ = causal_dot(*inputs, options)
+        needs = [True] * 3 + [False] * 4
+        found = causal_dot_backward((do, None, None), inputs, options, o, den, needs)[:3]
+        with torch.enable_grad():
+            leaves = [x.double().requires_grad_() for x in (q, k, v)]
+            psi = [elu1(x) for x in leaves[:2]]
+            wanted = reference.chunked(*psi, leaves[2], *psi)[0]
+            wanted = torch.autograd.grad(wanted, leaves, do.double())
+        for name, actual, expected in zip("qkv", found, wanted, strict=True):
+            error = float((actual - expected).abs().max() / expected.abs().max())
+            if not error < 0.05:
+                return (
+                    f"Triton {triton.__version__} miscompiles the gradient of {name} for this card "
+                    f"(relative error {error:.2g}); another version may not"
+                )
+    return None
 
 
 def describe() -> str:
@@ -53,418 +86,3 @@ def unsupported(
     if max(widths) > WIDEST:
         return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
     return None
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Return how many multiprocessors a card has."""
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class Numbers(NamedTuple):
-    """Types of arithmetic: sums in `acc`; products of operands rounded to `dot`."""
-
-    acc: tl.dtype
-    dot: tl.dtype
-    precision: str
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> Numbers:
-        """Return the types for tensors of a dtype."""
-        if dtype == torch.float64:
-            return cls(tl.float64, tl.float64, "ieee")
-        if dtype == torch.bfloat16:
-            return cls(tl.float32, tl.bfloat16, "tf32")
-        # as many digits as float16 has, and no overflow
-        return cls(tl.float32, tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
-
-
-class Blocks(NamedTuple):
-    """A launch: tokens C, pairs (or columns) BW and values BE of a tile; warps, loads ahead."""
-
-    c: int
-    bw: int
-    be: int
-    warps: int
-    stages: int
-
-
-def _power(x: int) -> int:
-    # the block for x columns that tensor cores take
-    return max(16, triton.next_power_of_2(x))
-
-
-# For 16 bits, by the widest block of a row and whether pairs rotate (2) or not (1): tokens of a
-# tile, columns of the result that a program makes, warps. The largest that need no spills on sm_90
-# (scripts/aot_check.py); where there is no entry, the last line of `blocks` holds.
-_TILES = {
-    "forward": {
-        (64, 1): (64, 64, 4),
-        (64, 2): (32, 64, 4),
-        (128, 1): (32, 64, 8),
-    },
-    "grad_q": {
-        (64, 1): (64, 64, 4),
-        (64, 2): (32, 64, 8),
-        (128, 1): (32, 64, 8),
-        (128, 2): (32, 32, 8),
-    },
-    "grad_kv": {(64, 1): (32, 64, 4), (64, 2): (16, 64, 4)},
-    "grad_k": {(128, 1): (32, 64, 8), (128, 2): (32, 32, 8)},
-    "grad_v": {(128, 1): (32, 64, 8), (128, 2): (32, 64, 8)},
-    "state": {
-        (64, 1): (64, 64, 4),
-        (64, 2): (64, 64, 4),
-        (128, 1): (32, 64, 8),
-        (128, 2): (32, 64, 8),
-    },
-}
-
-
-@functools.cache
-def blocks(
-    role: str, width: int, e: int, parts: int, dtype: torch.dtype, chunk: int = 0
-) -> Blocks:
-    """Return the launch of a kernel: a function of sizes and dtype, never of T.
-
-    Args:
-        role: A row of _TILES.
-        width: Pairs of a query, or its components where nothing rotates.
-        parts: 2 where pairs rotate, else 1.
-        chunk: The caller's chunk size, 0 for the default.
-    """
-    bw, be = _power(width), _power(e)
-    widest = max(bw * parts, be, 64)
-    c, columns, warps = 16, 32, 8
-    if dtype.itemsize == 2:
-        c, columns, warps = _TILES[role].get((widest, parts), (c, columns, warps))
-    if chunk:
-        c = min(c, _power(chunk))
-    if role in ("grad_q", "grad_k"):
-        bw = min(bw, max(columns // parts, 16))
-    elif role != "grad_kv":
-        be = min(be, columns)
-    return Blocks(c, bw, be, warps, 2)
-
-
-def segments(programs: int, t: int, c: int, device: torch.device) -> tuple[int, int]:
-    """Return the tokens of a segment and the number of segments that fill the card twice."""
-    wanted = -(-2 * processors(device) // max(programs, 1))
-    # a segment pays for itself if its tokens outweigh its state
-    wanted = min(wanted, max(t // (4 * c), 1))
-    length = -(-max(t, 1) // (wanted * c)) * c
-    return length, -(-max(t, 1) // length)
-
-
-def _levels(levels: int) -> int:
-    # the block for components of a position; one needs no product
-    return 1 if levels <= 1 else _power(levels)
-
-
-def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
-
-
-def _rows(x: Tensor) -> Tensor:
-    # rows whose numbers are neighbours in memory, as the kernels read them
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous().resolve_neg()
-
-
-class _Scan:
-    """What the kernels of one call, or of its gradient, have in common."""
-
-    def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
-        q, k, v, s0, z0, positions, freq = inputs
-        self.q, self.k, self.v, self.options = _rows(q), _rows(k), _rows(v), options
-        self.wide = compute_dtype(q)
-        self.initial = _as(s0, self.wide), _as(z0, self.wide)
-        self.b, self.t, self.h, self.d = q.shape
-        self.e, self.heads = v.shape[-1], self.b * self.h
-        self.r, self.rz = options.widths(self.d)
-        psi, self.slope = _FEATURE_MAPS[options.feature_map]
-        pairs, encode, self.adjoint = "none", maps.unrotated, maps.unrotated_adjoint
-        self.pairs, w, self.levels = self.d, 0, 0
-        self.where, self.strides = (q, q), (0, 0)
-        if freq is not None:
-            f, w, self.levels = freq.shape
-            self.where = _as(positions, torch.float64), _as(freq, torch.float64)
-            by_batch = 0 if positions.shape[0] == 1 else self.t * self.levels
-            self.strides = by_batch, 0 if f == 1 else w * self.levels
-            encode, self.adjoint = maps.rotate, maps.rotate_adjoint
-            if options.pool:
-                encode, self.adjoint = maps.rotate_pool, maps.rotate_pool_adjoint
-            pairs = "halves" if 2 * w == self.d else "scattered halves"
-            pairs = "neighbours" if options.interleaved else pairs
-            self.pairs = -(-self.d // 2)
-        self.maps = {
-            "SCALE": options.scale,
-            "EPS": options.eps,
-            "PSI": psi,
-            "ENCODE": encode,
-            "PAIRS": pairs,
-            "PARTS": 2 if pairs != "none" and not options.pool else 1,
-            "MAP_FIRST": options.map_first,
-            "NORMALIZE": options.normalize,
-        }
-        numbers = Numbers.of(q.dtype)
-        self.numbers = {"ACC": numbers.acc, "DOT": numbers.dot, "PRECISION": numbers.precision}
-        self.sizes = self.t, self.h, self.d, self.e, w, self.levels
-
-    def blocks(self, role: str) -> Blocks:
-        parts = 1 if self.maps["PAIRS"] == "none" else 2
-        return blocks(role, self.pairs, self.e, parts, self.q.dtype, self.options.chunk)
-
-    def roles_kv(self, want_k: bool, want_v: bool) -> tuple[str, ...]:
-        """Return the kernels that make dk and dv: one, if the whole state fits a program."""
-        parts = 1 if self.maps["PAIRS"] == "none" else 2
-        if want_k and want_v and max(_power(self.pairs) * parts, _power(self.e)) <= 64:
-            return ("grad_kv",)
-        return ("grad_k",) * want_k + ("grad_v",) * want_v
-
-    def launch(
-        self, kernel: Callable, programs: int, cut: tuple[int, int], block: Blocks,
-        *args: object, **meta: object,
-    ) -> None:  # fmt: skip
-        """Run a kernel: its tensors, then the sizes, then its strides."""
-        n = kernel.arg_names.index("T")
-        meta |= self.numbers | {"C": block.c, "BW": block.bw, "BE": block.be}
-        kernel[(programs,)](
-            *args[:n], *self.sizes, *cut, *args[n:],
-            **meta, num_warps=block.warps, num_stages=block.stages,
-        )  # fmt: skip
-
-    def states(
-        self, cut: tuple[int, int], x: Tensor, y: Tensor, initial: tuple, den: Tensor,
-        delta: Tensor, backwards: bool,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int], bool]:  # fmt: skip
-        """Return (s, z) at the beginning of each segment, how far apart, and if there is any."""
-        s, z = initial
-        count, size = self.r * self.e, self.r * self.e + self.rz
-        if cut[1] == 1:
-            s = self.q if s is None else s
-            return (s, s if z is None else z), (count, self.rz), initial[0] is not None
-        states = _empty(self.q, self.heads, cut[1], size, dtype=self.wide)
-        block = self.blocks("state")
-        programs = -(-self.e // block.be) * cut[1] * self.heads
-        self.launch(
-            scan.state_kernel, programs, cut, block,
-            x, y, den, delta, states, *self.where,
-            *x.stride()[:3], *y.stride()[:3], *self.strides,
-            **self.maps, BACKWARDS=backwards,
-        )  # fmt: skip
-        scan.prefix_kernel[(self.heads, -(-size // 1024))](
-            states, states if s is None else s, states if z is None else z, cut[1], count, self.rz,
-            STATE=s is not None, BACKWARDS=backwards, BLOCK=1024, ACC=self.numbers["ACC"],
-        )  # fmt: skip
-        return (states, states[..., count:]), (size, size), True
-
-
-def causal_dot(
-    *inputs: Tensor | ScanOptions | None, save: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return o, den [B, H, T] and the final state (`ops.CausalDot`)."""
-    *inputs, options = inputs
-    call, (q, _, v, *_) = _Scan(inputs, options), inputs
-    o = _empty(q, *v.shape)
-    den = _empty(q, call.b, call.h, call.t if call.rz else 0, dtype=call.wide)
-    s = _empty(q, call.b, call.h, call.r, call.e, dtype=call.wide)
-    z = _empty(q, call.b, call.h, call.rz, dtype=call.wide)
-    if not call.heads:
-        return o, den, s, z
-    block = call.blocks("forward")
-    columns = -(-call.e // block.be)
-    cut = segments(call.heads * columns, call.t, block.c, q.device)
-    with torch.cuda.device_of(q):
-        state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
-        call.launch(
-            scan.forward_kernel, columns * cut[1] * call.heads, cut, block,
-            call.q, call.k, call.v, o, den, *state, s, z, *call.where,
-            *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *call.strides, *sizes,
-            **call.maps, STATE=given,
-        )  # fmt: skip
-    return o, den, s, z
-
-
-def causal_dot_backward(
-    grads: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    options: ScanOptions,
-    o: Tensor,
-    den: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Return the gradients of the inputs; empty where not needed."""
-    call, (q, k, v, _, _, positions, freq) = _Scan(inputs, options), inputs
-    do, final = _rows(grads[0]), (_as(grads[1], call.wide), _as(grads[2], call.wide))
-    dq, dk, dv = (_empty(x, *x.shape) for x in (q, k, v))
-    ds0 = _empty(q, call.b, call.h, call.r, call.e, dtype=call.wide)
-    dz0 = _empty(q, call.b, call.h, call.rz, dtype=call.wide)
-    if final != (None, None):
-        final = (
-            torch.zeros_like(ds0) if final[0] is None else final[0],
-            torch.zeros_like(dz0) if final[1] is None else final[1],
-        )
-    turn, want_state = needs[5] or needs[6], needs[3] or needs[4]
-    want_k = needs[1] or turn or want_state
-    delta = torch.empty_like(den)
-    by_position, by_freq = [], []
-
-    def gradients(role: str, columns: int, cut: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        # of positions and frequencies, by each program: what to add up
-        if not turn:
-            return q, q
-        shape = columns, call.b, call.h, call.t, call.levels
-        by_position.append(_empty(q, *shape, dtype=call.wide))
-        by_freq.append(_empty(q, call.b, call.h, cut[1], *freq.shape[1:], dtype=call.wide))
-        return by_position[-1], by_freq[-1]
-
-    strides = *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *do.stride()[:3]
-    meta = call.maps | {"SLOPE": call.slope, "ADJOINT": call.adjoint, "TURN": turn}
-    meta |= {"WANT_POSITIONS": needs[5], "BL": _levels(call.levels)}
-    with torch.cuda.device_of(q):
-        # by the way it makes delta, which the gradients of the keys begin with
-        if call.heads and (needs[0] or turn or (want_k and call.rz)):
-            block = call.blocks("grad_q")
-            columns = -(-call.pairs // block.bw)
-            cut = segments(call.heads * columns, call.t, block.c, q.device)
-            state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
-            call.launch(
-                scan_backward.grad_q_kernel, columns * cut[1] * call.heads, cut, block,
-                call.q, call.k, call.v, o, do, den, delta, *state, dq, *call.where,
-                *gradients("grad_q", columns, cut), *strides, *call.strides, *sizes,
-                **meta, STATE=given,
-            )  # fmt: skip
-        for role in call.roles_kv(want_k, needs[2]) if call.heads else ():
-            block = call.blocks(role)
-            columns = -(-call.pairs // block.bw) * -(-call.e // block.be)
-            cut = segments(call.heads * columns, call.t, block.c, q.device)
-            state, sizes, given = call.states(cut, call.q, do, final, den, delta, True)
-            of_k = role != "grad_v"
-            call.launch(
-                scan_backward.grad_kv_kernel, columns * cut[1] * call.heads, cut, block,
-                call.q, call.k, call.v, do, den, delta, *state, dk, dv, ds0, dz0, *call.where,
-                *(gradients(role, columns, cut) if of_k else (q, q)),
-                *strides, *call.strides, *sizes,
-                **(meta | {"TURN": turn and of_k}), STATE=given, WANT_STATE=want_state and of_k,
-                WANT_DK=of_k, WANT_DV=role != "grad_k",
-            )  # fmt: skip
-    none = q.new_empty(0)
-    results = [x if need else none for x, need in zip((dq, dk, dv, ds0, dz0), needs, strict=False)]
-    results += [none, none]
-    if needs[5]:
-        total = sum(x.sum((0, 2), dtype=torch.float64) for x in by_position)
-        results[5] = _sum_to(total, positions)
-    if needs[6]:
-        total = sum(x.sum((0, 2), dtype=torch.float64) for x in by_freq)
-        results[6] = _sum_to(total, freq)
-    return tuple(results)
-
-
-def _sum_to(x: Tensor, like: Tensor) -> Tensor:
-    # by turns to by cycles; over the batch or the heads, where they share
-    return (2 * math.pi * (x.sum(0, keepdim=True) if like.shape[0] == 1 else x)).to(like.dtype)
-
-
-class _Sines:
-    """What the kernels of the phase features and of their gradient have in common."""
-
-    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap) -> None:
-        self.x, self.sines = _rows(x), sines
-        self.b, self.t, self.h, self.d = x.shape
-        self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
-        self.wide = compute_dtype(x)
-        numbers = Numbers.of(x.dtype)
-        double = [_as(i, torch.float64) for i in (positions, *sines[:4])]
-        # half of the bytes that every tile of tokens reads
-        noise = _as(sines.noise, torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide)
-        self.positions = double[0]
-        self.tables = [x if i is None else i for i in (*double, noise)]
-        shared = positions.shape[0] == 1
-        self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
-        self.by_batch = 0 if shared else self.t * self.levels
-        # rows of a tile: tokens of one sequence, or of those that share positions, and so sines
-        self.rows = 64 if x.dtype.itemsize == 2 else 32
-        self.together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
-        self.tokens = self.rows // self.together
-        self.tiles = -(-self.b // self.together) * -(-self.t // self.tokens)
-        mix = "noise" if sines.noise is not None else "pool" if sines.pool else "keep"
-        self.meta = {
-            "MIX": mix,
-            "OFFSET": sines.offset is not None,
-            "GATE": sines.gate is not None,
-            "ACC": numbers.acc,
-            "DOT": numbers.dot,
-            "PRECISION": numbers.precision,
-        }
-
-    def launch(self, kernel: Callable, columns: int, *args: object, **meta: object) -> None:
-        """Run a kernel on all tiles: its tensors; behind the tables and sizes its own strides."""
-        grid = self.tiles, self.h, columns
-        if not math.prod(grid):
-            return
-        n = kernel.arg_names.index("B") - len(self.tables)
-        with torch.cuda.device_of(self.x):
-            kernel[grid](
-                *args[:n], *self.tables, *self.sizes, *self.x.stride()[:3], *args[n:],
-                self.by_batch, **self.meta, **meta, BB=self.together, BN=self.tokens,
-                BD=min(_power(self.d), self.rows), num_warps=8, num_stages=2,
-            )  # fmt: skip
-
-
-def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
-    """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
-    call = _Sines(x, positions, sines)
-    y = _empty(x, *x.shape[:-1], call.r)
-    keep = call.meta["MIX"] == "keep"
-    br = 16 if keep else min(_power(call.r), 128)
-    columns = 1 if keep else -(-call.r // br)
-    call.launch(features.features_kernel, columns, call.x, y, BR=br)
-    return y
-
-
-def phase_features_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    positions: Tensor,
-    sines: SineMap,
-    group: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
-    call, dy = _Sines(x, positions, sines), _rows(grad_y)
-    dx, none, parameters = _empty(x, *x.shape), x.new_empty(0), any(needs[2:])
-    levels, wide = call.levels, call.wide
-    by_position, partial, by_gate = dx, dx, dx
-    if needs[1]:
-        by_position = _empty(x, call.b, call.h, call.t, levels, dtype=wide)
-    if parameters:
-        partial = _empty(x, call.tiles, call.h, call.k, 2 + levels, call.d, dtype=wide)
-        by_gate = _empty(x, call.tiles, call.h, call.d, dtype=wide)
-    call.launch(
-        features.features_backward_kernel, 1,
-        call.x, dy, dx, by_position, partial, by_gate, *dy.stride()[:3],
-        WANT_X=needs[0], WANT_POSITIONS=needs[1], WANT_PARAMETERS=parameters,
-        BR=min(_power(call.r), call.rows), BL=_power(levels),
-    )  # fmt: skip
-    grads = [dx if needs[0] else none] + [none] * 5
-    if needs[1]:
-        grads[1] = _sum_to(by_position.sum(1, dtype=torch.float64), positions)
-    if parameters:
-        total = partial.sum(0, dtype=torch.float64).movedim(-1, 1)  # [H, D, K, 2 + L]
-        # by the phase in cycles, its factor gain included
-        slope = 2 * math.pi * sines.gain.double()
-        found = {2: slope[..., None] * total[..., 2:], 3: slope * total[..., 1], 4: total[..., 0]}
-        if sines.gate is not None:
-            found[5] = by_gate.sum(0, dtype=torch.float64)
-        tensors = {2: sines.freq, 3: sines.offset, 4: sines.gain, 5: sines.gate}
-        for i, grad in found.items():
-            if needs[i]:
-                grads[i] = grad.to(tensors[i].dtype)
-    return tuple(grads)

@@ -1,4 +1,4 @@
-"""Device functions of the maps, passed to the kernels as constexprs; their definition is reference.py.
+"""Device functions of the maps, which kernels are given as constexprs; reference.py defines them.
 
 A tile of queries or keys is a pair of blocks, x1 and x2: the first and second components of the
 pairs that are rotated. Without rotation it is one block, given twice.
@@ -18,41 +18,49 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 
 @triton.jit
 def identity(x):
+    """Return x."""
     return x
 
 
 @triton.jit
 def identity_slope(x, value):
+    """Return 1."""
     return tl.full(x.shape, 1.0, x.dtype)
 
 
 @triton.jit
 def elu1(x):
+    """Return elu(x) + 1."""
     return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
 
 
 @triton.jit
 def elu1_slope(x, value):
+    """Return 1 above zero, the value below."""
     return tl.where(x > 0, 1.0, value)
 
 
 @triton.jit
 def relu(x):
+    """Return max(x, 0) + 1e-3."""
     return tl.where(x < 0, 0.0, x) + RELU_SHIFT
 
 
 @triton.jit
 def relu_slope(x, value):
+    """Return 1 above zero."""
     return tl.where(x > 0, 1.0, 0.0).to(x.dtype)
 
 
 @triton.jit
 def exp(x):
+    """Return e^x."""
     return tl.exp(x)
 
 
 @triton.jit
 def exp_slope(x, value):
+    """Return the value."""
     return value
 
 
@@ -61,32 +69,38 @@ def exp_slope(x, value):
 
 @triton.jit
 def unrotated(x1, x2, c, s):
+    """Return the components as they are."""
     return x1, x2
 
 
 @triton.jit
 def unrotated_adjoint(y1, y2, c, s):
+    """Return the gradients as they are."""
     return y1, y2
 
 
 @triton.jit
 def rotate(x1, x2, c, s):
+    """Turn each pair by its angle (RoPE)."""
     return x1 * c - x2 * s, x2 * c + x1 * s
 
 
 @triton.jit
 def rotate_adjoint(y1, y2, c, s):
+    """Turn each pair back."""
     return y1 * c + y2 * s, y2 * c - y1 * s
 
 
 @triton.jit
 def rotate_pool(x1, x2, c, s):
+    """Return the sum of each turned pair (RoPEPool, eq. 23), twice."""
     y = x1 * (c + s) + x2 * (c - s)
     return y, y
 
 
 @triton.jit
 def rotate_pool_adjoint(y1, y2, c, s):
+    """Return the gradient of each pair from that of its sum."""
     return y1 * (c + s), y1 * (c - s)
 
 

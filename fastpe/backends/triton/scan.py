@@ -6,12 +6,12 @@
     grad_kv_kernel   v    g    phi    backwards   dk
                      psi  phi  g      backwards   dv (by the same tiles, its state is the transpose)
 
-with o_t = sum_{s<=t} (a_t . b_s) c_s + a_t S, S the sum of b (x) c over the tokens before the chunk,
+with o_t = sum_{s<=t} (a_t . b_s) c_s + a_t S, S the sum of b (x) c over the tokens before a chunk,
 phi and psi the features of q and k, g = grad_o / normaliser.
 
 A program owns a segment of one head of one sequence and a block of columns of the result; it walks
-the segment chunk by chunk with the state in registers. Where heads are cut into segments, so that
-there is work for the whole card, `state_kernel` and `prefix_kernel` make the states they begin with.
+the segment chunk by chunk with the state in registers. Where heads are cut into segments, to give
+the whole card work, `state_kernel` and `prefix_kernel` make the states that these begin with.
 """
 
 import triton
@@ -20,7 +20,7 @@ import triton.language as tl
 from .tiles import (
     angles,
     dot,
-    feature_rows,
+    feature_count,
     features,
     load_pairs,
     load_rows,
@@ -34,7 +34,7 @@ from .tiles import (
 
 @triton.jit
 def place(T, SEG, NSEG, BLOCKS):
-    """Return the sequence's head, segment and block of columns, and the segment's first token and end."""
+    """Return head (sequence by sequence), segment, block of columns, first token and end."""
     pid = tl.program_id(0)
     i_block = pid % BLOCKS
     i_seg = pid // BLOCKS % NSEG
@@ -77,7 +77,8 @@ def forward_kernel(
     q, k, v, o, den, s0, z0, s, z, positions, freq,
     T, H, D, E, W, L, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, position_b, freq_h, s0_size, z0_size,
-    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
     MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, STATE: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,18 +118,14 @@ def forward_kernel(
         )
         b_v = load_rows(v, o_t, o_e, v_t, m_t, o_e < E, DOT)
         zero = tl.zeros((C, C), ACC)
-        w = products(
-            phi_1, phi_2, tl.trans(psi_1), tl.trans(psi_2), zero, PARTS, DOT, PRECISION
-        )
+        w = products(phi_1, phi_2, tl.trans(psi_1), tl.trans(psi_2), zero, PARTS, DOT, PRECISION)
         w = tl.where(seen, w, 0.0)
         b_o = tl.zeros((C, BE), ACC)
         b_o = products(phi_1, phi_2, s_1, s_2, b_o, PARTS, DOT, PRECISION)
         b_o = dot(w, b_v, b_o, DOT, PRECISION)
         if NORM:
             if SPLIT:
-                w = products(
-                    pd_1, pd_2, tl.trans(kd_1), tl.trans(kd_2), zero, 2, DOT, PRECISION
-                )
+                w = products(pd_1, pd_2, tl.trans(kd_1), tl.trans(kd_2), zero, 2, DOT, PRECISION)
                 w = tl.where(seen, w, 0.0)
             total = tl.sum(w, 1) + tl.sum(pd_1.to(ACC) * z_1[None, :], 1)
             z_1 += tl.sum(kd_1.to(ACC), 0)
@@ -136,17 +133,17 @@ def forward_kernel(
                 total += tl.sum(pd_2.to(ACC) * z_2[None, :], 1)
                 z_2 += tl.sum(kd_2.to(ACC), 0)
             tl.store(den + o_t, total, mask=m_t & (i_block == 0))
-            b_o /= divisor(total, EPS, NORMALIZE)[:, None]
+            b_o /= divisor(tl.where(m_t, total, 1.0), EPS, NORMALIZE)[:, None]
         store_rows(o, b_o, o_t, o_e, H * E, m_t, o_e < E)
         s_1 = dot(tl.trans(psi_1), b_v, s_1, DOT, PRECISION)
         if PARTS == 2:
             s_2 = dot(tl.trans(psi_2), b_v, s_2, DOT, PRECISION)
 
     if i_seg == NSEG - 1:
-        r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
+        R = feature_count(D, W, PAIRS, PARTS)
         store_state(s + i_bh * R * E, s_1, s_2, o_w, o_e, D, W, E, PAIRS, PARTS)
         if NORM:
-            r_1, r_2, RZ = feature_rows(o_w, D, W, PAIRS, NORM_PARTS)
+            RZ = feature_count(D, W, PAIRS, NORM_PARTS)
             store_sums(z + i_bh * RZ, z_1, z_2, o_w, i_block == 0, D, W, PAIRS, NORM_PARTS)
 
 
@@ -155,7 +152,8 @@ def state_kernel(
     x, y, den, delta, states, positions, freq,
     T, H, D, E, W, L, SEG, NSEG,
     x_b, x_t, x_h, y_b, y_t, y_h, position_b, freq_h,
-    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
     MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARDS: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -195,10 +193,8 @@ def state_kernel(
         s_1 = dot(tl.trans(f_1), b_y, s_1, DOT, PRECISION)
         if PARTS == 2:
             s_2 = dot(tl.trans(f_2), b_y, s_2, DOT, PRECISION)
-    r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
-    r_1, r_2, RZ = feature_rows(o_w, D, W, PAIRS, NORM_PARTS)
-    if not NORM:
-        RZ = 0
+    R = feature_count(D, W, PAIRS, PARTS)
+    RZ = feature_count(D, W, PAIRS, NORM_PARTS) if NORM else 0
     states += (i_bh * NSEG + i_seg) * (R * E + RZ)
     store_state(states, s_1, s_2, o_w, o_e, D, W, E, PAIRS, PARTS)
     if NORM:

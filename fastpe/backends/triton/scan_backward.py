@@ -7,7 +7,7 @@ from .scan import divisor, divisor_slope, place, products
 from .tiles import (
     angles,
     dot,
-    feature_rows,
+    feature_count,
     features,
     features_adjoint,
     load_pairs,
@@ -61,6 +61,7 @@ def turn_gradients(
 
 @triton.jit
 def store_frequencies(dfreq, b_df, o_w, W, L):
+    """Store the gradient of the frequencies [W, L]."""
     o_l = tl.arange(0, b_df.shape[1])
     mask = (o_w < W)[:, None] & (o_l < L)[None, :]
     tl.store(dfreq + o_w[:, None] * L + o_l[None, :], b_df, mask=mask)
@@ -72,13 +73,14 @@ def grad_q_kernel(
     T, H, D, E, W, L, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     position_b, freq_h, s0_size, z0_size,
-    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
     NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr, WANT_POSITIONS: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries, a block of their pairs; also delta, the loss's by the sum of weights."""
+    """Gradient of a block of pairs of the queries; and delta, that of the sums of weights."""
     NORM: tl.constexpr = NORMALIZE != "none"
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
@@ -163,7 +165,8 @@ def grad_kv_kernel(
     T, H, D, E, W, L, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     position_b, freq_h, t0_size, y0_size,
-    SCALE: tl.constexpr, EPS: tl.constexpr, PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
     NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr, WANT_POSITIONS: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, WANT_STATE: tl.constexpr,
@@ -218,7 +221,7 @@ def grad_kv_kernel(
             q_1, q_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
         )
         if WANT_DV:
-            psi_1, psi_2, kd_1, kd_2 = features(
+            psi_1, psi_2, _, _ = features(
                 k_1, k_2, cos, sin, o_w, m_t, D, W, PSI, ENCODE, MAP_FIRST, PAIRS, PARTS, DOT
             )
             w = products(
@@ -269,10 +272,10 @@ def grad_kv_kernel(
             t_2 = dot(tl.trans(phi_2), g, t_2, DOT, PRECISION)
 
     if WANT_STATE and i_seg == 0:
-        r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
+        R = feature_count(D, W, PAIRS, PARTS)
         store_state(ds0 + i_bh * R * E, t_1, t_2, o_w, o_e, D, W, E, PAIRS, PARTS)
         if NORM and WANT_DK:
-            r_1, r_2, RZ = feature_rows(o_w, D, W, PAIRS, NORM_PARTS)
+            RZ = feature_count(D, W, PAIRS, NORM_PARTS)
             store_sums(dz0 + i_bh * RZ, y_1, y_2, o_w, o_w >= 0, D, W, PAIRS, NORM_PARTS)
     if TURN and WANT_DK:
         store_frequencies(dfreq + (i_bh * NSEG + i_seg) * W * L, b_df, o_w, W, L)

@@ -37,19 +37,21 @@ def columns(o_w, D, W, PAIRS: tl.constexpr):
 
 @triton.jit
 def load_rows(x, o_t, o_c, stride, m_t, m_c, ACC: tl.constexpr):
+    """Return the columns o_c of the tokens o_t, zeros where there are none."""
     at = o_t[:, None].to(tl.int64) * stride + o_c[None, :]
     return tl.load(x + at, mask=m_t[:, None] & m_c[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
 def store_rows(x, value, o_t, o_c, stride, m_t, m_c):
+    """Store the columns o_c of the tokens o_t."""
     at = o_t[:, None].to(tl.int64) * stride + o_c[None, :]
     tl.store(x + at, value.to(x.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
 
 
 @triton.jit
 def neighbours(o_w):
-    # the columns of all components of consecutive pairs
+    """Return the columns of all components of the pairs o_w, which follow one another."""
     return 2 * tl.min(o_w, 0) + tl.arange(0, 2 * o_w.shape[0])
 
 
@@ -72,6 +74,7 @@ def load_pairs(x, o_t, o_w, stride, m_t, D, W, PAIRS: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def store_pairs(x, x_1, x_2, o_t, o_w, stride, m_t, D, W, PAIRS: tl.constexpr):
+    """Store the two blocks of the pairs o_w."""
     if PAIRS == "neighbours":
         o_d = neighbours(o_w)
         tile = tl.reshape(tl.join(x_1, x_2), (o_t.shape[0], 2 * o_w.shape[0]))
@@ -101,7 +104,7 @@ def angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS: tl.constexpr, ACC
 @triton.jit
 def existing(x_1, x_2, o_w, m_t, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
     """Return the blocks with zeros in tokens and columns that are not there."""
-    c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
+    m_1, m_2 = columns(o_w, D, W, PAIRS)[2:]
     # not by one mask of two dimensions, which would be carried around the loop in registers
     x_1 = tl.where(m_t[:, None], tl.where(m_1[None, :], x_1, 0.0), 0.0)
     if PARTS == 2:
@@ -154,12 +157,21 @@ def features_adjoint(
 
 @triton.jit
 def feature_rows(o_w, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Return the indices of both blocks of features, and how many features there are."""
+    """Return the indices of both blocks of features, and which of them there are."""
     c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
     if PAIRS != "none" and PARTS == 1:
-        return o_w, o_w, W
+        return o_w, o_w, m_1, m_1
     else:
-        return c_1, c_2, D
+        return c_1, c_2, m_1, m_2
+
+
+@triton.jit
+def feature_count(D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
+    """Return how many features there are."""
+    if PAIRS != "none" and PARTS == 1:
+        return W
+    else:
+        return D
 
 
 @triton.jit
@@ -171,8 +183,7 @@ def load_state(
     s_1 = tl.zeros((o_w.shape[0], o_e.shape[0]), ACC)
     s_2 = s_1
     if GIVEN:
-        c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
-        r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
+        r_1, r_2, m_1, m_2 = feature_rows(o_w, D, W, PAIRS, PARTS)
         m_e = (o_e < E)[None, :]
         s_1 = tl.load(s + r_1[:, None] * E + o_e[None, :], mask=m_1[:, None] & m_e, other=0.0)
         if PARTS == 2:
@@ -181,11 +192,9 @@ def load_state(
 
 
 @triton.jit
-def store_state(
-    s, s_1, s_2, o_w, o_e, D, W, E, PAIRS: tl.constexpr, PARTS: tl.constexpr
-):
-    c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
-    r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
+def store_state(s, s_1, s_2, o_w, o_e, D, W, E, PAIRS: tl.constexpr, PARTS: tl.constexpr):
+    """Store both blocks of rows of a state [R, E]."""
+    r_1, r_2, m_1, m_2 = feature_rows(o_w, D, W, PAIRS, PARTS)
     m_e = (o_e < E)[None, :]
     tl.store(s + r_1[:, None] * E + o_e[None, :], s_1, mask=m_1[:, None] & m_e)
     if PARTS == 2:
@@ -201,8 +210,7 @@ def load_sums(
     z_1 = tl.zeros((o_w.shape[0],), ACC)
     z_2 = z_1
     if GIVEN:
-        c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
-        r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
+        r_1, r_2, m_1, m_2 = feature_rows(o_w, D, W, PAIRS, PARTS)
         z_1 = tl.load(z + r_1, mask=m_1, other=0.0)
         if PARTS == 2:
             z_2 = tl.load(z + r_2, mask=m_2, other=0.0)
@@ -211,8 +219,8 @@ def load_sums(
 
 @triton.jit
 def store_sums(z, z_1, z_2, o_w, m, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
-    r_1, r_2, R = feature_rows(o_w, D, W, PAIRS, PARTS)
+    """Store both blocks of the sums of the normaliser's features, where m."""
+    r_1, r_2, m_1, m_2 = feature_rows(o_w, D, W, PAIRS, PARTS)
     tl.store(z + r_1, z_1, mask=m_1 & m)
     if PARTS == 2:
         tl.store(z + r_2, z_2, mask=m_2 & m)
