@@ -82,7 +82,7 @@ def phase_features_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
     call, dy = _Sines(x, positions, sines), rows(grad_y)
-    dx, none, parameters = empty(x, *x.shape), x.newempty(0), any(needs[2:])
+    dx, none, parameters = empty(x, *x.shape), x.new_empty(0), any(needs[2:])
     levels, wide = call.levels, call.wide
     by_position, partial, by_gate = dx, dx, dx
     if needs[1]:

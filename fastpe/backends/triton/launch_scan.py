@@ -282,7 +282,7 @@ def causal_dot_backward(
                 **(meta | {"TURN": turn and of_k}), STATE=given, WANT_STATE=want_state and of_k,
                 WANT_DK=of_k, WANT_DV=role != "grad_k",
             )  # fmt: skip
-    none = q.newempty(0)
+    none = q.new_empty(0)
     results = [x if need else none for x, need in zip((dq, dk, dv, ds0, dz0), needs, strict=False)]
     results += [none, none]
     if needs[5]:
