@@ -130,6 +130,9 @@ def philox_normal(
     if out.numel():
         hd, j, r = shape
         with torch.cuda.device_of(seed):
-            grid = hd * j, -(-r // 256)
-            noise.normal_kernel[grid](out, seed, step, module << 3 | kind, j, r, BLOCK=64)
+            constants = ("BLOCK", 64), ("num_warps", 4), ("num_stages", 1)
+            grid = hd * j, -(-r // 256), 1
+            _kernel(noise.normal_kernel, *constants)(
+                grid, out, seed, step, module << 3 | kind, j, r
+            )
     return out

@@ -222,7 +222,8 @@ class _Scan:
 @functools.cache
 def prefix_kernel(choices: tuple) -> Kernel:
     """Return the kernel that adds up the states of segments."""
-    return Kernel(scan.prefix_kernel, dict(choices) | {"BLOCK": 1024, "num_warps": 4})
+    options = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+    return Kernel(scan.prefix_kernel, dict(choices) | options)
 
 
 def causal_dot(
