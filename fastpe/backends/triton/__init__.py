@@ -36,7 +36,10 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return miscompiled(torch.device("cuda"))
+    try:
+        return miscompiled(torch.device("cuda"))
+    except Exception as error:  # of a compiler that is missing, a card that is too old
+        return f"Triton {triton.__version__} cannot compile for this card: {error}"
 
 
 def miscompiled(device: torch.device) -> str | None:
