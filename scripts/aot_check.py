@@ -103,8 +103,9 @@ class Launch:
 def recorder(found: dict[Launch, Launch], case: list[str]) -> Callable:
     """Return what stands in the place of `Kernel.__call__` and notes what would be compiled."""
 
-    def record(self: Kernel, grid: tuple, *args: torch.Tensor | int) -> None:
+    def record(self: Kernel, grid: tuple, tensors: tuple, numbers: tuple) -> None:
         signature, constants, attrs = [], [], []
+        args = *tensors, *numbers
         values = dict(zip(self.function.arg_names, args, strict=False)) | self.meta
         for i, param in enumerate(self.function.params):
             value = values[param.name]
