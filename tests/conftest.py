@@ -107,13 +107,32 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, rows, indirect=True)
 
 
-# modules whose tests of the Triton kernels run in the interpreter, a second each; cards run all
-_INTERPRETED = ("test_attention", "test_causal_dot", "test_encodings", "test_noise")
-_THOROUGH = (
+# tests of the Triton kernels that run in its interpreter, at half a second a case; cards run all
+_THOROUGH = {
     "test_output_state_and_every_gradient",
     "test_shapes",
     "test_gradient_of_the_state_alone",
-)
+}
+_INTERPRETED = _THOROUGH | {
+    "test_any_width",
+    "test_default_positions_count_from_the_state",
+    "test_dtypes_of_the_results",
+    "test_empty_batch_and_sequence",
+    "test_every_number_is_philox",
+    "test_expanded_inputs",
+    "test_feature_maps_and_normalizers",
+    "test_integer_positions_beyond_24_bits",
+    "test_kernels_are_the_same_to_rounding",
+    "test_known_answers",
+    "test_last_key_does_not_move_past_outputs",
+    "test_negative_views",
+    "test_odd_width",
+    "test_parameters_in_any_layout",
+    "test_second_derivative_is_never_dropped",
+    "test_shapes_of_positions",
+    "test_split_and_resume",
+    "test_split_denominator",
+}
 
 
 def _left_to_cards(item):
@@ -124,7 +143,7 @@ def _left_to_cards(item):
     if name != "triton" or item.originalname in _THOROUGH:
         return False
     narrow = params.get("dtype", torch.float64) not in (torch.float64, torch.bfloat16)
-    return path or narrow or item.module.__name__ not in _INTERPRETED
+    return path or narrow or item.originalname not in _INTERPRETED
 
 
 def pytest_collection_modifyitems(config, items):
