@@ -135,15 +135,24 @@ _INTERPRETED = _THOROUGH | {
 }
 
 
+# one for each path through the kernels
+_DISTINCT = ("none", "rope", "rope-before", "ropepool", "sinespe", "fstripe-pooled")
+
+
 def _left_to_cards(item):
     """Return whether the interpreter would take too long for what a test adds."""
-    params = getattr(item, "callspec", None)
-    params = params.params if params else {}
+    spec = getattr(item, "callspec", None)
+    params = spec.params if spec else {}
     name, path = params.get("backend", params.get("kernels", ("", 0)))
-    if name != "triton" or item.originalname in _THOROUGH:
+    if name != "triton":
         return False
-    narrow = params.get("dtype", torch.float64) not in (torch.float64, torch.bfloat16)
-    return path or narrow or item.originalname not in _INTERPRETED
+    dtype = params.get("dtype", torch.float64)
+    distinct = spec.id.startswith("triton") or spec.id.split("-triton")[0] in _DISTINCT
+    if item.originalname in _THOROUGH:
+        # everything in float64 and in one piece, the rest once
+        return not (distinct or (dtype == torch.float64 and not path))
+    narrow = dtype not in (torch.float64, torch.bfloat16)
+    return path or narrow or not distinct or item.originalname not in _INTERPRETED
 
 
 def pytest_collection_modifyitems(config, items):
