@@ -107,6 +107,8 @@ def crossover_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
         ratios: dict[Key, dict[int, float]] = {key: {} for key in keys[1:]}
         reason = ""
         for length in args.lengths:
+            # there is no bar for the forward alone, but a record
+            bench.turns(keys, length, FORWARD, host)
             times = bench.turns(keys, length, TRAINING, host)
             for key in keys[1:]:
                 x, why = ratio(times, keys[0], key)
