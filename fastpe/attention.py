@@ -60,7 +60,7 @@ def causal_linear_attention(
         output_final_state: Return the state after the last token too.
         chunk_size: Tokens that are handled together; changes speed and rounding only. Default:
             the backend's choice.
-        backend: "auto", "cpu" or "reference". Only "auto" falls back, and says so once.
+        backend: "auto", "cpu", "triton" or "reference". Only "auto" falls back, and says so once.
     Returns:
         o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state.
     Raises:
@@ -76,7 +76,9 @@ def causal_linear_attention(
         check_state(initial_state, q, v, pos_encoding, normalize, made_with, noise)
     start = 0 if initial_state is None else initial_state.length
     positions = check_positions(positions, pos_encoding, q, start)
-    backend = backends.resolve(backend, q.device)
+    r = q.shape[-1] if pos_encoding is None else pos_encoding.feature_dim
+    widths = q.shape[-1], r, v.shape[-1]
+    backend = backends.resolve(backend, q.device, q.dtype, widths)
 
     inputs = q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state
     # arithmetic is float32 at least, whatever autocast makes of matrix products

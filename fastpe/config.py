@@ -20,4 +20,6 @@ def show_config() -> None:
             print(f"  {name:10} unavailable: {reason}")
         else:
             print(f"  {name:10} {backends.describe(name)}")
-    print(f"  auto       {backends.resolve('auto', torch.device('cpu'))!r} for tensors on the CPU")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        usual = torch.device(device), torch.float32, (64, 64, 64)
+        print(f"  auto       {backends.resolve('auto', *usual)!r} for tensors on {device}")

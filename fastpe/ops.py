@@ -255,10 +255,10 @@ def _first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Ten
     lambda seed, step, module, kind, shape, dtype: seed.new_empty(shape, dtype=dtype),
 )
 def philox_normal(seed, step, module, kind, shape, dtype):
-    """Return the numbers of `noise.philox_normal`, natively where there is a kernel."""
-    native = "cpu" if seed.device.type == "cpu" else None
-    if native and backends.unavailable(native) is None:
-        return backends.load(native).philox_normal(seed, step, module, kind, shape, dtype)
+    """Return the numbers of `noise.philox_normal`, by a kernel where there is one."""
+    backend = {"cpu": "cpu", "cuda": "triton"}.get(seed.device.type)
+    if backend and backends.unavailable(backend) is None:
+        return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype)
     return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype)
 
 

@@ -1,7 +1,9 @@
 """Fixtures: every backend and code path, every encoding, and NaN in memory not yet written."""
 
 import functools
+import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +12,15 @@ import pytest
 import torch
 from helpers import Fade
 
+# before any kernel is imported
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.mend()
+
 import fastpe
+from fastpe import backends
 from fastpe.backends import native
 
 
@@ -84,6 +94,9 @@ def _backends():
         elif name == "cpu":
             for isa in range(1, native._library().fastpe_best_isa() + 1):
                 yield pytest.param((name, isa), id=f"{name}-{native.ISAS[isa]}")
+        elif name == "triton":
+            yield pytest.param((name, False), id=name)
+            yield pytest.param((name, True), id=f"{name}-segments")
         else:
             yield pytest.param((name, 0), id=name)
 
@@ -95,9 +108,42 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, rows, indirect=True)
 
 
+# modules whose tests of the Triton kernels run in the interpreter, a second each; cards run all
+_INTERPRETED = ("test_attention", "test_causal_dot", "test_encodings", "test_noise")
+_THOROUGH = (
+    "test_output_state_and_every_gradient",
+    "test_shapes",
+    "test_gradient_of_the_state_alone",
+)
+
+
+def _left_to_cards(item):
+    """Return whether the interpreter would take too long for what a test adds."""
+    params = getattr(item, "callspec", None)
+    params = params.params if params else {}
+    name, path = params.get("backend", params.get("kernels", ("", 0)))
+    if name != "triton" or item.originalname in _THOROUGH:
+        return False
+    narrow = params.get("dtype", torch.float64) not in (torch.float64, torch.bfloat16)
+    return path or narrow or item.module.__name__ not in _INTERPRETED
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    left = [item for item in items if _left_to_cards(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not _left_to_cards(item)]
+
+
 def _select(request, monkeypatch):
-    name, isa = request.param
-    monkeypatch.setattr(native, "isa", isa)
+    name, path = request.param
+    if name == "cpu":
+        monkeypatch.setattr(native, "isa", path)
+    elif name == "triton" and path:
+        # every chunk is a segment
+        cut = lambda programs, t, c, device: (c, max(-(-t // c), 1))  # noqa: E731
+        monkeypatch.setattr(backends.load(name), "segments", cut)
     return name
 
 

@@ -1,6 +1,7 @@
 """Noise: the generator, its keys, and when it is redrawn."""
 
 import copy
+import functools
 
 import oracle
 import pytest
@@ -9,31 +10,25 @@ from conftest import encodings
 from helpers import assert_within, make_inputs
 from torch.utils.checkpoint import checkpoint
 
-from fastpe import FStripe, SineSPE, causal_linear_attention, noise
+from fastpe import FStripe, SineSPE, backends, causal_linear_attention, noise
 from fastpe.nn import CausalLinearAttention
-from fastpe.ops import philox_normal
 
 NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff")
 
 
-def _native(seed, step, module, kind, shape, dtype=torch.float64):
-    return philox_normal(torch.tensor(seed), torch.tensor(step), module, kind, shape, dtype)
+def _by_kernel(backend, seed, step, module, kind, shape, dtype=torch.float64):
+    key = torch.tensor(seed), torch.tensor(step), module, kind
+    return backends.load(backend).philox_normal(*key, shape, dtype)
 
 
 def _python(seed, step, module, kind, shape, dtype=torch.float64):
     return noise.philox_normal(torch.tensor(seed), torch.tensor(step), module, kind, shape, dtype)
 
 
-@pytest.fixture(params=["PyTorch", "native"])
-def draw(request, backend):
-    """The generator in PyTorch and the native one on every code path."""
-    if request.param == "PyTorch":
-        if backend != "reference":
-            pytest.skip("not native")
-        return _python
-    if backend == "reference":
-        pytest.skip("native")
-    return _native
+@pytest.fixture
+def draw(backend):
+    """The generator in PyTorch and those of the backends on every code path."""
+    return _python if backend == "reference" else functools.partial(_by_kernel, backend)
 
 
 def test_known_answers(draw):
@@ -67,11 +62,11 @@ def test_prefix_stable(draw):
         assert torch.equal(part, whole[: shape[0], : shape[1], : shape[2]])
 
 
-def test_native_is_the_same_to_rounding(kernels):
+def test_kernels_are_the_same_to_rounding(kernels):
     for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-7)):
         key = (2**40 + 17, 12, 3, noise.SINE, (20, 21, 66), dtype)
-        assert _native(*key).dtype == dtype
-        assert_within(_native(*key), _python(*key), tolerance)
+        assert _by_kernel(kernels, *key).dtype == dtype
+        assert_within(_by_kernel(kernels, *key), _python(*key), tolerance)
 
 
 def test_keys_are_independent(draw):

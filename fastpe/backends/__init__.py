@@ -13,7 +13,9 @@ from types import ModuleType
 
 import torch
 
-_MODULES = {"cpu": "native"}
+_MODULES = {"cpu": "native", "triton": "triton"}
+# what "auto" tries, by type of device
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
 NAMES = ("auto", *_MODULES, "reference")
 
 _log = logging.getLogger("fastpe")
@@ -32,7 +34,10 @@ _warned: set[str] = set()
 def unavailable(name: str) -> str | None:
     """Return why a backend cannot run on this machine, or None if it can."""
     if name not in _reasons:
-        _reasons[name] = load(name).unavailable()
+        try:
+            _reasons[name] = load(name).unavailable()
+        except ImportError as error:
+            _reasons[name] = str(error)
     return _reasons[name]
 
 
@@ -52,16 +57,26 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """Return the backend to run on this device; a named one that cannot raises with the reason."""
+def resolve(
+    name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> str:
+    """Return the backend to run; a named one that cannot raises with the reason.
+
+    Args:
+        name: "auto" or a backend.
+        device: Of the tensors.
+        dtype: Of the tensors.
+        widths: D, R and E.
+    """
     check_name(name)
     if name == "auto":
-        return _choose(device.type)
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+        return _choose(device, dtype, widths)
     reason = unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    reason = None if name == "reference" else load(name).unsupported(device, dtype, widths)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} {reason}")
     return name
 
 
@@ -69,20 +84,20 @@ def resolve(name: str, device: torch.device) -> str:
 resolve._dynamo_marked_constant = True
 
 
-def _choose(device_type: str) -> str:
-    if device_type == "cpu":
-        reason, name = unavailable("cpu"), "cpu"
-    else:
-        reason, name = f"this version has no kernels for {device_type} devices", "reference"
-    if reason is None:
-        _log.debug("backend for %s: %s", device_type, name)
-        return name
-    if device_type in _warned:
-        return "reference"
-    _warned.add(device_type)
-    warnings.warn(
-        f"fastpe uses its PyTorch reference on {device_type}, which is slower: {reason}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+def _choose(device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]) -> str:
+    reasons = []
+    for name in _AUTO.get(device.type, ()):
+        reason = unavailable(name) or load(name).unsupported(device, dtype, widths)
+        if reason is None:
+            _log.debug("backend for %s: %s", device, name)
+            return name
+        reasons.append(f"{name} {reason}")
+    why = "; ".join(reasons) or f"this version has no kernels for {device.type} devices"
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(
+            f"fastpe uses its PyTorch reference on {device.type}, which is slower: {why}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return "reference"

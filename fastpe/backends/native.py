@@ -89,6 +89,13 @@ def unavailable() -> str | None:
     return None
 
 
+def unsupported(
+    device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> str | None:
+    """Return why tensors on a device cannot be taken, or None; dtypes and widths all can."""
+    return None if device.type == "cpu" else f"needs tensors on the CPU, got {device}"
+
+
 def describe() -> str:
     """Return the code path and threading in use."""
     openmp = "OpenMP" if _library().fastpe_openmp() else "one thread, built without OpenMP"

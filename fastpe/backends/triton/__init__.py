@@ -1,0 +1,88 @@
+"""Backend "triton": kernels for NVIDIA cards (Triton compiles them for others too, untested).
+
+With TRITON_INTERPRET=1 they run on CPU tensors in Triton's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ... import reference
+from ...feature_maps import elu1
+from ...ops import ScanOptions
+from .launch_features import phase_features, phase_features_backward, philox_normal
+from .launch_scan import causal_dot, causal_dot_backward
+
+__all__ = [
+    "causal_dot",
+    "causal_dot_backward",
+    "describe",
+    "phase_features",
+    "phase_features_backward",
+    "philox_normal",
+    "unavailable",
+    "unsupported",
+]
+
+WIDEST = 256
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def unavailable() -> str | None:
+    """Return why the kernels cannot run, or None."""
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return miscompiled(torch.device("cuda"))
+
+
+def miscompiled(device: torch.device) -> str | None:
+    """Return what is wrong with gradients that this Triton compiles for this card, or None.
+
+    Its compiler has had faults that show in a wrong gradient alone (flash-linear-attention issues
+    640 and 984).
+    """
+    with _disable_current_modes(), torch.no_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v, do = (
+            torch.randn(1, 200, 2, 64, generator=generator, device=device).bfloat16()
+            for _ in range(4)
+        )
+        options = ScanOptions("elu1", "sum", 1e-6, False, False, True, 1.0, 0, "triton")
+        inputs = q, k, v, None, None, None, None
+        o, den, _, _ = causal_dot(*inputs, options)
+        needs = [True] * 3 + [False] * 4
+        found = causal_dot_backward((do, None, None), inputs, options, o, den, needs)[:3]
+        with torch.enable_grad():
+            leaves = [x.double().requires_grad_() for x in (q, k, v)]
+            psi = [elu1(x) for x in leaves[:2]]
+            wanted = reference.chunked(*psi, leaves[2], *psi)[0]
+            wanted = torch.autograd.grad(wanted, leaves, do.double())
+        for name, actual, expected in zip("qkv", found, wanted, strict=True):
+            error = float((actual - expected).abs().max() / expected.abs().max())
+            if not error < 0.05:
+                return (
+                    f"Triton {triton.__version__} miscompiles the gradient of {name} for this card "
+                    f"(relative error {error:.2g}); another version may not"
+                )
+    return None
+
+
+def describe() -> str:
+    """Return what the kernels run on."""
+    where = "its interpreter" if INTERPRETED else torch.cuda.get_device_name()
+    return f"Triton {triton.__version__}, {where}"
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> str | None:
+    """Return why tensors on a device, of a dtype and these D, R and E, cannot be taken; or None."""
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"needs tensors on a CUDA device, got {device}"
+    if max(widths) > WIDEST:
+        return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
+    return None

@@ -1,0 +1,55 @@
+"""What the launchers of all kernels share."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Numbers(NamedTuple):
+    """Types of arithmetic: sums in `acc`; products of operands rounded to `dot`."""
+
+    acc: tl.dtype
+    dot: tl.dtype
+    precision: str
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Numbers:
+        """Return the types for tensors of a dtype."""
+        if dtype == torch.float64:
+            return cls(tl.float64, tl.float64, "ieee")
+        if dtype == torch.bfloat16:
+            return cls(tl.float32, tl.bfloat16, "tf32")
+        # as many digits as float16 has, and no overflow
+        return cls(tl.float32, tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
+
+
+def power(x: int) -> int:
+    """Return the block for x columns that tensor cores take."""
+    return max(16, triton.next_power_of_2(x))
+
+
+def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return new memory beside x, of its dtype if no other is given."""
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return x with the numbers of a row next to one another in memory, as the kernels read it."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def converted(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return x contiguous and of a dtype."""
+    return None if x is None else x.to(dtype).contiguous().resolve_neg()
+
+
+def sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Return a gradient by turns as one by cycles, summed over what batch or heads share."""
+    return (2 * math.pi * (x.sum(0, keepdim=True) if like.shape[0] == 1 else x)).to(like.dtype)

@@ -1,0 +1,126 @@
+"""Launches of the phase features, of their gradient, and of the noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ...maps import SineMap
+from ...ops import compute_dtype
+from . import features, noise
+from .common import Numbers, converted, empty, power, rows, sum_to
+
+
+class _Sines:
+    """What the kernels of the phase features and of their gradient have in common."""
+
+    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap) -> None:
+        self.x, self.sines = rows(x), sines
+        self.b, self.t, self.h, self.d = x.shape
+        self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
+        self.wide = compute_dtype(x)
+        numbers = Numbers.of(x.dtype)
+        double = [converted(i, torch.float64) for i in (positions, *sines[:4])]
+        # half of the bytes that every tile of tokens reads
+        noise = converted(sines.noise, torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide)
+        self.positions = double[0]
+        self.tables = [x if i is None else i for i in (*double, noise)]
+        shared = positions.shape[0] == 1
+        self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
+        self.by_batch = 0 if shared else self.t * self.levels
+        # rows of a tile: tokens of one sequence, or of those that share positions, and so sines
+        self.rows = 64 if x.dtype.itemsize == 2 else 32
+        self.together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
+        self.tokens = self.rows // self.together
+        self.tiles = -(-self.b // self.together) * -(-self.t // self.tokens)
+        mix = "noise" if sines.noise is not None else "pool" if sines.pool else "keep"
+        self.meta = {
+            "MIX": mix,
+            "OFFSET": sines.offset is not None,
+            "GATE": sines.gate is not None,
+            "ACC": numbers.acc,
+            "DOT": numbers.dot,
+            "PRECISION": numbers.precision,
+        }
+
+    def launch(self, kernel: Callable, columns: int, *args: object, **meta: object) -> None:
+        """Run a kernel on all tiles: its tensors; behind the tables and sizes its own strides."""
+        grid = self.tiles, self.h, columns
+        if not math.prod(grid):
+            return
+        n = kernel.arg_names.index("B") - len(self.tables)
+        with torch.cuda.device_of(self.x):
+            kernel[grid](
+                *args[:n], *self.tables, *self.sizes, *self.x.stride()[:3], *args[n:],
+                self.by_batch, **self.meta, **meta, BB=self.together, BN=self.tokens,
+                BD=min(power(self.d), self.rows), num_warps=8, num_stages=2,
+            )  # fmt: skip
+
+
+def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
+    """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
+    call = _Sines(x, positions, sines)
+    y = empty(x, *x.shape[:-1], call.r)
+    keep = call.meta["MIX"] == "keep"
+    br = 16 if keep else min(power(call.r), 128)
+    columns = 1 if keep else -(-call.r // br)
+    call.launch(features.features_kernel, columns, call.x, y, BR=br)
+    return y
+
+
+def phase_features_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    sines: SineMap,
+    group: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    call, dy = _Sines(x, positions, sines), rows(grad_y)
+    dx, none, parameters = empty(x, *x.shape), x.newempty(0), any(needs[2:])
+    levels, wide = call.levels, call.wide
+    by_position, partial, by_gate = dx, dx, dx
+    if needs[1]:
+        by_position = empty(x, call.b, call.h, call.t, levels, dtype=wide)
+    if parameters:
+        partial = empty(x, call.tiles, call.h, call.k, 2 + levels, call.d, dtype=wide)
+        by_gate = empty(x, call.tiles, call.h, call.d, dtype=wide)
+    call.launch(
+        features.features_backward_kernel, 1,
+        call.x, dy, dx, by_position, partial, by_gate, *dy.stride()[:3],
+        WANT_X=needs[0], WANT_POSITIONS=needs[1], WANT_PARAMETERS=parameters,
+        BR=min(power(call.r), call.rows), BL=power(levels),
+    )  # fmt: skip
+    grads = [dx if needs[0] else none] + [none] * 5
+    if needs[1]:
+        grads[1] = sum_to(by_position.sum(1, dtype=torch.float64), positions)
+    if parameters:
+        total = partial.sum(0, dtype=torch.float64).movedim(-1, 1)  # [H, D, K, 2 + L]
+        # by the phase in cycles, its factor gain included
+        slope = 2 * math.pi * sines.gain.double()
+        found = {2: slope[..., None] * total[..., 2:], 3: slope * total[..., 1], 4: total[..., 0]}
+        if sines.gate is not None:
+            found[5] = by_gate.sum(0, dtype=torch.float64)
+        tensors = {2: sines.freq, 3: sines.offset, 4: sines.gain, 5: sines.gate}
+        for i, grad in found.items():
+            if needs[i]:
+                grads[i] = grad.to(tensors[i].dtype)
+    return tuple(grads)
+
+
+def philox_normal(
+    seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Return standard normal numbers [HD, J, R] (`noise.philox_normal`); nothing waits for them."""
+    out = empty(seed, *shape, dtype=dtype)
+    if out.numel():
+        hd, rows, r = shape
+        with torch.cuda.device_of(seed):
+            grid = hd * rows, -(-r // 256)
+            noise.normal_kernel[grid](out, seed, step, module << 3 | kind, rows, r, BLOCK=64)
+    return out
