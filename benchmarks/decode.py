@@ -161,7 +161,7 @@ def main() -> int:
     isolated, records = runner(args.device), []
     for name, context in tqdm([(n, c) for n in ENCODINGS for c in args.contexts], unit="row"):
         setup = options.setup(args, context + STEPS)
-        found = asdict(setup) | environment(args.device, args.backend)
+        found = asdict(setup) | environment(setup)
         record = {"row": name, "context": context, **found}
         result = isolated(measure, setup, name, args.seconds)
         records.append(

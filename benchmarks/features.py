@@ -26,6 +26,7 @@ from harness import (
     TOLERANCE,
     Setup,
     alternate,
+    backend,
     environment,
     output_gradient,
     relative_error,
@@ -48,15 +49,15 @@ def providers(
     encoding: nn.Module, positions: Tensor, setup: Setup
 ) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
     """Return name -> (x to features, learned tensors)."""
-    backend = fastpe.backends.resolve(setup.backend, torch.device(setup.device))
+    used = backend(setup)
     learned = list(encoding.parameters())
-    if backend == "reference":
+    if used == "reference":
         raise RuntimeError("no fused features here: " + str(fastpe.available_backends()))
 
     def fused(group: bool) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             sines = encoding.position_maps()[0]
-            return PhaseFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, backend)
+            return PhaseFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, used)
 
         return run
 
@@ -144,7 +145,7 @@ def main() -> int:
         setup = options.setup(args, length)
         result = isolated(measure, setup, field, args.seconds)
         name = f"F-StrIPE:SFF, {field}" if field else "SineSPE, time"
-        found = asdict(setup) | environment(args.device, args.backend)
+        found = asdict(setup) | environment(setup)
         records.append({"row": name, **found, **result})
     args.out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record) for record in records]

@@ -240,9 +240,22 @@ def measure_time(
     return result
 
 
+def environment(setup: Setup) -> dict:
+    """Return versions, machine, commit and date, as every record holds them, and the backend."""
+    return _machine(setup.device) | {"backend": backend(setup)}
+
+
+def backend(setup: Setup) -> str:
+    """Return the backend that fastpe's cases run on, of as many features as the head dim."""
+    with warnings.catch_warnings():
+        # the backend is recorded; no need to be told in each process that it is the slow one
+        warnings.simplefilter("ignore")
+        where, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
+        return fastpe.backends.resolve(setup.backend, where, dtype, (setup.head_dim,) * 3)
+
+
 @functools.cache
-def environment(device: str, backend: str = "auto") -> dict:
-    """Return versions, machine, commit and date, as every record holds them."""
+def _machine(device: str) -> dict:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -253,14 +266,9 @@ def environment(device: str, backend: str = "auto") -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    with warnings.catch_warnings():
-        # the backend is recorded; no need to be told in each process that it is the slow one
-        warnings.simplefilter("ignore")
-        backend = fastpe.backends.resolve(backend, torch.device(device))
     return {
         "torch": torch.__version__,
         "fastpe": fastpe.__version__,
-        "backend": backend,
         "python": platform.python_version(),
         "cpu": cpu,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

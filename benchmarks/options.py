@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from harness import TOLERANCE, Setup
+from harness import TOLERANCE, Setup, backend
 
 import fastpe
 
@@ -38,7 +38,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *sizes: str
         parser.error("--device cuda: torch.cuda.is_available() is False")
     if args.backend != "auto":
         try:
-            fastpe.backends.resolve(args.backend, torch.device(args.device))
+            backend(setup(args, 1))
         except (ValueError, RuntimeError) as error:
             parser.error(f"--backend {args.backend}: {error}")
 

@@ -64,7 +64,7 @@ def main() -> int:
         ms = [times[mode][name]["median"] for mode in MODES]
         ratios = [times[mode][name]["median"] / times[mode][first]["median"] for mode in MODES]
         lines.append([name, *(f"{x:.1f}" for x in ms), *(f"{x:.2f}x" for x in ratios)])
-    record = asdict(setup) | environment(args.device, args.backend) | {"cases": times}
+    record = asdict(setup) | environment(setup) | {"cases": times}
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "pairs.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")

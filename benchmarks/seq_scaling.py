@@ -184,7 +184,7 @@ class Sweep:
     def _record(self, name: str, setup: Setup, mode: str) -> dict:
         case = self.cases[name]
         row = {"case": name, "label": case.label, "ours": case.ours, "mode": mode}
-        return row | asdict(setup) | environment(setup.device, setup.backend)
+        return row | asdict(setup) | environment(setup)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         slow_start=not args.quick or bool(args.cases),
         minutes=1.6 if args.quick else None,
     )
-    found = asdict(setup) | environment(args.device, args.backend)
+    found = asdict(setup) | environment(setup)
     print(f"{piece.name}; {report.describe(found)}", file=sys.stderr)
     sweep = Sweep(setup, limits, runner(args.device))
     records = []

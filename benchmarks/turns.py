@@ -35,7 +35,7 @@ class Bench:
 
     def record(self, kind: str, **what: object) -> None:
         """Keep a record, with what it was measured on."""
-        on = asdict(self.setup) | environment(self.setup.device, self.setup.backend)
+        on = asdict(self.setup) | environment(self.setup)
         self.records.append({"kind": kind} | on | what)
 
     def wrong(self, name: str, head_dim: int) -> str | None:
