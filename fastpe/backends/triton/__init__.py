@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import reference
 from ...feature_maps import elu1
 from ...ops import ScanOptions
+from .common import INTERPRETED
 from .launch_features import phase_features, phase_features_backward, philox_normal
 from .launch_scan import causal_dot, causal_dot_backward
 
@@ -27,7 +28,6 @@ __all__ = [
 ]
 
 WIDEST = 256
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 def unavailable() -> str | None:
