@@ -152,7 +152,7 @@ def spe_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
                 bars.append(Bar(f"{SPE} over codes, {at}", mode, OVER_CODES[0], x, note=note))
             x = None
             if not any(isinstance(y, str) for y in mb.values()):
-                x = mb[CODES] / max(mb[SPE], 1e-9)
+                x = mb[CODES] / max(mb[SPE], 0.1)
             if i == 0 or x:
                 case = f"memory of {CODES} of that of {SPE}, {at}"
                 bars.append(Bar(case, mode, OVER_CODES[1], x, note=known))

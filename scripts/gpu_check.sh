@@ -14,7 +14,7 @@ if [ "${1:-}" = -t ]; then limit=$2 && shift 2; fi
 OUT=${OUT:-$(mktemp -d)}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # plug-ins of the machine may warn, and warnings are errors
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 export TRITON_CACHE_DIR=$PWD/.gpu_cache/triton TORCHINDUCTOR_CACHE_DIR=$PWD/.gpu_cache/inductor
