@@ -41,9 +41,7 @@ nvcc --version 2>/dev/null | tail -2 | head -1
 echo "sources: $(cat $(find fastpe csrc -name '*.py' -o -name '*.h' -o -name '*.c*' | sort) setup.py \
   | sha256sum | cut -c1-12)"
 
-# only for the card that is here, where setup.py can leave out others
 arch=$(sed -n 's/^card:.*, \([0-9]*\)\.\([0-9]\)$/\1\2/p' "$work/machine" | head -1)
-export FASTPE_CPU=1 FASTPE_CUDA_ARCHS=${arch:-90}
 
 failed=0
 summary=()
@@ -76,12 +74,35 @@ run() {
 test_python="python3 -m pytest -m gpu --tb=short"
 
 build() {
-  FASTPE_CUDA=1 run build 240 python3 setup.py build_ext --inplace
-  if [ $? -ne 0 ]; then
-    # what can be built is tested; without pyproject.toml, which an old setuptools does not read
-    mkdir -p "$work/tree" && ln -s "$PWD"/{setup.py,csrc,fastpe} "$work/tree"
-    run build-any 150 env -u FASTPE_CPU -C "$work/tree" python3 setup.py build_ext --inplace
-  fi
+  # by the functions of setup.py: both at once, for the card that is here alone, whatever the
+  # version of setuptools; what can be built is tested, and the reason for the rest is in the log
+  run build 270 python3 - "${arch:-90}" <<'PY'
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import setup
+
+jobs = {"cpu": (setup.compile_cpu, {})}
+if hasattr(setup, "compile_cuda"):
+    jobs["cuda"] = setup.compile_cuda, {"architectures": (sys.argv[1],)}
+else:
+    print("setup.py has no compile_cuda")
+
+
+def build(name):
+    compile_it, options = jobs[name]
+    try:
+        compile_it(Path(f"fastpe/libfastpe_{name}.so"), Path("build/gpu_check") / name, **options)
+    except Exception as error:
+        return f"{name}: {error}"
+    return None
+
+
+with ThreadPoolExecutor() as pool:
+    errors = [error for error in pool.map(build, jobs) if error]
+sys.exit("\n".join(errors) or 0)
+PY
   python3 -c 'import fastpe; fastpe.show_config()' 2>&1 | tee -a "$OUT/gpu_check.log"
 }
 
