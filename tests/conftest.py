@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 from helpers import Fade
@@ -195,6 +196,23 @@ def native_kernels():
     return "cpu"
 
 
+@pytest.fixture
+def on_a_gpu(request):
+    """Skip where there is none, and say what was not checked: the docstring of the test."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"no GPU; not checked: {request.function.__doc__.splitlines()[0]}")
+
+
+@pytest.fixture
+def engine(request, on_a_gpu):
+    """A backend that runs on the GPU."""
+    reason = gpu.usable(request.param)
+    if reason is not None:
+        what = request.function.__doc__.splitlines()[0]
+        pytest.skip(f"backend {request.param!r}: {reason}; not checked: {what}")
+    return request.param
+
+
 @pytest.fixture(params=ENCODINGS)
 def make_encoding(request):
     """Factory of every encoding, (head_dim, num_heads) -> module or None."""
@@ -212,7 +230,10 @@ def _nan_in_new_memory(monkeypatch):
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.split(".")[0] == "fastpe":
                 with torch.no_grad():
-                    x.fill_(math.nan if x.is_floating_point() else -(2**31) + 1)
+                    # bytes are memory to be cut up: all ones are NaN of every width
+                    ones = 255 if x.dtype == torch.uint8 else -1
+                    wrong = ones if x.itemsize == 1 else -(2**31) + 1
+                    x.fill_(math.nan if x.is_floating_point() else wrong)
             return x
 
         return wrapper
