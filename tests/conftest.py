@@ -95,6 +95,8 @@ def _backends():
             for isa in range(1, native._library().fastpe_best_isa() + 1):
                 yield pytest.param((name, isa), id=f"{name}-{native.ISAS[isa]}")
         elif name == "triton":
+            if torch.cuda.is_available():
+                continue  # not for the tensors of these tests: test_gpu.py
             yield pytest.param((name, False), id=name)
             yield pytest.param((name, True), id=f"{name}-segments")
         else:
@@ -108,7 +110,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, rows, indirect=True)
 
 
-# tests of the Triton kernels that run in its interpreter, at half a second a case; cards run all
+# tests of the Triton kernels that run in its interpreter, at half a second a case
 _THOROUGH = {
     "test_output_state_and_every_gradient",
     "test_shapes",
@@ -140,7 +142,7 @@ _INTERPRETED = _THOROUGH | {
 _DISTINCT = ("none", "rope", "rope-before", "ropepool", "sinespe", "fstripe-pooled")
 
 
-def _left_to_cards(item):
+def _too_slow(item):
     """Return whether the interpreter would take too long for what a test adds."""
     spec = getattr(item, "callspec", None)
     params = spec.params if spec else {}
@@ -157,11 +159,9 @@ def _left_to_cards(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
-    left = [item for item in items if _left_to_cards(item)]
+    left = [item for item in items if _too_slow(item)]
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if not _left_to_cards(item)]
+    items[:] = [item for item in items if not _too_slow(item)]
 
 
 def _select(request, monkeypatch):
