@@ -1,4 +1,4 @@
-"""Backend "cpu": the C++ library, called through its C ABI (csrc/fastpe.h)."""
+"""Backend "cpu", and what "cuda" shares with it: libraries called through a C ABI (csrc/fastpe.h)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..maps import SineMap
+from ..maps import Rotation, SineMap
 from ..ops import ScanOptions, compute_dtype
 
-LIBRARY = Path(__file__).parent.parent / "libfastpe_cpu.so"
 ISAS = ("best", "portable", "avx2", "avx512")
 # the code path to run, an index into ISAS; tests try each
 isa = 0
@@ -22,6 +21,7 @@ isa = 0
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
+_SLICES = 64
 
 
 class _Tensor(Structure):
@@ -45,6 +45,7 @@ class _CausalDot(Structure):
         (c_void_p, "den s0 z0 s z"),
         (_Tensor, "grad_o grad_q grad_k grad_v"),
         (c_void_p, "grad_s grad_z grad_s0 grad_z0 grad_freq grad_positions"),
+        (c_void_p, "stream scratch"),
     )
 
 
@@ -55,6 +56,9 @@ class _PhaseFeatures(Structure):
         (c_void_p, "positions freq offset gain gate noise"),
         (_Tensor, "x y grad_y grad_x"),
         (c_void_p, "grad_freq grad_offset grad_gain grad_gate grad_positions"),
+        (c_void_p, "stream"),
+        (c_int64, "slices"),
+        (c_void_p, "scratch"),
     )
 
 
@@ -68,25 +72,56 @@ class _PhiloxNormal(Structure):
     )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
-    library.fastpe_error.restype = ctypes.c_char_p
-    return library
+class Library:
+    """A library of csrc/.
+
+    Attributes:
+        path: Where it is, once built.
+        prefix: What the names of its functions begin with.
+        needs: What builds it, and the variable that shows the compiler's error.
+        on_gpu: whether it has the CUDA kernels.
+    """
+
+    def __init__(self, path: Path, prefix: str, needs: tuple[str, str], on_gpu: bool) -> None:
+        self.path, self.prefix, self.needs, self.on_gpu = path, prefix, needs, on_gpu
+
+    @functools.cached_property
+    def functions(self) -> ctypes.CDLL:
+        """The library, loaded at first use."""
+        library = ctypes.CDLL(str(self.path))
+        getattr(library, f"{self.prefix}error").restype = ctypes.c_char_p
+        return library
+
+    def unavailable(self) -> str | None:
+        """Return why the library cannot be used, or None."""
+        if not self.path.exists():
+            compiler, variable = self.needs
+            return (
+                f"{self.path.name} was not built: install {compiler} and run "
+                f"`{variable}=1 pip install -e .`, which shows the compiler's error"
+            )
+        try:
+            _ = self.functions
+        except OSError as error:
+            return f"{self.path.name} does not load: {error}"
+        return None
+
+    def call(self, name: str, *args: Structure | None) -> None:
+        """Call a function on structs."""
+        references = (None if x is None else ctypes.byref(x) for x in args)
+        if getattr(self.functions, self.prefix + name)(*references):
+            message = getattr(self.functions, f"{self.prefix}error")().decode()
+            raise RuntimeError(f"{self.prefix}{name}: {message}")
 
 
-def unavailable() -> str | None:
-    """Return why the library cannot be used, or None."""
-    if not LIBRARY.exists():
-        return (
-            f"{LIBRARY.name} was not built: install a C++ compiler (g++ or clang++) and run "
-            "`FASTPE_CPU=1 pip install -e .`, which shows the compiler's error"
-        )
-    try:
-        _library()
-    except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}"
-    return None
+_HERE = Path(__file__).parent.parent
+_CXX, _NVCC = "a C++ compiler (g++ or clang++)", "the CUDA toolkit (nvcc)"
+CPU = Library(_HERE / "libfastpe_cpu.so", "fastpe_", (_CXX, "FASTPE_CPU"), False)
+CUDA = Library(_HERE / "libfastpe_cuda.so", "fastpe_cuda_", (_NVCC, "FASTPE_CUDA"), True)
+# by type of device; tests put the CUDA kernels, compiled for the host, in the CPU's place
+libraries = {"cpu": CPU, "cuda": CUDA}
+
+unavailable = CPU.unavailable
 
 
 def unsupported(
@@ -98,25 +133,28 @@ def unsupported(
 
 def describe() -> str:
     """Return the code path and threading in use."""
-    openmp = "OpenMP" if _library().fastpe_openmp() else "one thread, built without OpenMP"
-    return f"{ISAS[_library().fastpe_best_isa()]}, {openmp}"
+    openmp = "OpenMP" if CPU.functions.fastpe_openmp() else "one thread, built without OpenMP"
+    return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"
 
 
-def _call(name: str, args: Structure) -> None:
-    if getattr(_library(), name)(ctypes.byref(args)):
-        raise RuntimeError(f"{name}: {_library().fastpe_error().decode()}")
+def _call(name: str, device: torch.device, *args: Structure | None) -> None:
+    library = libraries[device.type]
+    if device.type == "cpu":
+        return library.call(name, *args)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    for x in args:
+        if x is not None:
+            x.stream = stream
+    with torch.cuda.device(device):
+        return library.call(name, *args)
 
 
 def _tensor(x: Tensor) -> _Tensor:  # [B, T, H, width]
     return _Tensor(x.data_ptr(), x.stride(), _DTYPES[x.dtype])
 
 
-# of everything made here, whatever torch.set_default_device says
-_CPU = torch.device("cpu")
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=_CPU)
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
@@ -158,7 +196,7 @@ class _Scan:
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         q, k, v, s0, z0, positions, freq = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-        self.dtype = compute_dtype(q)
+        self.dtype, self.device = compute_dtype(q), q.device
         self.positions = _contiguous(positions, torch.float64)
         self.freq = _contiguous(freq, torch.float64)
         self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
@@ -169,6 +207,19 @@ class _Scan:
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return memory for what is in the dtype of arithmetic."""
+        return _empty(*shape, dtype=self.dtype, device=self.device)
+
+    def outputs(self, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return memory for o, s and z, which the arguments then point to."""
+        v, args, (r, rz) = self.inputs[2], self.args, widths
+        b, _, h, e = v.shape
+        o = _empty(*v.shape, dtype=v.dtype, device=self.device)
+        s, z = self.empty(b, h, r, e), self.empty(b, h, rz)
+        args.o, args.s, args.z = _tensor(o), _pointer(s), _pointer(z)
+        return o, s, z
 
 
 def causal_dot(
@@ -186,14 +237,11 @@ def causal_dot(
     """Return o, den [B, H, T] (None unless to be saved) and the final state (`ops.CausalDot`)."""
     scan = _Scan((q, k, v, s0, z0, positions, freq), options)
     b, t, h, d = q.shape
-    r, rz = options.widths(d)
-    o = _empty(*v.shape, dtype=v.dtype)
-    den = _empty(b, h, t if rz else 0, dtype=scan.dtype) if save else None
-    s = _empty(b, h, r, v.shape[-1], dtype=scan.dtype)
-    z = _empty(b, h, rz, dtype=scan.dtype)
-    scan.args.o, scan.args.den = _tensor(o), _pointer(den)
-    scan.args.s, scan.args.z = _pointer(s), _pointer(z)
-    _call("fastpe_causal_dot", scan.args)
+    widths = options.widths(d)
+    o, s, z = scan.outputs(widths)
+    den = scan.empty(b, h, t if widths[1] else 0) if save else None
+    scan.args.den = _pointer(den)
+    _call("causal_dot", q.device, scan.args)
     return o, den, s, z
 
 
@@ -213,14 +261,16 @@ def causal_dot_backward(
     args = scan.args
 
     def out(i: int, like: Tensor | None) -> Tensor:
-        return _empty(*like.shape, dtype=like.dtype) if needs[i] else q.new_empty(0)
+        if not needs[i]:
+            return q.new_empty(0)
+        return _empty(*like.shape, dtype=like.dtype, device=q.device)
 
     dq, dk, dv, ds0, dz0 = (out(i, x) for i, x in enumerate(inputs[:5]))
     dpositions, dfreq = q.new_empty(0), q.new_empty(0)
     if needs[5]:
-        dpositions = _empty(b, h, t, args.L, dtype=torch.float64)
+        dpositions = _empty(b, h, t, args.L, dtype=torch.float64, device=q.device)
     if needs[6]:
-        dfreq = _empty(b, h, args.W, args.L, dtype=torch.float64)
+        dfreq = _empty(b, h, args.W, args.L, dtype=torch.float64, device=q.device)
     args.o, args.den, args.grad_o = _tensor(o), _pointer(den), _tensor(grad_o)
     args.grad_s, args.grad_z = _pointer(grad_s), _pointer(grad_z)
     for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
@@ -228,7 +278,9 @@ def causal_dot_backward(
             setattr(args, name, _tensor(x))
     args.grad_s0, args.grad_z0 = _pointer(ds0), _pointer(dz0)
     args.grad_freq, args.grad_positions = _pointer(dfreq), _pointer(dpositions)
-    _call("fastpe_causal_dot_backward", args)
+    scratch = scan.empty(2, *den.shape) if libraries[q.device.type].on_gpu else None
+    args.scratch = _pointer(scratch)
+    _call("causal_dot_backward", q.device, args)
     if needs[5]:
         dpositions = _sum_to(dpositions.sum(1), positions)
     if needs[6]:
@@ -264,13 +316,19 @@ class _Sines:
             _tensor(x),
         )
 
+    def output(self) -> Tensor:
+        """Return memory for the features, which the arguments then point to."""
+        shape = *self.x.shape[:-1], self.args.R
+        y = _empty(*shape, dtype=self.x.dtype, device=self.x.device)
+        self.args.y = _tensor(y)
+        return y
+
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
     """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
     call = _Sines(x, positions, sines, group)
-    y = _empty(*x.shape[:-1], sines.feature_dim, dtype=x.dtype)
-    call.args.y = _tensor(y)
-    _call("fastpe_phase_features", call.args)
+    y = call.output()
+    _call("phase_features", x.device, call.args)
     return y
 
 
@@ -285,10 +343,13 @@ def phase_features_backward(
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
     call, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
     b, t, h, _ = x.shape
-    dx = _empty(*x.shape, dtype=x.dtype) if needs[0] else x.new_empty(0)
+    wide = {"dtype": torch.float64, "device": x.device}
+    dx = x.new_empty(0)
+    if needs[0]:
+        dx = _empty(*x.shape, dtype=x.dtype, device=x.device)
     dpositions = x.new_empty(0)
     if needs[1]:
-        dpositions = _empty(b, h, t, positions.shape[-1], dtype=torch.float64)
+        dpositions = _empty(b, h, t, positions.shape[-1], **wide)
     call.args.grad_y = _tensor(grad_y)
     if needs[0]:
         call.args.grad_x = _tensor(dx)
@@ -297,9 +358,18 @@ def phase_features_backward(
     for name, need in zip(names, needs[2:], strict=True):
         grads.append(x.new_empty(0))
         if need:
-            grads[-1] = _empty(*getattr(sines, name).shape, dtype=torch.float64).zero_()
+            grads[-1] = _empty(*getattr(sines, name).shape, **wide).zero_()
             setattr(call.args, f"grad_{name}", _pointer(grads[-1]))
-    _call("fastpe_phase_features_backward", call.args)
+    scratch = None
+    if libraries[x.device.type].on_gpu:
+        # shares of the tokens, each for a block of threads, whatever the card
+        call.args.slices = slices = min(_SLICES, -(-b * t // 16))
+        if any(needs[2:]):
+            dk = sines.gain[0].numel()
+            size = dk * (2 + call.args.L) + call.args.D
+            scratch = _empty(slices, h, size, **wide)
+            call.args.scratch = _pointer(scratch)
+    _call("phase_features_backward", x.device, call.args)
     if needs[1]:
         dpositions = _sum_to(dpositions.sum(1), positions)
     grads = [
@@ -309,11 +379,46 @@ def phase_features_backward(
     return dx, dpositions, *grads
 
 
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s0: Tensor,
+    z0: Tensor,
+    positions: Tensor | None,
+    maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None,
+    options: ScanOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o, s and z of one token, T = 1, after a state: encoding and scan in one call."""
+    sines, where, device = [], (None, None), q.device
+    if maps is not None and isinstance(maps[0], SineMap):
+        pairs = zip((q, k), maps, strict=True)
+        sines = [_Sines(x, positions, each, False) for x, each in pairs]
+        q, k = (each.output() for each in sines)
+    elif maps is not None:
+        where = positions, maps[0].freq
+    scan = _Scan((q, k, v, s0, z0, *where), options)
+    o, s, z = scan.outputs(options.widths(q.shape[-1]))
+    for_q, for_k = (each.args for each in sines) if sines else (None, None)
+    _call("step", device, scan.args, for_q, for_k)
+    return o, s, z
+
+
+def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
+    """Return the bytes of shared memory that blocks of the CUDA kernels need for D, R and E."""
+    d, r, e = widths
+    args = _CausalDot(2**10, 2**10, 1, max(d, r), e, normalize=1)
+    if r <= d:  # a rotation needs most
+        args.freq, args.W, args.L, args.map_first, args.pool = 1, (d + 1) // 2, 1, 1, r < d
+    args.q.dtype = _DTYPES[dtype]
+    return CUDA.functions.fastpe_cuda_shared_memory(ctypes.byref(args))
+
+
 def philox_normal(
     seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
-    out = _empty(*shape, dtype=dtype)
+    out = _empty(*shape, dtype=dtype, device=torch.device("cpu"))
     hd, rows, r = shape
     args = _PhiloxNormal(
         seed=int(seed) & (2**64 - 1),
@@ -328,5 +433,5 @@ def philox_normal(
         r=r,
         out=_pointer(out),
     )
-    _call("fastpe_philox_normal", args)
+    CPU.call("philox_normal", args)
     return out
