@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,20 @@ from triton.runtime.jit import JITFunction
 
 import fastpe
 from fastpe.backends import triton as backend
-from fastpe.backends.triton import launch_features, launch_scan
+from fastpe.backends.triton import launch_scan
+from fastpe.backends.triton.common import Kernel
 from fastpe.ops import ScanOptions
 
-# bytes of spills that are accepted, by architecture: none on the one that is tuned for
-BUDGET = {"80": 0, "90": 0, "100": 0}
+# Bytes of spills that are accepted: none on the architecture that is tuned for and in 16 bits, but
+# for the widest heads; in float32 products of three parts take more registers than there are.
+BUDGET = {
+    ("90", "bf16"): {64: 0, 128: 0, 256: 32},
+    ("80", "bf16"): {64: 640, 128: 32, 256: 64},
+    ("100", "bf16"): {64: 64, 128: 256, 256: 64},
+    ("90", "fp32"): {64: 512, 128: 1536, 256: 24 << 10},
+    ("80", "fp32"): {64: 2 << 10, 128: 20 << 10, 256: 32 << 10},
+    ("100", "fp32"): {64: 1024, 128: 2 << 10, 256: 32 << 10},
+}
 # shared memory of one program, bytes
 SHARED = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}
 ENCODINGS = {
@@ -56,8 +66,8 @@ TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int64: "i64",
 }
-"""Element types by dtype."""
 
 
 @dataclass(frozen=True)
@@ -90,62 +100,49 @@ class Launch:
     options: tuple
 
 
-class Recorder:
-    """Stands in a kernel's place and notes what it is launched with."""
+def recorder(found: dict[Launch, Launch], case: list[str]) -> Callable:
+    """Return what stands in the place of `Kernel.__call__` and notes what would be compiled."""
 
-    def __init__(self, kernel: JITFunction, launches: dict) -> None:
-        self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
-        self.case = ""
-
-    def __getitem__(self, grid: tuple) -> Recorder:
-        return self
-
-    def __call__(
-        self, *args: object, num_warps: int = 4, num_stages: int = 1, **meta: object
-    ) -> None:
-        """Note the types, the constants, and which numbers are multiples of 16."""
+    def record(self: Kernel, grid: tuple, *args: torch.Tensor | int) -> None:
         signature, constants, attrs = [], [], []
-        values = dict(zip(self.arg_names, args, strict=False)) | meta
-        for i, (name, param) in enumerate(zip(self.arg_names, self.kernel.params, strict=True)):
-            value = values[name]
+        values = dict(zip(self.function.arg_names, args, strict=False)) | self.meta
+        for i, param in enumerate(self.function.params):
+            value = values[param.name]
             one = type(value) is int and value == 1 and not param.do_not_specialize
             if param.is_constexpr or one:
-                signature.append((name, "constexpr"))
+                signature.append((param.name, "constexpr"))
                 constants.append(((i,), Name.of(value)))
                 continue
             if isinstance(value, torch.Tensor):
-                signature.append((name, "*" + TYPES[value.dtype]))
+                signature.append((param.name, "*" + TYPES[value.dtype]))
                 aligned = True  # as torch allocates
             else:
-                signature.append((name, "i64" if value >= 2**31 else "i32"))
+                signature.append((param.name, "i64" if value >= 2**31 else "i32"))
                 aligned = value % 16 == 0 and not param.do_not_specialize
             if aligned:
                 attrs.append(((i,), (("tt.divisibility", 16),)))
-        name = Name.of(self.kernel)
-        options = (("num_warps", num_warps), ("num_stages", num_stages))
-        launch = Launch(name, self.case, *map(tuple, (signature, constants, attrs)), options)
-        self.launches.setdefault(launch, launch)
+        options = [(name, self.meta[name]) for name in ("num_warps", "num_stages")]
+        parts = map(tuple, (signature, constants, attrs, options))
+        launch = Launch(Name.of(self.function), case[0], *parts)
+        found.setdefault(launch, launch)
+
+    return record
 
 
 def launches(dtypes: list[torch.dtype], widths: list[tuple[int, int]]) -> list[Launch]:
     """Return what the launchers compile for these dtypes, D and E."""
     found: dict[Launch, Launch] = {}
-    recorders = []
-    for module in (launch_scan.scan, launch_scan.scan_backward, launch_features.features):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            recorders.append(Recorder(getattr(module, name), found))
-            setattr(module, name, recorders[-1])
+    case = ["noise"]
+    call, Kernel.__call__ = Kernel.__call__, recorder(found, case)
     launch_scan.processors = lambda device: 132
+    key = torch.empty((), dtype=torch.int64, device="meta")
+    backend.philox_normal(key, key, 0, 0, (512, 20, 64), torch.float32)
     for dtype in dtypes:
         for d, e in widths:
             for name, make in (ENCODINGS | SINES).items():
-                if backend.unsupported(torch.device("cuda"), dtype, (d, d, e)):
-                    continue
-                for recorder in recorders:
-                    recorder.case = f"{name} {TYPES[dtype]} D={d} E={e}"
+                case[0] = f"{name} {TYPES[dtype]} D={d} E={e}"
                 trace(name, make, dtype, d, e)
-    for recorder in recorders:
-        setattr(sys.modules[recorder.kernel.__module__], recorder.kernel.__name__, recorder.kernel)
+    Kernel.__call__ = call
     return list(found)
 
 
@@ -241,6 +238,12 @@ def build(launch: Launch, arch: str) -> dict:
     }
 
 
+def budget(launch: Launch, arch: str) -> int:
+    """Return the bytes of spills that a launch may have on an architecture."""
+    dtype, width = re.search(r"(\w+) D=(\d+)|$", launch.case).groups(default="0")
+    return BUDGET.get((arch, dtype), {}).get(int(width), 0 if dtype == "0" else 1 << 20)
+
+
 def main() -> int:
     """Compile, print the table, and return how many kernels are over the budget."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -273,7 +276,7 @@ def main() -> int:
                 print(f"{name:26}{launch.case:34}{arch:>7} {type(error).__name__}: {error}")
                 failed += 1
                 continue
-            over = r["spilled"] > BUDGET.get(arch, 1 << 20)
+            over = r["spilled"] > budget(launch, arch)
             over = over or r["shared"] > SHARED.get(arch, 1 << 20)
             failed += over
             print(

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import reference
 from ...feature_maps import elu1
 from ...ops import ScanOptions
+from .common import INTERPRETED
 from .launch_features import phase_features, phase_features_backward, philox_normal
 from .launch_scan import causal_dot, causal_dot_backward
 
@@ -27,7 +28,6 @@ __all__ = [
 ]
 
 WIDEST = 256
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 def unavailable() -> str | None:
@@ -36,7 +36,10 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return miscompiled(torch.device("cuda"))
+    try:
+        return miscompiled(torch.device("cuda"))
+    except Exception as error:  # of a compiler that is missing, a card that is too old
+        return f"Triton {triton.__version__} cannot compile for this card: {error}"
 
 
 def miscompiled(device: torch.device) -> str | None:

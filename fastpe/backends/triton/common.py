@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Numbers(NamedTuple):
@@ -53,3 +56,37 @@ def converted(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Return a gradient by turns as one by cycles, summed over what batch or heads share."""
     return (2 * math.pi * (x.sum(0, keepdim=True) if like.shape[0] == 1 else x)).to(like.dtype)
+
+
+class Kernel:
+    """A kernel with its constants, ready to be launched in a few microseconds.
+
+    Triton looks at every argument of every launch to find the code that was compiled for them; here
+    that is done once for each combination of types, sizes and alignments.
+
+    Args:
+        function: The jitted function, its constants last.
+        meta: Constants by name, `num_warps` and `num_stages`.
+    """
+
+    def __init__(self, function: Callable, meta: dict[str, object]) -> None:
+        self.function, self.meta = function, meta
+        names = [name for name in function.arg_names if name in meta]
+        self.constants = tuple(meta[name] for name in names)
+        self.launchers: dict[tuple, Callable] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *args: Tensor | int) -> None:
+        """Launch it on the current device and stream."""
+        if INTERPRETED:
+            self.function[grid](*args, **self.meta)
+            return
+        key = tuple(
+            [x if type(x) is int else (x.dtype, x.data_ptr() % 16, x.get_device()) for x in args]
+        )
+        compiled = self.launchers.get(key)
+        if compiled is None:
+            if len(self.launchers) > 256:
+                self.launchers.clear()
+            self.launchers[key] = self.function[grid](*args, **self.meta)
+        else:
+            compiled[grid](*args, *self.constants)

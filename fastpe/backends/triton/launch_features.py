@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,53 +13,61 @@ from torch import Tensor
 from ...maps import SineMap
 from ...ops import compute_dtype
 from . import features, noise
-from .common import Numbers, converted, empty, power, rows, sum_to
+from .common import Kernel, Numbers, converted, empty, power, rows, sum_to
 
 
 class _Sines:
     """What the kernels of the phase features and of their gradient have in common."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap) -> None:
-        self.x, self.sines = rows(x), sines
+        self.x = rows(x)
         self.b, self.t, self.h, self.d = x.shape
         self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
         self.wide = compute_dtype(x)
-        numbers = Numbers.of(x.dtype)
         double = [converted(i, torch.float64) for i in (positions, *sines[:4])]
         # half of the bytes that every tile of tokens reads
         noise = converted(sines.noise, torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide)
-        self.positions = double[0]
         self.tables = [x if i is None else i for i in (*double, noise)]
-        shared = positions.shape[0] == 1
         self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
+        shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
         # rows of a tile: tokens of one sequence, or of those that share positions, and so sines
         self.rows = 64 if x.dtype.itemsize == 2 else 32
-        self.together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
-        self.tokens = self.rows // self.together
-        self.tiles = -(-self.b // self.together) * -(-self.t // self.tokens)
-        mix = "noise" if sines.noise is not None else "pool" if sines.pool else "keep"
+        together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
+        tokens = self.rows // together
+        self.tiles = -(-self.b // together) * -(-self.t // tokens)
+        numbers = Numbers.of(x.dtype)
         self.meta = {
-            "MIX": mix,
+            "MIX": "noise" if sines.noise is not None else "pool" if sines.pool else "keep",
             "OFFSET": sines.offset is not None,
             "GATE": sines.gate is not None,
+            "BB": together,
+            "BN": tokens,
+            "BD": min(power(self.d), self.rows),
             "ACC": numbers.acc,
             "DOT": numbers.dot,
             "PRECISION": numbers.precision,
+            "num_warps": 8,
+            "num_stages": 2,
         }
 
-    def launch(self, kernel: Callable, columns: int, *args: object, **meta: object) -> None:
+    def launch(self, function: Callable, columns: int, *args: object, **meta: object) -> None:
         """Run a kernel on all tiles: its tensors; behind the tables and sizes its own strides."""
         grid = self.tiles, self.h, columns
         if not math.prod(grid):
             return
-        n = kernel.arg_names.index("B") - len(self.tables)
+        n = function.arg_names.index("B") - len(self.tables)
         with torch.cuda.device_of(self.x):
-            kernel[grid](
-                *args[:n], *self.tables, *self.sizes, *self.x.stride()[:3], *args[n:],
-                self.by_batch, **self.meta, **meta, BB=self.together, BN=self.tokens,
-                BD=min(power(self.d), self.rows), num_warps=8, num_stages=2,
-            )  # fmt: skip
+            _kernel(function, *self.meta.items(), *meta.items())(
+                grid,
+                *(*args[:n], *self.tables, *self.sizes, *self.x.stride()[:3], *args[n:]),
+                self.by_batch,
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(function: Callable, *constants: tuple[str, object]) -> Kernel:
+    return Kernel(function, dict(constants))
 
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
@@ -82,7 +91,7 @@ def phase_features_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
     call, dy = _Sines(x, positions, sines), rows(grad_y)
-    dx, none, parameters = empty(x, *x.shape), x.newempty(0), any(needs[2:])
+    dx, none, parameters = empty(x, *x.shape), x.new_empty(0), any(needs[2:])
     levels, wide = call.levels, call.wide
     by_position, partial, by_gate = dx, dx, dx
     if needs[1]:
@@ -119,8 +128,11 @@ def philox_normal(
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`); nothing waits for them."""
     out = empty(seed, *shape, dtype=dtype)
     if out.numel():
-        hd, rows, r = shape
+        hd, j, r = shape
         with torch.cuda.device_of(seed):
-            grid = hd * rows, -(-r // 256)
-            noise.normal_kernel[grid](out, seed, step, module << 3 | kind, rows, r, BLOCK=64)
+            constants = ("BLOCK", 64), ("num_warps", 4), ("num_stages", 1)
+            grid = hd * j, -(-r // 256), 1
+            _kernel(noise.normal_kernel, *constants)(
+                grid, out, seed, step, module << 3 | kind, j, r
+            )
     return out

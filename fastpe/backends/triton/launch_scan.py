@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops import ScanOptions, compute_dtype
 from . import maps, scan, scan_backward
-from .common import Numbers, converted, empty, power, rows, sum_to
+from .common import Kernel, Numbers, converted, empty, power, rows, sum_to
 
 _FEATURE_MAPS = {
     "identity": (maps.identity, maps.identity_slope),
@@ -99,98 +99,131 @@ def segments(programs: int, t: int, c: int, device: torch.device) -> tuple[int, 
     return length, -(-max(t, 1) // length)
 
 
-def _level_block(levels: int) -> int:
-    # the block for components of a position; one needs no product
-    return 1 if levels <= 1 else power(levels)
+class _Plan:
+    """What every call of these sizes and options has in common."""
 
-
-class _Scan:
-    """What the kernels of one call, or of its gradient, have in common."""
-
-    def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
-        q, k, v, s0, z0, positions, freq = inputs
-        self.q, self.k, self.v, self.options = rows(q), rows(k), rows(v), options
-        self.wide = compute_dtype(q)
-        self.initial = converted(s0, self.wide), converted(z0, self.wide)
-        self.b, self.t, self.h, self.d = q.shape
-        self.e, self.heads = v.shape[-1], self.b * self.h
-        self.r, self.rz = options.widths(self.d)
-        psi, self.slope = _FEATURE_MAPS[options.feature_map]
-        pairs, encode, self.adjoint = "none", maps.unrotated, maps.unrotated_adjoint
-        self.pairs, w, self.levels = self.d, 0, 0
-        self.where, self.strides = (q, q), (0, 0)
+    def __init__(
+        self, shape: torch.Size, e: int, dtype: torch.dtype, freq: torch.Size | None,
+        options: ScanOptions,
+    ) -> None:  # fmt: skip
+        b, self.t, h, d = shape
+        self.e, self.heads, self.dtype, self.chunk = e, b * h, dtype, options.chunk
+        self.r, self.rz = options.widths(d)
+        psi, slope = _FEATURE_MAPS[options.feature_map]
+        pairs, encode, adjoint = "none", maps.unrotated, maps.unrotated_adjoint
+        _, w, self.levels = freq or (0, 0, 0)
+        self.pairs = d
         if freq is not None:
-            f, w, self.levels = freq.shape
-            self.where = converted(positions, torch.float64), converted(freq, torch.float64)
-            by_batch = 0 if positions.shape[0] == 1 else self.t * self.levels
-            self.strides = by_batch, 0 if f == 1 else w * self.levels
-            encode, self.adjoint = maps.rotate, maps.rotate_adjoint
+            encode, adjoint = maps.rotate, maps.rotate_adjoint
             if options.pool:
-                encode, self.adjoint = maps.rotate_pool, maps.rotate_pool_adjoint
-            pairs = "halves" if 2 * w == self.d else "scattered halves"
+                encode, adjoint = maps.rotate_pool, maps.rotate_pool_adjoint
+            pairs = "halves" if 2 * w == d else "scattered halves"
             pairs = "neighbours" if options.interleaved else pairs
-            self.pairs = -(-self.d // 2)
-        self.maps = {
+            self.pairs = -(-d // 2)
+        self.parts = 1 if pairs == "none" else 2
+        numbers = Numbers.of(dtype)
+        self.meta = {
             "SCALE": options.scale,
             "EPS": options.eps,
             "PSI": psi,
             "ENCODE": encode,
             "PAIRS": pairs,
-            "PARTS": 2 if pairs != "none" and not options.pool else 1,
+            "PARTS": 1 if options.pool else self.parts,
             "MAP_FIRST": options.map_first,
             "NORMALIZE": options.normalize,
+            "ACC": numbers.acc,
+            "DOT": numbers.dot,
+            "PRECISION": numbers.precision,
         }
-        numbers = Numbers.of(q.dtype)
-        self.numbers = {"ACC": numbers.acc, "DOT": numbers.dot, "PRECISION": numbers.precision}
-        self.sizes = self.t, self.h, self.d, self.e, w, self.levels
+        self.adjoints = {"SLOPE": slope, "ADJOINT": adjoint}
+        self.sizes = self.t, h, d, e, w, self.levels
+        self.kernels: dict[tuple, Kernel] = {}
 
     def blocks(self, role: str) -> Blocks:
-        parts = 1 if self.maps["PAIRS"] == "none" else 2
-        return blocks(role, self.pairs, self.e, parts, self.q.dtype, self.options.chunk)
+        """Return the launch of a role of the scan."""
+        return blocks(role, self.pairs, self.e, self.parts, self.dtype, self.chunk)
 
     def roles_kv(self, want_k: bool, want_v: bool) -> tuple[str, ...]:
         """Return the kernels that make dk and dv: one, if the whole state fits a program."""
-        parts = 1 if self.maps["PAIRS"] == "none" else 2
-        if want_k and want_v and max(power(self.pairs) * parts, power(self.e)) <= 64:
+        if want_k and want_v and max(power(self.pairs) * self.parts, power(self.e)) <= 64:
             return ("grad_kv",)
         return ("grad_k",) * want_k + ("grad_v",) * want_v
 
-    def launch(
-        self, kernel: Callable, programs: int, cut: tuple[int, int], block: Blocks,
-        *args: object, **meta: object,
-    ) -> None:  # fmt: skip
-        """Run a kernel: its tensors, then the sizes, then its strides."""
-        n = kernel.arg_names.index("T")
-        meta |= self.numbers | {"C": block.c, "BW": block.bw, "BE": block.be}
-        kernel[(programs,)](
-            *args[:n], *self.sizes, *cut, *args[n:],
-            **meta, num_warps=block.warps, num_stages=block.stages,
-        )  # fmt: skip
+    def kernel(self, function: Callable, role: str, *choices: tuple[str, object]) -> Kernel:
+        """Return a kernel with all its constants."""
+        key = role, *choices
+        if key not in self.kernels:
+            block = self.blocks(role)
+            meta = self.meta | dict(choices) | {"C": block.c, "BW": block.bw, "BE": block.be}
+            if "ADJOINT" in function.arg_names:
+                meta |= self.adjoints | {"BL": 1 if self.levels <= 1 else power(self.levels)}
+            self.kernels[key] = Kernel(
+                function, meta | {"num_warps": block.warps, "num_stages": block.stages}
+            )
+        return self.kernels[key]
+
+
+_plan = functools.lru_cache(maxsize=1024)(_Plan)
+
+
+class _Scan:
+    """The tensors of one call, or of its gradient, as the kernels take them."""
+
+    def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
+        q, k, v, s0, z0, positions, freq = inputs
+        shape = None if freq is None else freq.shape
+        self.plan = _plan(q.shape, v.shape[-1], q.dtype, shape, options)
+        self.q, self.k, self.v = rows(q), rows(k), rows(v)
+        self.wide = compute_dtype(q)
+        self.initial = converted(s0, self.wide), converted(z0, self.wide)
+        self.where, self.steps = (q, q), (0, 0)
+        if freq is not None:
+            self.where = converted(positions, torch.float64), converted(freq, torch.float64)
+            self.steps = (
+                0 if positions.shape[0] == 1 else positions[0].numel(),
+                0 if freq.shape[0] == 1 else freq[0].numel(),
+            )
+
+    def cut(self, role: str) -> tuple[int, tuple[int, int]]:
+        """Return the blocks of columns of a role, and the length and number of segments."""
+        plan, block = self.plan, self.plan.blocks(role)
+        columns = -(-plan.e // block.be)
+        if role[:4] == "grad":
+            columns *= -(-plan.pairs // block.bw)
+        return columns, segments(plan.heads * columns, plan.t, block.c, self.q.device)
 
     def states(
         self, cut: tuple[int, int], x: Tensor, y: Tensor, initial: tuple, den: Tensor,
         delta: Tensor, backwards: bool,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int], bool]:  # fmt: skip
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int], tuple[str, bool]]:  # fmt: skip
         """Return (s, z) at the beginning of each segment, how far apart, and if there is any."""
-        s, z = initial
-        count, size = self.r * self.e, self.r * self.e + self.rz
+        plan, (s, z) = self.plan, initial
+        count, size = plan.r * plan.e, plan.r * plan.e + plan.rz
         if cut[1] == 1:
+            given = s is not None
             s = self.q if s is None else s
-            return (s, s if z is None else z), (count, self.rz), initial[0] is not None
-        states = empty(self.q, self.heads, cut[1], size, dtype=self.wide)
-        block = self.blocks("state")
-        programs = -(-self.e // block.be) * cut[1] * self.heads
-        self.launch(
-            scan.state_kernel, programs, cut, block,
-            x, y, den, delta, states, *self.where,
-            *x.stride()[:3], *y.stride()[:3], *self.strides,
-            **self.maps, BACKWARDS=backwards,
-        )  # fmt: skip
-        scan.prefix_kernel[(self.heads, -(-size // 1024))](
-            states, states if s is None else s, states if z is None else z, cut[1], count, self.rz,
-            STATE=s is not None, BACKWARDS=backwards, BLOCK=1024, ACC=self.numbers["ACC"],
-        )  # fmt: skip
-        return (states, states[..., count:]), (size, size), True
+            return (s, s if z is None else z), (count, plan.rz), ("STATE", given)
+        states = empty(self.q, plan.heads, cut[1], size, dtype=self.wide)
+        kernel = plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))
+        kernel(
+            (-(-plan.e // plan.blocks("state").be) * cut[1] * plan.heads, 1, 1),
+            *(x, y, den, delta, states, *self.where, *plan.sizes, *cut),
+            *(*x.stride()[:3], *y.stride()[:3], *self.steps),
+        )
+        choices = ("STATE", s is not None), ("BACKWARDS", backwards), ("ACC", plan.meta["ACC"])
+        prefix_kernel(choices)(
+            (plan.heads, -(-size // 1024), 1),
+            *(states, states if s is None else s, states if z is None else z),
+            *(cut[1], count, plan.rz),
+        )
+        return (states, states[..., count:]), (size, size), ("STATE", True)
+
+
+@functools.cache
+def prefix_kernel(choices: tuple) -> Kernel:
+    """Return the kernel that adds up the states of segments."""
+    options = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+    return Kernel(scan.prefix_kernel, dict(choices) | options)
 
 
 def causal_dot(
@@ -199,23 +232,22 @@ def causal_dot(
     """Return o, den [B, H, T] and the final state (`ops.CausalDot`)."""
     *inputs, options = inputs
     call, (q, _, v, *_) = _Scan(inputs, options), inputs
+    plan, (b, t, h, _) = call.plan, q.shape
     o = empty(q, *v.shape)
-    den = empty(q, call.b, call.h, call.t if call.rz else 0, dtype=call.wide)
-    s = empty(q, call.b, call.h, call.r, call.e, dtype=call.wide)
-    z = empty(q, call.b, call.h, call.rz, dtype=call.wide)
-    if not call.heads:
+    den = empty(q, b, h, t if plan.rz else 0, dtype=call.wide)
+    s = empty(q, b, h, plan.r, plan.e, dtype=call.wide)
+    z = empty(q, b, h, plan.rz, dtype=call.wide)
+    if not plan.heads:
         return o, den, s, z
-    block = call.blocks("forward")
-    columns = -(-call.e // block.be)
-    cut = segments(call.heads * columns, call.t, block.c, q.device)
     with torch.cuda.device_of(q):
+        columns, cut = call.cut("forward")
         state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
-        call.launch(
-            scan.forward_kernel, columns * cut[1] * call.heads, cut, block,
-            call.q, call.k, call.v, o, den, *state, s, z, *call.where,
-            *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *call.strides, *sizes,
-            **call.maps, STATE=given,
-        )  # fmt: skip
+        plan.kernel(scan.forward_kernel, "forward", given)(
+            (columns * cut[1] * plan.heads, 1, 1),
+            *(call.q, call.k, call.v, o, den, *state, s, z, *call.where, *plan.sizes, *cut),
+            *(*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3]),
+            *(*call.steps, *sizes),
+        )
     return o, den, s, z
 
 
@@ -229,66 +261,59 @@ def causal_dot_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
     call, (q, k, v, _, _, positions, freq) = _Scan(inputs, options), inputs
+    plan, none, (b, t, h, _) = call.plan, q.new_empty(0), q.shape
+    if not plan.heads:
+        pairs = zip(inputs, needs, strict=True)
+        return tuple(torch.zeros_like(x) if need else none for x, need in pairs)
     do, final = rows(grads[0]), (converted(grads[1], call.wide), converted(grads[2], call.wide))
     dq, dk, dv = (empty(x, *x.shape) for x in (q, k, v))
-    ds0 = empty(q, call.b, call.h, call.r, call.e, dtype=call.wide)
-    dz0 = empty(q, call.b, call.h, call.rz, dtype=call.wide)
+    ds0 = empty(q, b, h, plan.r, plan.e, dtype=call.wide)
+    dz0 = empty(q, b, h, plan.rz, dtype=call.wide)
     if final != (None, None):
         final = (
             torch.zeros_like(ds0) if final[0] is None else final[0],
             torch.zeros_like(dz0) if final[1] is None else final[1],
         )
     turn, want_state = needs[5] or needs[6], needs[3] or needs[4]
-    want_k = needs[1] or turn or want_state
-    delta = torch.empty_like(den)
+    want_k, delta = needs[1] or turn or want_state, torch.empty_like(den)
     by_position, by_freq = [], []
 
-    def gradients(role: str, columns: int, cut: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def gradients(columns: int, cut: tuple[int, int]) -> tuple[Tensor, Tensor]:
         # of positions and frequencies, by each program: what to add up
         if not turn:
             return q, q
-        shape = columns, call.b, call.h, call.t, call.levels
-        by_position.append(empty(q, *shape, dtype=call.wide))
-        by_freq.append(empty(q, call.b, call.h, cut[1], *freq.shape[1:], dtype=call.wide))
+        by_position.append(empty(q, columns, b, h, t, plan.levels, dtype=call.wide))
+        by_freq.append(empty(q, b, h, cut[1], *freq.shape[1:], dtype=call.wide))
         return by_position[-1], by_freq[-1]
 
-    strides = *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *do.stride()[:3]
-    meta = call.maps | {"SLOPE": call.slope, "ADJOINT": call.adjoint, "TURN": turn}
-    meta |= {"WANT_POSITIONS": needs[5], "BL": _level_block(call.levels)}
+    numbers = *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *do.stride()[:3]
+    numbers += call.steps
+    turning = ("TURN", turn), ("WANT_POSITIONS", needs[5])
     with torch.cuda.device_of(q):
         # by the way it makes delta, which the gradients of the keys begin with
-        if call.heads and (needs[0] or turn or (want_k and call.rz)):
-            block = call.blocks("grad_q")
-            columns = -(-call.pairs // block.bw)
-            cut = segments(call.heads * columns, call.t, block.c, q.device)
+        if needs[0] or turn or (want_k and plan.rz):
+            columns, cut = call.cut("grad_q")
             state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
-            call.launch(
-                scan_backward.grad_q_kernel, columns * cut[1] * call.heads, cut, block,
-                call.q, call.k, call.v, o, do, den, delta, *state, dq, *call.where,
-                *gradients("grad_q", columns, cut), *strides, *call.strides, *sizes,
-                **meta, STATE=given,
-            )  # fmt: skip
-        for role in call.roles_kv(want_k, needs[2]) if call.heads else ():
-            block = call.blocks(role)
-            columns = -(-call.pairs // block.bw) * -(-call.e // block.be)
-            cut = segments(call.heads * columns, call.t, block.c, q.device)
+            plan.kernel(scan_backward.grad_q_kernel, "grad_q", given, *turning)(
+                (columns * cut[1] * plan.heads, 1, 1),
+                *(call.q, call.k, call.v, o, do, den, delta, *state, dq, *call.where),
+                *(*gradients(columns, cut), *plan.sizes, *cut, *numbers, *sizes),
+            )
+        for role in plan.roles_kv(want_k, needs[2]):
+            columns, cut = call.cut(role)
             state, sizes, given = call.states(cut, call.q, do, final, den, delta, True)
             of_k = role != "grad_v"
-            call.launch(
-                scan_backward.grad_kv_kernel, columns * cut[1] * call.heads, cut, block,
-                call.q, call.k, call.v, do, den, delta, *state, dk, dv, ds0, dz0, *call.where,
-                *(gradients(role, columns, cut) if of_k else (q, q)),
-                *strides, *call.strides, *sizes,
-                **(meta | {"TURN": turn and of_k}), STATE=given, WANT_STATE=want_state and of_k,
-                WANT_DK=of_k, WANT_DV=role != "grad_k",
-            )  # fmt: skip
-    none = q.newempty(0)
+            choices = turning if of_k else (("TURN", False), ("WANT_POSITIONS", False))
+            choices += ("WANT_DK", of_k), ("WANT_DV", role != "grad_k")
+            choices += (("WANT_STATE", want_state and of_k),)
+            plan.kernel(scan_backward.grad_kv_kernel, role, given, *choices)(
+                (columns * cut[1] * plan.heads, 1, 1),
+                *(call.q, call.k, call.v, do, den, delta, *state, dk, dv, ds0, dz0, *call.where),
+                *(gradients(columns, cut) if of_k else (q, q)),
+                *(*plan.sizes, *cut, *numbers, *sizes),
+            )
     results = [x if need else none for x, need in zip((dq, dk, dv, ds0, dz0), needs, strict=False)]
-    results += [none, none]
-    if needs[5]:
-        total = sum(x.sum((0, 2), dtype=torch.float64) for x in by_position)
-        results[5] = sum_to(total, positions)
-    if needs[6]:
-        total = sum(x.sum((0, 2), dtype=torch.float64) for x in by_freq)
-        results[6] = sum_to(total, freq)
+    for like, parts, need in ((positions, by_position, needs[5]), (freq, by_freq, needs[6])):
+        total = sum(x.sum((0, 2), dtype=torch.float64) for x in parts) if need else none
+        results.append(sum_to(total, like) if need else none)
     return tuple(results)

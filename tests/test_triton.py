@@ -1,0 +1,124 @@
+"""What is the Triton backend's own: its launches, its check of the compiler, its refusals."""
+
+import pytest
+import torch
+from helpers import make_inputs
+
+import fastpe
+from fastpe import backends
+
+if fastpe.available_backends()["triton"] is not None:
+    reason = fastpe.available_backends()["triton"]
+    pytest.skip(f"backend 'triton' is not available: {reason}", allow_module_level=True)
+
+from fastpe.backends import triton as backend
+from fastpe.backends.triton import common, launch_scan
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_sound_compiler_passes():
+    assert backend.miscompiled(DEVICE) is None
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_a_wrong_gradient_is_seen(monkeypatch, wrong):
+    """One number in ten off by a half, as where a warp has written over another's rows."""
+
+    def backward(*args):
+        grads = launch_scan.causal_dot_backward(*args)
+        grads[wrong].flatten()[::10] *= 1.5
+        return grads
+
+    monkeypatch.setattr(backend, "causal_dot_backward", backward)
+    found = backend.miscompiled(DEVICE)
+    assert f"miscompiles the gradient of {'qkv'[wrong]} for this card" in found
+
+
+def test_wider_heads_are_refused():
+    q, k, v = make_inputs(1, 3, 1, 260, 8, torch.float32)
+    q, k, v = (x.to(DEVICE) for x in (q, k, v))
+    with pytest.raises(ValueError, match="backend 'triton' takes D, R and E up to 256, got 260"):
+        fastpe.causal_linear_attention(q, k, v, backend="triton")
+
+
+def test_tensors_elsewhere_are_refused():
+    q, k, v = (x.to("meta") for x in make_inputs(1, 3, 1, 8, 8, torch.float32))
+    with pytest.raises(ValueError, match="backend 'triton' needs tensors on a CUDA device, got m"):
+        fastpe.causal_linear_attention(q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize("t", [0, 1, 15, 64, 65, 1000, 4097])
+@pytest.mark.parametrize("programs", [1, 7, 64, 5000])
+def test_segments_cover_every_token_once(monkeypatch, programs, t):
+    monkeypatch.setattr(launch_scan, "processors", lambda device: 132)
+    length, count = launch_scan.segments(programs, t, 32, DEVICE)
+    assert length % 32 == 0
+    assert (count - 1) * length < max(t, 1) <= count * length
+    # a card that is full is given no more work
+    assert count == 1 or programs < 2 * 132
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("width", "e"), [(1, 1), (32, 64), (64, 64), (48, 200), (128, 256)])
+def test_blocks_hold_what_each_kernel_needs(width, e, parts, dtype):
+    """All features in one block for what sums over them, all values for what sums over those."""
+    for role in ("forward", "state", "grad_q", "grad_k", "grad_v"):
+        block = launch_scan.blocks(role, width, e, parts, dtype)
+        if role in ("forward", "state", "grad_v"):
+            assert block.bw >= width
+        if role in ("grad_q", "grad_k"):
+            assert block.be >= e
+        assert min(block.c, block.bw, block.be) >= 16
+    assert launch_scan.blocks("forward", width, e, parts, dtype, chunk=16).c == 16
+
+
+class _Jitted:
+    """Stands for a jitted function: compiles, and notes how often and what is launched."""
+
+    arg_names = ("x", "n", "BLOCK")
+
+    def __init__(self):
+        self.compiled, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*args, **meta):
+            self.compiled += 1
+            return _Compiled(self, args, meta)
+
+        return compile_and_launch
+
+
+class _Compiled:
+    def __init__(self, function, args, meta):
+        self.function = function
+
+    def __getitem__(self, grid):
+        return lambda *args: self.function.launched.append((grid, args))
+
+
+def test_code_is_looked_up_once_for_equal_arguments(monkeypatch):
+    """Other types, sizes or alignments are other code; other tensors are not."""
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    function = _Jitted()
+    kernel = common.Kernel(function, {"BLOCK": 64, "num_warps": 4})
+    x, y = (torch.arange(64.0)[:32] for _ in range(2))
+    kernel((3, 1, 1), x, 32)
+    kernel((5, 1, 1), y, 32)
+    assert function.compiled == 1
+    assert function.launched == [((5, 1, 1), (y, 32, 64))]
+    kernel((3, 1, 1), x, 31)
+    kernel((3, 1, 1), x[1:], 32)
+    kernel((3, 1, 1), x.double(), 32)
+    assert function.compiled == 4
+
+
+def test_resolve_names_the_reason_once(monkeypatch):
+    """`auto` says why it leaves a card to the reference, once for each reason."""
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "unavailable", lambda name: "no card")
+    usual = torch.device("cuda"), torch.float32, (64, 64, 64)
+    with pytest.warns(RuntimeWarning, match="reference on cuda, which is slower: triton no card"):
+        assert backends.resolve("auto", *usual) == "reference"
+    assert backends.resolve("auto", *usual) == "reference"
