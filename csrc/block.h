@@ -123,6 +123,24 @@ struct Rows {
   }
 };
 
+#ifdef __CUDACC__
+// where a thread goes in a matrix of so many columns; divides once
+struct Walk {
+  int columns, down, right, i, j;
+
+  FASTPE_DEVICE explicit Walk(int columns_)
+      : columns(columns_),
+        down(kThreads / columns_),
+        right(kThreads % columns_),
+        i(int(threadIdx.x) / columns_),
+        j(int(threadIdx.x) % columns_) {}
+  FASTPE_DEVICE void next() {
+    i += down, j += right;
+    if (j >= columns) j -= columns, ++i;
+  }
+};
+#endif
+
 struct Block {
   int64_t index;
   char *memory;
@@ -137,6 +155,37 @@ struct Block {
     for (int i = n; i-- > 0;) f(i);
 #else
     for (int i = 0; i < n; ++i) f(i);
+#endif
+  }
+  // f(i, j) for i < rows and j < columns
+  template <class F>
+  FASTPE_DEVICE void each(int rows, int columns, F f) const {
+#ifdef __CUDACC__
+    for (Walk at(columns); at.i < rows; at.next()) f(at.i, at.j);
+    __syncthreads();
+#else
+    each(rows * columns, [&](int n) { f(n / columns, n % columns); });
+#endif
+  }
+  // write(i, j, read(i, j)), which does not wait for one read after another
+  template <class Read, class Write>
+  FASTPE_DEVICE void move(int rows, int columns, Read read, Write write) const {
+#ifdef __CUDACC__
+    constexpr int kAhead = 8;
+    Walk at(columns);
+    while (at.i < rows) {
+      decltype(read(0, 0)) x[kAhead];
+      Walk ahead = at;
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n, ahead.next())
+        if (ahead.i < rows) x[n] = read(ahead.i, ahead.j);
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n, at.next())
+        if (at.i < rows) write(at.i, at.j, x[n]);
+    }
+    __syncthreads();
+#else
+    each(rows, columns, [&](int i, int j) { write(i, j, read(i, j)); });
 #endif
   }
   // the same, each by a whole warp

@@ -30,11 +30,11 @@ struct NormalizerKernel {
     const int n = int(smaller(kTokens, args.T - first));
     const Rows<T> g(args.grad_o, head / args.H, head % args.H), o(args.o, head / args.H, head % args.H);
     S *parts = (S *)block.memory;
-    block.each(n * kParts, [&](int i) {
+    block.each(n, kParts, [&](int i, int part) {
       S total = 0;
-      const int64_t t = first + i / kParts;
-      for (int64_t e = i % kParts; e < args.E; e += kParts) total += g.get(t, e) * o.get(t, e);
-      parts[i] = total;
+      const int64_t t = first + i;
+      for (int64_t e = part; e < args.E; e += kParts) total += g.get(t, e) * o.get(t, e);
+      parts[i * kParts + part] = total;
     });
     block.each(n, [&](int i) {
       const int64_t at = head * args.T + first + i;

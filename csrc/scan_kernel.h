@@ -65,6 +65,7 @@ ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer) {
 
 template <class T, Role role>
 struct ScanKernel {
+  using S = typename Types<T>::S;
   struct Args {
     FastpeCausalDot dot;
     ScanPlan plan;
@@ -75,7 +76,6 @@ struct ScanKernel {
   }
 
  private:
-  using S = typename Types<T>::S;
   using Operand = typename Types<T>::Operand;
   static constexpr bool kBack = role == kGradK || role == kGradV;
   static constexpr bool kAlongFeatures = role == kForward || role == kGradV;
@@ -140,9 +140,9 @@ struct ScanKernel {
       n_ = int(smaller(plan_.chunk, args_.T - first)), rows_ = tiled(n_);
       begin_ = kBack ? args_.T - 1 - first : first;
       if (plan_.turns)
-        block_.each(n_ * plan_.turns, [&](int e) {
-          const int i = e / plan_.turns, w = pair_ + e % plan_.turns;
-          if (w < args_.W) turn_[e] = map_.turn(b_, h_, token(i), w);
+        block_.each(n_, plan_.turns, [&](int i, int p) {
+          if (pair_ + p < args_.W)
+            turn_[i * plan_.turns + p] = map_.turn(b_, h_, token(i), pair_ + p);
         });
       load();
       const int ld = plan_.ld_inner;
@@ -204,34 +204,37 @@ struct ScanKernel {
 
   // out [rows, columns] = x from column `first` on, by the normaliser if `scaled`
   FASTPE_DEVICE void values(const Rows<T> &x, Operand *out, int ld, int first, int columns, bool scaled) {
-    block_.each(rows_ * columns, [&](int e) {
-      const int i = e / columns, j = e % columns;
-      S value = 0;
-      if (i < n_ && first + j < args_.E) {
-        value = x.get(token(i), first + j);
-        if (scaled) value *= inverse(token(i));
-      }
-      out[i * ld + j] = narrow<Operand>(value);
-    });
+    block_.move(
+        rows_, columns,
+        [&](int i, int j) {
+          if (i >= n_ || first + j >= args_.E) return S(0);
+          const S value = x.get(token(i), first + j);
+          return scaled ? value * inverse(token(i)) : value;
+        },
+        [&](int i, int j, S value) { out[i * ld + j] = narrow<Operand>(value); });
   }
 
   // out [rows, columns] = features of this slice; norm(i, j, x): what the normaliser sees
   template <class Norm>
   FASTPE_DEVICE void features(const Rows<T> &x, Operand *out, int ld, int columns, Norm norm) {
     const int stride = map_.stride(), norm_stride = map_.norm_stride(), pairs = columns / stride;
-    block_.each(rows_ * pairs, [&](int e) {
-      const int i = e / pairs, p = e % pairs, w = pair_ + p;
-      Pair<S> y = {}, seen = {};
-      if (i < n_ && stride * w < map_.width()) {
-        y = map_.value(map_.read(x, token(i), w), w, turn(i, p), seen);
-        // a last column that is alone
-        if (2 * w + 1 >= args_.D) y.second = seen.second = 0;
-      }
-      out[i * ld + stride * p] = narrow<Operand>(y.first);
-      if (stride == 2) out[i * ld + stride * p + 1] = narrow<Operand>(y.second);
-      norm(i, norm_stride * p, seen.first);
-      if (norm_stride == 2) norm(i, norm_stride * p + 1, seen.second);
-    });
+    auto exists = [&](int i, int p) { return i < n_ && stride * (pair_ + p) < map_.width(); };
+    block_.move(
+        rows_, pairs,
+        [&](int i, int p) {
+          return exists(i, p) ? map_.read(x, token(i), pair_ + p) : Pair<S>{};
+        },
+        [&](int i, int p, Pair<S> content) {
+          const int w = pair_ + p;
+          Pair<S> y = {}, seen = {};
+          if (exists(i, p)) y = map_.value(content, w, turn(i, p), seen);
+          // a last column that is alone
+          if (2 * w + 1 >= args_.D) y.second = seen.second = 0;
+          out[i * ld + stride * p] = narrow<Operand>(y.first);
+          if (stride == 2) out[i * ld + stride * p + 1] = narrow<Operand>(y.second);
+          norm(i, norm_stride * p, seen.first);
+          if (norm_stride == 2) norm(i, norm_stride * p + 1, seen.second);
+        });
   }
   FASTPE_DEVICE Pair<S> turn(int i, int p) const {
     return map_.rotated(pair_ + p) ? turn_[i * plan_.turns + p] : Pair<S>{};
@@ -240,8 +243,8 @@ struct ScanKernel {
   // sums of the normaliser's features: inside groups of eight tokens, and before each group
   FASTPE_DEVICE void accumulate_norm() {
     const int width = plan_.norm, ld = plan_.ld_norm, groups = rows_ / 8;
-    block_.each(groups * width, [&](int e) {
-      S *x = sums_ + e / width * 8 * ld + e % width, total = 0;
+    block_.each(groups, width, [&](int group, int j) {
+      S *x = sums_ + group * 8 * ld + j, total = 0;
       for (int i = 0; i < 8; ++i) x[i * ld] = total += x[i * ld];
     });
     block_.each(width, [&](int j) {
@@ -294,8 +297,8 @@ struct ScanKernel {
     const FastpeTensor &to = role == kGradQ ? args_.grad_q : args_.grad_k;
     const Rows<T> &x = role == kGradQ ? q_ : k_, grad(to, b_, h_);
     const int stride = map_.stride(), norm_stride = map_.norm_stride(), pairs = plan_.outer / stride;
-    block_.each(n_ * pairs, [&](int e) {
-      const int i = e / pairs, p = e % pairs, w = pair_ + p;
+    block_.each(n_, pairs, [&](int i, int p) {
+      const int w = pair_ + p;
       if (stride * w >= map_.width()) return;
       const int64_t t = token(i);
       S *g = out_ + i * plan_.ld_state + stride * p, angle = 0;
@@ -321,17 +324,15 @@ struct ScanKernel {
     const double *positions = args_.positions + (args_.Bp == 1 ? 0 : b_) * args_.T * levels;
     const double *freq = args_.freq + (args_.Hf == 1 ? 0 : h_) * args_.W * levels;
     if (args_.grad_freq)
-      block_.each(pairs * levels, [&](int e) {
+      block_.each(pairs, levels, [&](int p, int l) {
         double total = 0;
         for (int i = 0; i < n_; ++i)
-          total += double(out_[i * plan_.ld_state + e / levels * stride]) *
-                   positions[token(i) * levels + e % levels];
-        args_.grad_freq[(head_ * args_.W + pair_) * levels + e] += kTwoPi * total;
+          total += double(out_[i * plan_.ld_state + p * stride]) * positions[token(i) * levels + l];
+        args_.grad_freq[(head_ * args_.W + pair_ + p) * levels + l] += kTwoPi * total;
       });
     // slices come one after another, if this is wanted
     if (args_.grad_positions)
-      block_.each(n_ * levels, [&](int e) {
-        const int i = e / levels, l = e % levels;
+      block_.each(n_, levels, [&](int i, int l) {
         double total = 0;
         for (int p = 0; p < pairs; ++p)
           total += double(out_[i * plan_.ld_state + p * stride]) * freq[(pair_ + p) * levels + l];
@@ -354,8 +355,7 @@ struct ScanKernel {
   FASTPE_DEVICE void get_state() {
     const S *s = (const S *)(kBack ? args_.grad_s : args_.s0);
     const S *z = (const S *)(kBack ? args_.grad_z : args_.z0);
-    block_.each(plan_.inner * plan_.outer, [&](int e) {
-      const int i = e / plan_.outer, j = e % plan_.outer;
+    block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
       const int64_t at = s ? state_at(i, j) : -1;
       state_[i * plan_.ld_state + j] = at < 0 ? S(0) : s[at];
     });
@@ -373,8 +373,7 @@ struct ScanKernel {
     S *s = (S *)(role == kForward ? args_.s : role == kGradV ? args_.grad_s0 : nullptr);
     S *z = (S *)(role == kForward ? args_.z : role == kGradK ? args_.grad_z0 : nullptr);
     if (s)
-      block_.each(plan_.inner * plan_.outer, [&](int e) {
-        const int i = e / plan_.outer, j = e % plan_.outer;
+      block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
         const int64_t at = state_at(i, j);
         if (at >= 0) s[at] = state_[i * plan_.ld_state + j];
       });

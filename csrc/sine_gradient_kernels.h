@@ -20,7 +20,7 @@ struct SineGradientKernel {
 
   static SinePlan plan(const FastpePhaseFeatures &args, int tokens, int sines) {
     SinePlan p = {};
-    p.tokens = int(smaller(tokens, tiled(args.T))), p.sines = sines, p.columns = tiled(args.R);
+    p.tokens = int(smaller(tokens, tiled(larger(args.T, 1)))), p.sines = sines, p.columns = tiled(args.R);
     p.slices = int(args.slices);
     p.ld_sums = row_length<S>(2 * sines), p.ld_x = int(args.D);
     p.ld_rows = p.ld_noise = row_length<Operand>(p.columns);
@@ -81,18 +81,18 @@ struct SineGradientKernel {
     block_.each(n_ * d, [&](int e) { by_x_[e] = 0; });
     if (args_.grad_positions) block_.each(n_ * levels, [&](int e) { by_position_[e] = 0; });
     if (args_.noise)
-      block_.each(rows * p_.columns, [&](int e) {
-        const int t = e / p_.columns, r = e % p_.columns;
-        const S value = t < n_ && r < args_.R ? S(by_y.get(first_ + t, r)) : S(0);
-        by_y_[t * p_.ld_rows + r] = narrow<Operand>(value);
-      });
+      block_.move(
+          rows, p_.columns,
+          [&](int t, int r) { return t < n_ && r < args_.R ? S(by_y.get(first_ + t, r)) : S(0); },
+          [&](int t, int r, S value) { by_y_[t * p_.ld_rows + r] = narrow<Operand>(value); });
     for (int depth = 0; depth < map_.depth_blocks(p_.sines); ++depth) {
       load_sums(depth, rows, by_y);
       const int gates = depth - map_.sine_blocks(p_.sines);
       gates < 0 ? sines(depth * p_.sines, x) : gate(gates * 2 * p_.sines, x);
     }
     const Rows<T> out(args_.grad_x, b_, map_.h);
-    if (args_.grad_x.data) block_.each(n_ * d, [&](int e) { out.put(first_ + e / d, e % d, by_x_[e]); });
+    if (args_.grad_x.data)
+      block_.each(n_, d, [&](int t, int i) { out.put(first_ + t, i, by_x_[t * d + i]); });
     if (args_.grad_positions)
       block_.each(n_ * levels, [&](int e) {
         args_.grad_positions[((b_ * args_.H + map_.h) * args_.T + first_) * levels + e] =
@@ -104,11 +104,10 @@ struct SineGradientKernel {
   FASTPE_DEVICE void load_sums(int depth, int rows, const Rows<T> &by_y) {
     const int width = 2 * p_.sines;
     if (!args_.noise) {
-      block_.each(n_ * width, [&](int e) {
-        const int64_t row = map_.row(depth, p_.sines, e % width);
+      block_.each(n_, width, [&](int t, int j) {
+        const int64_t row = map_.row(depth, p_.sines, j);
         if (row < 0) return;
-        sums_[e / width * p_.ld_sums + e % width] =
-            by_y.get(first_ + e / width, args_.pool ? row % args_.J : row);
+        sums_[t * p_.ld_sums + j] = by_y.get(first_ + t, args_.pool ? row % args_.J : row);
       });
       return;
     }
@@ -123,37 +122,36 @@ struct SineGradientKernel {
     const int k = int(args_.K), dk = int(args_.D) * k, levels = int(args_.L), ld = p_.ld_sums;
     const int count = int(smaller(p_.sines, dk - first));
     // MATH section 10: a and b, both without the gain
-    block_.each(n_ * count, [&](int e) {
-      S *g = sums_ + e / count * ld + e % count * 2;
-      const Pair<S> sine = map_.sine(b_, first_ + e / count, first + e % count);
+    block_.each(n_, count, [&](int t, int i) {
+      S *g = sums_ + t * ld + i * 2;
+      const Pair<S> sine = map_.sine(b_, first_ + t, first + i);
       const S by_cos = g[0], by_sin = g[1];
       g[0] = by_cos * sine.first + by_sin * sine.second;
       g[1] = by_sin * sine.first - by_cos * sine.second;
     });
     // the components that these sines belong to
     const int begin = first / k, components = (first + count - 1) / k - begin + 1;
-    block_.each(n_ * components, [&](int e) {
-      const int t = e / components, d = begin + e % components;
+    block_.each(n_, components, [&](int t, int component) {
+      const int d = begin + component;
       const int from = int(larger(d * k, first)), to = int(smaller(d * k + k, first + count));
       S total = 0;
       for (int i = from; i < to; ++i) total += map_.gain(i) * sums_[t * ld + (i - first) * 2];
       by_x_[t * p_.ld_x + d] += total;
     });
     if (args_.grad_positions)
-      block_.each(n_ * levels, [&](int e) {
+      block_.each(n_, levels, [&](int t, int l) {
         double total = 0;
         for (int i = first; i < first + count; ++i)
-          total += double(map_.gain(i) * x.get(first_ + e / levels, i / k) *
-                          sums_[e / levels * ld + (i - first) * 2 + 1]) *
-                   args_.freq[(map_.h * dk + i) * levels + e % levels];
-        by_position_[e] += total;
+          total += double(map_.gain(i) * x.get(first_ + t, i / k) * sums_[t * ld + (i - first) * 2 + 1]) *
+                   args_.freq[(map_.h * dk + i) * levels + l];
+        by_position_[t * levels + l] += total;
       });
     if (!partial_) return;
-    block_.each(count * (2 + levels), [&](int e) {
-      const int i = first + e % count, what = e / count;  // gain, phase, phase * position
+    block_.each(2 + levels, count, [&](int what, int j) {  // gain, phase, phase * position
+      const int i = first + j;
       double total = 0;
       for (int t = 0; t < n_; ++t) {
-        const S *g = sums_ + t * ld + (i - first) * 2;
+        const S *g = sums_ + t * ld + j * 2;
         const S term = x.get(first_ + t, i / k) * (what == 0 ? g[0] : g[1]);
         total += what < 2 ? double(term)
                           : double(term) * map_.position(b_, first_ + t)[what - 2];
@@ -165,9 +163,8 @@ struct SineGradientKernel {
   // the gates of components [first, first + 2 sines)
   FASTPE_DEVICE void gate(int first, const Rows<T> &x) {
     const int count = int(smaller(2 * p_.sines, args_.D - first));
-    block_.each(n_ * count, [&](int e) {
-      by_x_[e / count * p_.ld_x + first + e % count] +=
-          map_.gate(first + e % count) * sums_[e / count * p_.ld_sums + e % count];
+    block_.each(n_, count, [&](int t, int j) {
+      by_x_[t * p_.ld_x + first + j] += map_.gate(first + j) * sums_[t * p_.ld_sums + j];
     });
     if (!partial_) return;
     block_.each(count, [&](int j) {
@@ -181,6 +178,7 @@ struct SineGradientKernel {
 
 // gradients of parameters from the sums over each slice, in their order
 struct SineParametersKernel {
+  using S = double;
   using Args = FastpePhaseFeatures;
   static int64_t blocks(const Args &args) { return args.H * parts_of(partial_size(args), kThreads); }
 

@@ -62,14 +62,14 @@ FASTPE_DEVICE void load_noise(const Block &block, const FastpePhaseFeatures &arg
                               typename Types<T>::Operand *out, int ld) {
   using S = typename Types<T>::S;
   const SineMapOf<S> map = {args, h};
-  block.each(2 * sines * columns, [&](int e) {
-    const int j = e / columns, r = e % columns;
-    const int64_t row = map.row(depth_block, sines, j);
-    S x = 0;
-    if (row >= 0 && first + r < args.R)
-      x = ((const S *)args.noise)[(h * args.D * args.J + row) * args.R + first + r];
-    out[j * ld + r] = narrow<typename Types<T>::Operand>(x);
-  });
+  block.move(
+      2 * sines, columns,
+      [&](int j, int r) {
+        const int64_t row = map.row(depth_block, sines, j);
+        if (row < 0 || first + r >= args.R) return S(0);
+        return ((const S *)args.noise)[(h * args.D * args.J + row) * args.R + first + r];
+      },
+      [&](int j, int r, S x) { out[j * ld + r] = narrow<typename Types<T>::Operand>(x); });
 }
 
 template <class T>
@@ -83,7 +83,7 @@ struct SineKernel {
 
   static SinePlan plan(const FastpePhaseFeatures &args) {
     SinePlan p = {};
-    p.tokens = int(smaller(sizeof(S) == 8 ? 32 : 64, tiled(args.T)));
+    p.tokens = int(smaller(sizeof(S) == 8 ? 32 : 64, tiled(larger(args.T, 1))));
     p.sines = 32, p.columns = int(smaller(64, tiled(args.R)));
     p.slices = args.noise ? int(parts_of(args.R, p.columns)) : 1;
     p.ld_rows = row_length<Operand>(2 * p.sines), p.ld_noise = row_length<Operand>(p.columns);
@@ -124,10 +124,10 @@ struct SineKernel {
     Operand *u = (Operand *)(block.memory + p.rows), *noise = (Operand *)(block.memory + p.noise);
     S *sums = (S *)(block.memory + p.sums);
     const int column = int(block.index % p.slices) * p.columns, rows = tiled(n);
-    block.each(rows * p.columns, [&](int e) { sums[e / p.columns * p.ld_sums + e % p.columns] = 0; });
+    block.each(rows, p.columns, [&](int t, int r) { sums[t * p.ld_sums + r] = 0; });
     for (int depth = 0; depth < map.depth_blocks(p.sines); ++depth) {
-      block.each(rows * p.sines, [&](int e) {
-        const int t = e / p.sines, j = e % p.sines, gates = depth - map.sine_blocks(p.sines);
+      const int gates = depth - map.sine_blocks(p.sines);
+      block.each(rows, p.sines, [&](int t, int j) {
         S first_row = 0, second_row = 0;
         if (gates < 0) {
           const int64_t i = int64_t(depth) * p.sines + j;
@@ -149,8 +149,7 @@ struct SineKernel {
           block, rows, p.columns, false, [&](int i, int j, S v) { sums[i * p.ld_sums + j] += v; },
           term<false, false>(u, p.ld_rows, noise, p.ld_noise, 2 * p.sines));
     }
-    block.each(n * p.columns, [&](int e) {
-      const int t = e / p.columns, r = e % p.columns;
+    block.each(n, p.columns, [&](int t, int r) {
       if (column + r < args.R) y.put(first + t, column + r, sums[t * p.ld_sums + r]);
     });
   }
@@ -160,15 +159,15 @@ struct SineKernel {
                                    const SineMapOf<S> &map, int64_t b, int64_t first, int n,
                                    const Rows<T> &x, const Rows<T> &y) {
     const int k = int(args.K), d = int(args.D);
-    block.each(n * k, [&](int e) {
-      const int64_t t = first + e / k;
+    block.each(n, k, [&](int row, int column) {
+      const int64_t t = first + row;
       S by_cos = 0, by_sin = 0;
-      for (int i = e % k; i < d * k; i += k) {
+      for (int i = column; i < d * k; i += k) {
         const Pair<S> sine = map.sine(b, t, i);
         const S content = x.get(t, i / k) * map.gain(i);
         by_cos += content * sine.first, by_sin += content * sine.second;
       }
-      y.put(t, e % k * 2, by_cos), y.put(t, e % k * 2 + 1, by_sin);
+      y.put(t, column * 2, by_cos), y.put(t, column * 2 + 1, by_sin);
     });
     if (args.gate)
       block.each(n, [&](int i) {
@@ -182,16 +181,15 @@ struct SineKernel {
                                   const SineMapOf<S> &map, int64_t b, int64_t first, int n,
                                   const Rows<T> &x, const Rows<T> &y) {
     const int dk = int(args.D * args.K), d = int(args.D);
-    block.each(n * dk, [&](int e) {
-      const int64_t t = first + e / dk, i = e % dk, at = i / args.K * args.J + i % args.K * 2;
-      const Pair<S> sine = map.sine(b, t, int(i));
-      const S content = x.get(t, i / args.K) * map.gain(int(i));
+    block.each(n, dk, [&](int row, int i) {
+      const int64_t t = first + row, at = i / args.K * args.J + i % args.K * 2;
+      const Pair<S> sine = map.sine(b, t, i);
+      const S content = x.get(t, i / args.K) * map.gain(i);
       y.put(t, at, content * sine.first), y.put(t, at + 1, content * sine.second);
     });
     if (args.gate)
-      block.each(n * d, [&](int e) {
-        const int64_t t = first + e / d, i = e % d;
-        y.put(t, i * args.J + 2 * args.K, x.get(t, i) * map.gate(int(i)));
+      block.each(n, d, [&](int row, int i) {
+        y.put(first + row, i * args.J + 2 * args.K, x.get(first + row, i) * map.gate(i));
       });
   }
 };

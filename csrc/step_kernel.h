@@ -49,7 +49,7 @@ struct StepKernel {
   }
 
  private:
-  static constexpr int kFew = 16;
+  static constexpr int kFew = 16, kAhead = 8;  // reads that do not wait for one another
   FASTPE_HD static int parts(int columns) { return int(larger(1, kThreads / columns)); }
 
   const Block &block_;
@@ -84,16 +84,25 @@ struct StepKernel {
     const Rows<T> v(args_.v, b_, h_), o(args_.o, b_, h_);
     const S *s0 = (const S *)args_.s0 + head_ * size;
     S *s = (S *)args_.s + head_ * size;
-    block_.each(groups * columns, [&](int i) {
-      const int64_t e = first + i % columns;
+    block_.each(groups, columns, [&](int group, int j) {
+      const int64_t e = first + j;
       if (e >= args_.E) return;
       const S value = v.get(0, e);
       S total = 0;
-      for (int r = i / columns; r < width; r += groups) {
-        const S now = s0[r * args_.E + e] + features_[width + r] * value;
-        s[r * args_.E + e] = now, total += features_[r] * now;
+      for (int begin = group; begin < width; begin += groups * kAhead) {
+        S state[kAhead];
+        for (int n = 0; n < kAhead; ++n) {
+          const int r = begin + n * groups;
+          state[n] = r < width ? s0[r * args_.E + e] : S(0);
+        }
+        for (int n = 0; n < kAhead; ++n) {
+          const int r = begin + n * groups;
+          if (r >= width) break;
+          const S now = state[n] + features_[width + r] * value;
+          s[r * args_.E + e] = now, total += features_[r] * now;
+        }
       }
-      sums_[i] = total;
+      sums_[group * columns + j] = total;
     });
     block_.each(columns, [&](int j) {
       if (first + j >= args_.E) return;
@@ -105,8 +114,7 @@ struct StepKernel {
 
   FASTPE_DEVICE void make_features() {
     const int pairs = int(args_.D + 1) / 2, width = map_.width(), norm_width = map_.norm_width();
-    block_.each(2 * pairs, [&](int e) {
-      const int side = e / pairs, w = e % pairs;
+    block_.each(2, pairs, [&](int side, int w) {
       const Rows<T> x(side ? args_.k : args_.q, b_, h_);
       if (map_.stride() * w >= width) return;
       Pair<S> seen;
@@ -126,8 +134,7 @@ struct StepKernel {
   FASTPE_DEVICE void make_sine_features() {
     const FastpePhaseFeatures &one = all_.sines[0];
     const int d = int(one.D), k = int(one.K), j = int(one.J), width = map_.width(), depth = p_.depth;
-    block_.each(2 * d * k, [&](int e) {
-      const int side = e / (d * k), i = e % (d * k);
+    block_.each(2, d * k, [&](int side, int i) {
       const FastpePhaseFeatures &sines = all_.sines[side];
       const SineMapOf<S> map = {sines, h_};
       const Pair<S> sine = map.sine(b_, 0, i);
@@ -136,15 +143,13 @@ struct StepKernel {
       row[0] = content * sine.first, row[1] = content * sine.second;
     });
     if (one.gate)
-      block_.each(2 * d, [&](int e) {
-        const FastpePhaseFeatures &sines = all_.sines[e / d];
+      block_.each(2, d, [&](int side, int i) {
+        const FastpePhaseFeatures &sines = all_.sines[side];
         const SineMapOf<S> map = {sines, h_};
-        rows_[e / d * depth + e % d * j + 2 * k] =
-            Rows<T>(sines.x, b_, h_).get(0, e % d) * map.gate(e % d);
+        rows_[side * depth + i * j + 2 * k] = Rows<T>(sines.x, b_, h_).get(0, i) * map.gate(i);
       });
     if (one.noise) project();
-    block_.each(2 * width, [&](int e) {
-      const int side = e / width, r = e % width;
+    block_.each(2, width, [&](int side, int r) {
       S total = 0;
       if (one.noise)
         for (int i = 0; i < p_.parts; ++i) total += sums_[(side * p_.parts + i) * width + r];
@@ -152,8 +157,9 @@ struct StepKernel {
         for (int i = 0; i < d; ++i) total += rows_[side * depth + i * j + r];
       else
         total = rows_[side * depth + r];
-      features_[e] = map_.psi(total);
-      if (map_.norm_width()) norm_[e] = features_[e];
+      const int at = side * width + r;
+      features_[at] = map_.psi(total);
+      if (map_.norm_width()) norm_[at] = features_[at];
     });
   }
 
@@ -162,14 +168,15 @@ struct StepKernel {
     const int width = map_.width(), depth = p_.depth, parts = p_.parts;
     const S *for_q = (const S *)all_.sines[0].noise + h_ * depth * width;
     const S *for_k = (const S *)all_.sines[1].noise + h_ * depth * width;
-    block_.each(parts * width, [&](int e) {
+    block_.each(parts, width, [&](int part, int r) {
       S by_q = 0, by_k = 0;
-      for (int i = e / width; i < depth; i += parts) {
-        const S z = for_q[i * width + e % width];
+#pragma unroll 8
+      for (int i = part; i < depth; i += parts) {
+        const S z = for_q[i * width + r];
         by_q += rows_[i] * z;
-        by_k += rows_[depth + i] * (for_k == for_q ? z : for_k[i * width + e % width]);
+        by_k += rows_[depth + i] * (for_k == for_q ? z : for_k[i * width + r]);
       }
-      sums_[e] = by_q, sums_[parts * width + e] = by_k;
+      sums_[part * width + r] = by_q, sums_[(parts + part) * width + r] = by_k;
     });
   }
 
