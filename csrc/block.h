@@ -171,7 +171,7 @@ struct Block {
   template <class Read, class Write>
   FASTPE_DEVICE void move(int rows, int columns, Read read, Write write) const {
 #ifdef __CUDACC__
-    constexpr int kAhead = 8;
+    constexpr int kAhead = 4;
     Walk at(columns);
     while (at.i < rows) {
       decltype(read(0, 0)) x[kAhead];

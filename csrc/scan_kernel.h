@@ -168,33 +168,30 @@ struct ScanKernel {
 
   FASTPE_DEVICE void load() {
     auto nothing = [](int, int, S) {};
-    auto set = [&](int i, int j, S x) { sums_[i * plan_.ld_norm + j] = x; };
+    auto set = [&](int i, int j, S x) {
+      if (plan_.norm) sums_[i * plan_.ld_norm + j] = x;
+    };
     const int inner = plan_.inner, outer = plan_.outer;
-    const bool norm = plan_.norm;
     if constexpr (role == kForward) {
-      norm ? features(k_, b_tile_, plan_.ld_inner, inner, set)
-           : features(k_, b_tile_, plan_.ld_inner, inner, nothing);
+      features(k_, b_tile_, plan_.ld_inner, inner, set);
       values(v_, c_tile_, plan_.ld_outer, column_, outer, false);
-      if (!norm) return features(q_, a_tile_, plan_.ld_inner, inner, nothing);
-      accumulate_norm();
+      if (plan_.norm) accumulate_norm();
       features(q_, a_tile_, plan_.ld_inner, inner, [&](int i, int j, S x) {
-        sums_[i * plan_.ld_norm + j] = x * norm_sum(i, j);
+        if (plan_.norm) sums_[i * plan_.ld_norm + j] = x * norm_sum(i, j);
       });
-      normalizer();
+      if (plan_.norm) normalizer();
     } else if constexpr (role == kGradQ) {
       values(grad_o_, a_tile_, plan_.ld_inner, 0, inner, true);
       values(v_, b_tile_, plan_.ld_inner, 0, inner, false);
-      norm ? features(k_, c_tile_, plan_.ld_outer, outer, set)
-           : features(k_, c_tile_, plan_.ld_outer, outer, nothing);
-      if (norm) accumulate_norm();
+      features(k_, c_tile_, plan_.ld_outer, outer, set);
+      if (plan_.norm) accumulate_norm();
     } else if constexpr (role == kGradK) {
       values(v_, a_tile_, plan_.ld_inner, 0, inner, false);
       values(grad_o_, b_tile_, plan_.ld_inner, 0, inner, true);
-      if (!norm) return features(q_, c_tile_, plan_.ld_outer, outer, nothing);
       features(q_, c_tile_, plan_.ld_outer, outer, [&](int i, int j, S x) {
-        sums_[i * plan_.ld_norm + j] = i < n_ ? x * delta(token(i)) : S(0);
+        if (plan_.norm) sums_[i * plan_.ld_norm + j] = i < n_ ? x * delta(token(i)) : S(0);
       });
-      accumulate_norm();
+      if (plan_.norm) accumulate_norm();
     } else {
       features(k_, a_tile_, plan_.ld_inner, inner, nothing);
       features(q_, b_tile_, plan_.ld_inner, inner, nothing);
