@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastpe
+from fastpe import backends
 
 # Dynamo itself makes an instance of the class when it traces a Function
 traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -162,6 +163,7 @@ class Problem:
         **options,
     ):
         """Return the results of fastpe; `layout` makes a view of each of q, k and v."""
+        self._skip_unless_supported(backend)
         leaves = {"q": leaf(self.q), "k": leaf(self.k), "v": leaf(self.v)}
         state = self.state
         if state is not None:
@@ -180,6 +182,16 @@ class Problem:
         )
         outputs, leaves = {"o": o, "s": final.s, "z": final.z}, leaves | self.params()
         return derive(outputs, leaves)
+
+    def _skip_unless_supported(self, backend):
+        if backend == "reference":
+            return
+        d = self.q.shape[-1]
+        r = d if self.encoding is None else self.encoding.feature_dim
+        sizes = self.q.device, self.dtype, (d, r, self.v.shape[-1])
+        reason = backends.load(backend).unsupported(*sizes)
+        if reason is not None:
+            pytest.skip(f"backend {backend!r} {reason}")
 
     def expected(self, *how, **more):
         """Return the results of the oracle, computed once."""

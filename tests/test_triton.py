@@ -104,13 +104,13 @@ def test_code_is_looked_up_once_for_equal_arguments(monkeypatch):
     function = _Jitted()
     kernel = common.Kernel(function, {"BLOCK": 64, "num_warps": 4})
     x, y = (torch.arange(64.0)[:32] for _ in range(2))
-    kernel((3, 1, 1), x, 32)
-    kernel((5, 1, 1), y, 32)
+    kernel((3, 1, 1), (x,), (32,))
+    kernel((5, 1, 1), (y,), (32,))
     assert function.compiled == 1
     assert function.launched == [((5, 1, 1), (y, 32, 64))]
-    kernel((3, 1, 1), x, 31)
-    kernel((3, 1, 1), x[1:], 32)
-    kernel((3, 1, 1), x.double(), 32)
+    kernel((3, 1, 1), (x,), (31,))
+    kernel((3, 1, 1), (x[1:],), (32,))
+    kernel((3, 1, 1), (x.double(),), (32,))
     assert function.compiled == 4
 
 

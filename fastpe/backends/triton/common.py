@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,18 +75,27 @@ class Kernel:
         self.constants = tuple(meta[name] for name in names)
         self.launchers: dict[tuple, Callable] = {}
 
-    def __call__(self, grid: tuple[int, int, int], *args: Tensor | int) -> None:
-        """Launch it on the current device and stream."""
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: tuple[int, ...]
+    ) -> None:
+        """Launch it on the current device and stream.
+
+        Args:
+            grid: Programs along three axes.
+            tensors: First arguments; their dtypes follow from the first's and the constants.
+            numbers: The arguments behind them.
+        """
         if INTERPRETED:
-            self.function[grid](*args, **self.meta)
+            self.function[grid](*tensors, *numbers, **self.meta)
             return
-        key = tuple(
-            [x if type(x) is int else (x.dtype, x.data_ptr() % 16, x.get_device()) for x in args]
-        )
+        first, aligned = tensors[0], 0
+        for x in tensors:
+            aligned = 2 * aligned + (x.data_ptr() % 16 == 0)
+        key = first.dtype, first.get_device(), aligned, numbers
         compiled = self.launchers.get(key)
         if compiled is None:
             if len(self.launchers) > 256:
                 self.launchers.clear()
-            self.launchers[key] = self.function[grid](*args, **self.meta)
+            self.launchers[key] = self.function[grid](*tensors, *numbers, **self.meta)
         else:
-            compiled[grid](*args, *self.constants)
+            compiled[grid](*tensors, *numbers, *self.constants)

@@ -68,7 +68,7 @@ def mixing(noise, o_d, m_d, o_r, R, J, j, MIX: tl.constexpr):
         return tl.load(noise + at, mask=m_d[:, None] & (o_r < R)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "position_b"])
 def features_kernel(
     x, y, positions, freq, offset, gain, gate, noise,
     B, T, H, D, K, J, R, L, x_b, x_t, x_h, position_b,
@@ -146,7 +146,7 @@ def pulled(
         return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "position_b"])
 def features_backward_kernel(
     x, dy, dx, dpositions, partial, dgate, positions, freq, offset, gain, gate, noise,
     B, T, H, D, K, J, R, L, x_b, x_t, x_h, dy_b, dy_t, dy_h, position_b,

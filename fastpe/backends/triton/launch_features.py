@@ -60,8 +60,8 @@ class _Sines:
         with torch.cuda.device_of(self.x):
             _kernel(function, *self.meta.items(), *meta.items())(
                 grid,
-                *(*args[:n], *self.tables, *self.sizes, *self.x.stride()[:3], *args[n:]),
-                self.by_batch,
+                (*args[:n], *self.tables),
+                (*self.sizes, *self.x.stride()[:3], *args[n:], self.by_batch),
             )
 
 
@@ -132,7 +132,6 @@ def philox_normal(
         with torch.cuda.device_of(seed):
             constants = ("BLOCK", 64), ("num_warps", 4), ("num_stages", 1)
             grid = hd * j, -(-r // 256), 1
-            _kernel(noise.normal_kernel, *constants)(
-                grid, out, seed, step, module << 3 | kind, j, r
-            )
+            numbers = module << 3 | kind, j, r
+            _kernel(noise.normal_kernel, *constants)(grid, (out, seed, step), numbers)
     return out

@@ -174,6 +174,7 @@ class _Scan:
         shape = None if freq is None else freq.shape
         self.plan = _plan(q.shape, v.shape[-1], q.dtype, shape, options)
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
+        self.strides = *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]
         self.wide = compute_dtype(q)
         self.initial = converted(s0, self.wide), converted(z0, self.wide)
         self.where, self.steps = (q, q), (0, 0)
@@ -207,14 +208,14 @@ class _Scan:
         kernel = plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))
         kernel(
             (-(-plan.e // plan.blocks("state").be) * cut[1] * plan.heads, 1, 1),
-            *(x, y, den, delta, states, *self.where, *plan.sizes, *cut),
-            *(*x.stride()[:3], *y.stride()[:3], *self.steps),
+            (x, y, den, delta, states, *self.where),
+            (*plan.sizes, *cut, *x.stride()[:3], *y.stride()[:3], *self.steps),
         )
         choices = ("STATE", s is not None), ("BACKWARDS", backwards), ("ACC", plan.meta["ACC"])
         prefix_kernel(choices)(
             (plan.heads, -(-size // 1024), 1),
-            *(states, states if s is None else s, states if z is None else z),
-            *(cut[1], count, plan.rz),
+            (states, states if s is None else s, states if z is None else z),
+            (cut[1], count, plan.rz),
         )
         return (states, states[..., count:]), (size, size), ("STATE", True)
 
@@ -244,9 +245,8 @@ def causal_dot(
         state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
         plan.kernel(scan.forward_kernel, "forward", given)(
             (columns * cut[1] * plan.heads, 1, 1),
-            *(call.q, call.k, call.v, o, den, *state, s, z, *call.where, *plan.sizes, *cut),
-            *(*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3]),
-            *(*call.steps, *sizes),
+            (call.q, call.k, call.v, o, den, *state, s, z, *call.where),
+            (*plan.sizes, *cut, *call.strides, *call.steps, *sizes),
         )
     return o, den, s, z
 
@@ -286,8 +286,7 @@ def causal_dot_backward(
         by_freq.append(empty(q, b, h, cut[1], *freq.shape[1:], dtype=call.wide))
         return by_position[-1], by_freq[-1]
 
-    numbers = *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], *do.stride()[:3]
-    numbers += call.steps
+    qkv, numbers = (call.q, call.k, call.v), (*call.strides, *do.stride()[:3], *call.steps)
     turning = ("TURN", turn), ("WANT_POSITIONS", needs[5])
     with torch.cuda.device_of(q):
         # by the way it makes delta, which the gradients of the keys begin with
@@ -296,21 +295,21 @@ def causal_dot_backward(
             state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
             plan.kernel(scan_backward.grad_q_kernel, "grad_q", given, *turning)(
                 (columns * cut[1] * plan.heads, 1, 1),
-                *(call.q, call.k, call.v, o, do, den, delta, *state, dq, *call.where),
-                *(*gradients(columns, cut), *plan.sizes, *cut, *numbers, *sizes),
+                (*qkv, o, do, den, delta, *state, dq, *call.where, *gradients(columns, cut)),
+                (*plan.sizes, *cut, *numbers, *sizes),
             )
         for role in plan.roles_kv(want_k, needs[2]):
             columns, cut = call.cut(role)
             state, sizes, given = call.states(cut, call.q, do, final, den, delta, True)
             of_k = role != "grad_v"
+            turned = gradients(columns, cut) if of_k else (q, q)
             choices = turning if of_k else (("TURN", False), ("WANT_POSITIONS", False))
             choices += ("WANT_DK", of_k), ("WANT_DV", role != "grad_k")
             choices += (("WANT_STATE", want_state and of_k),)
             plan.kernel(scan_backward.grad_kv_kernel, role, given, *choices)(
                 (columns * cut[1] * plan.heads, 1, 1),
-                *(call.q, call.k, call.v, do, den, delta, *state, dk, dv, ds0, dz0, *call.where),
-                *(gradients(columns, cut) if of_k else (q, q)),
-                *(*plan.sizes, *cut, *numbers, *sizes),
+                (*qkv, do, den, delta, *state, dk, dv, ds0, dz0, *call.where, *turned),
+                (*plan.sizes, *cut, *numbers, *sizes),
             )
     results = [x if need else none for x, need in zip((dq, dk, dv, ds0, dz0), needs, strict=False)]
     for like, parts, need in ((positions, by_position, needs[5]), (freq, by_freq, needs[6])):
