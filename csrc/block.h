@@ -1,8 +1,8 @@
-// What the CUDA kernels are written against: a block of threads, its shared memory, products of tiles.
+// What the CUDA kernels are written against: a block of threads, shared memory, products of tiles.
 //
-// nvcc makes kernels of them; a host compiler makes loops that take the same steps in the same order
-// with operands rounded the same, so that they are tested where there is no GPU. Iterations of one
-// `each` may run in any order: with FASTPE_BACKWARDS the host takes them from the last to the first.
+// nvcc makes kernels of them; a host compiler makes loops that take the same steps with operands
+// rounded the same, so that they are tested where there is no GPU. Iterations of one `each` may run
+// in any order: with FASTPE_BACKWARDS the host takes them from the last to the first.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -115,7 +115,9 @@ struct Rows {
   int64_t row, column;
 
   FASTPE_DEVICE Rows(const FastpeTensor &x, int64_t b, int64_t h)
-      : data((T *)x.data + b * x.stride[0] + h * x.stride[2]), row(x.stride[1]), column(x.stride[3]) {}
+      : data((T *)x.data + b * x.stride[0] + h * x.stride[2]),
+        row(x.stride[1]),
+        column(x.stride[3]) {}
   FASTPE_DEVICE auto get(int64_t t, int64_t j) const { return widen(data[t * row + j * column]); }
   template <class S>
   FASTPE_DEVICE void put(int64_t t, int64_t j, S x) const {
@@ -209,13 +211,17 @@ struct Term {
   int ldb, depth;
   bool lower;  // a is zero right of its diagonal
 
-  FASTPE_DEVICE const A *left(int i, int k) const { return a + (kColumnsA ? k * lda + i : i * lda + k); }
-  FASTPE_DEVICE const B *right(int k, int j) const { return b + (kColumnsB ? j * ldb + k : k * ldb + j); }
+  FASTPE_DEVICE const A *left(int i, int k) const {
+    return a + (kColumnsA ? k * lda + i : i * lda + k);
+  }
+  FASTPE_DEVICE const B *right(int k, int j) const {
+    return b + (kColumnsB ? j * ldb + k : k * ldb + j);
+  }
   FASTPE_DEVICE int depth_at(int i) const { return lower && i + kTile < depth ? i + kTile : depth; }
 };
 template <bool kColumnsA, bool kColumnsB, class A, class B>
-FASTPE_DEVICE Term<kColumnsA, kColumnsB, A, B> term(const A *a, int lda, const B *b, int ldb, int depth,
-                                                    bool lower = false) {
+FASTPE_DEVICE Term<kColumnsA, kColumnsB, A, B> term(const A *a, int lda, const B *b, int ldb,
+                                                    int depth, bool lower = false) {
   return {a, lda, b, ldb, depth, lower};
 }
 
@@ -231,7 +237,8 @@ struct Tile {
   template <class F>
   FASTPE_DEVICE void visit(F f) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) f(group() + i / 2 % 2 * 8, within() * 2 + i / 4 * 8 + i % 2, value[i]);
+    for (int i = 0; i < 8; ++i)
+      f(group() + i / 2 % 2 * 8, within() * 2 + i / 4 * 8 + i % 2, value[i]);
   }
 };
 
@@ -247,8 +254,8 @@ FASTPE_DEVICE uint32_t pack(const float *x, int step) {
 
 // the product of 16 rows from row i on and 16 columns from column j on
 template <bool kColumnsA, bool kColumnsB, class A, class B>
-FASTPE_DEVICE void accumulate(Tile<float> &tile, const Term<kColumnsA, kColumnsB, A, B> &x, int i, int j,
-                              BFloat16) {
+FASTPE_DEVICE void accumulate(Tile<float> &tile, const Term<kColumnsA, kColumnsB, A, B> &x, int i,
+                              int j, BFloat16) {
   const int g = Tile<float>::group(), w = Tile<float>::within() * 2, depth = x.depth_at(i);
   const int step_a = kColumnsA ? x.lda : 1, step_b = kColumnsB ? 1 : x.ldb;
   for (int k = 0; k < depth; k += 16) {

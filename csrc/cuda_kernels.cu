@@ -16,7 +16,8 @@ constexpr int kFill = 128;
 
 template <Role role>
 ScanPlan plan(const FastpeCausalDot &args) {
-  constexpr int kChoices[][2] = {{64, 64}, {32, 64}, {32, 32}, {16, 32}, {16, 16}};  // chunk, columns
+  constexpr int kChoices[][2] = {
+      {64, 64}, {32, 64}, {32, 32}, {16, 32}, {16, 16}};  // chunk, columns
   ScanPlan p = {};
   for (const auto &choice : kChoices) {
     p = scan_plan<T, role>(args, choice[0], choice[1]);
@@ -34,7 +35,8 @@ const char *scan(const FastpeCausalDot &args, bool slice_by_slice = false) {
   const char *error = nullptr;
   const int slices = slice_by_slice ? 1 : p.blocks;
   for (int first = 0; first < p.blocks && !error; first += slices)
-    error = launch<Kernel>({args, p, first, slices}, args.B * args.H * slices, p.bytes, args.stream);
+    error =
+        launch<Kernel>({args, p, first, slices}, args.B * args.H * slices, p.bytes, args.stream);
   return error;
 }
 
@@ -47,7 +49,8 @@ const char *backward(const FastpeCausalDot &args) {
     error = launch<Kernel>(args, Kernel::blocks(args), Kernel::kBytes, args.stream);
   }
   if (!error && (args.grad_q.data || positional)) error = scan<kGradQ>(args, by_slice);
-  if (!error && (args.grad_k.data || args.grad_z0 || positional)) error = scan<kGradK>(args, by_slice);
+  if (!error && (args.grad_k.data || args.grad_z0 || positional))
+    error = scan<kGradK>(args, by_slice);
   if (!error && (args.grad_v.data || args.grad_s0)) error = scan<kGradV>(args);
   return error;
 }
@@ -102,7 +105,8 @@ const char *FASTPE_NAME(FASTPE_TYPE, phase_features)(const FastpePhaseFeatures *
 const char *FASTPE_NAME(FASTPE_TYPE, phase_features_backward)(const FastpePhaseFeatures *args) {
   return fastpe::features_backward(*args);
 }
-const char *FASTPE_NAME(FASTPE_TYPE, step)(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
+const char *FASTPE_NAME(FASTPE_TYPE, step)(const FastpeCausalDot *args,
+                                           const FastpePhaseFeatures *q,
                                            const FastpePhaseFeatures *k) {
   return fastpe::step(*args, q, k);
 }

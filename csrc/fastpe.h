@@ -92,7 +92,7 @@ const char *fastpe_error(void);
 int fastpe_best_isa(void);
 int fastpe_openmp(void);
 
-// the same in the CUDA library, of device memory and on a stream; nothing waits, nothing is allocated
+// the same in the CUDA library, of device memory and on a stream; nothing waits or is allocated
 int fastpe_cuda_causal_dot(const FastpeCausalDot *args);
 int fastpe_cuda_causal_dot_backward(const FastpeCausalDot *args);
 int fastpe_cuda_phase_features(const FastpePhaseFeatures *args);

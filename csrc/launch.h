@@ -14,7 +14,8 @@ namespace {
 
 // two blocks to a multiprocessor leave 128 registers to a thread; doubles take more
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads, sizeof(typename Kernel::S) == 8 ? 1 : 2) run(const __grid_constant__ typename Kernel::Args args) {
+__global__ void __launch_bounds__(kThreads, sizeof(typename Kernel::S) == 8 ? 1 : 2)
+    run(const __grid_constant__ typename Kernel::Args args) {
   extern __shared__ __align__(16) char memory[];
   Kernel::run(Block{int64_t(blockIdx.x), memory}, args);
 }

@@ -28,7 +28,8 @@ struct NormalizerKernel {
     const int64_t tiles = parts_of(args.T, kTokens), head = block.index / tiles;
     const int64_t first = block.index % tiles * kTokens;
     const int n = int(smaller(kTokens, args.T - first));
-    const Rows<T> g(args.grad_o, head / args.H, head % args.H), o(args.o, head / args.H, head % args.H);
+    const int64_t b = head / args.H, h = head % args.H;
+    const Rows<T> g(args.grad_o, b, h), o(args.o, b, h);
     S *parts = (S *)block.memory;
     block.each(n, kParts, [&](int i, int part) {
       S total = 0;

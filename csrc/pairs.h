@@ -1,4 +1,4 @@
-// Features of queries and keys, a pair of columns at a time: feature map and rotation, either first.
+// Features of queries and keys, a pair of columns at a time: feature map and rotation.
 //
 // Inside, the two columns of a rotated pair are neighbours, whatever their places in memory.
 #pragma once
@@ -14,7 +14,9 @@ struct Exp {
   }
 };
 
-FASTPE_HD void sincos_of(float turns, float &sin, float &cos) { sincos_turns<float>(turns, sin, cos); }
+FASTPE_HD void sincos_of(float turns, float &sin, float &cos) {
+  sincos_turns<float>(turns, sin, cos);
+}
 FASTPE_HD void sincos_of(double turns, double &sin, double &cos) {
 #ifdef __CUDA_ARCH__
   sincospi(2 * turns, &sin, &cos);
@@ -68,7 +70,8 @@ class PairMap {
   // pair w of token t; the second is 0 where there is none
   template <class T>
   FASTPE_DEVICE Pair<S> read(const Rows<T> &x, int64_t t, int w) const {
-    return {S(x.get(t, column(2 * w))), 2 * w + 1 < args_.D ? S(x.get(t, column(2 * w + 1))) : S(0)};
+    return {S(x.get(t, column(2 * w))),
+            2 * w + 1 < args_.D ? S(x.get(t, column(2 * w + 1))) : S(0)};
   }
 
   // features of x, pooled in the first; and what the normaliser sees

@@ -7,8 +7,8 @@
 //     grad_k    v          g          phi         backwards    the same
 //     grad_v    psi        phi        g           backwards
 //
-// A block has the whole inner width, and a slice of the outer: the outputs of different slices do not
-// depend on one another, so that however many there are, the bits are the same.
+// A block has the whole inner width, and a slice of the outer: the outputs of different slices do
+// not depend on one another, so that however many there are, the bits are the same.
 #pragma once
 #include "normalizer.h"
 #include "pairs.h"
@@ -42,7 +42,8 @@ ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer) {
   p.blocks = int(parts_of(width, p.outer));
   if (args.normalize != FASTPE_NORM_NONE && role != kGradV)
     p.norm = (role == kForward ? p.inner : p.outer) / map.stride() * map.norm_stride();
-  if (map.rotates()) p.turns = int(smaller((along_features ? p.inner : p.outer) / map.stride(), args.W));
+  if (map.rotates())
+    p.turns = int(smaller((along_features ? p.inner : p.outer) / map.stride(), args.W));
   p.ld_inner = row_length<Operand>(p.inner), p.ld_outer = row_length<Operand>(p.outer);
   p.ld_weights = row_length<Operand>(p.rows), p.ld_state = row_length<S>(p.outer);
   p.ld_norm = row_length<S>(p.norm);
@@ -200,7 +201,8 @@ struct ScanKernel {
   }
 
   // out [rows, columns] = x from column `first` on, by the normaliser if `scaled`
-  FASTPE_DEVICE void values(const Rows<T> &x, Operand *out, int ld, int first, int columns, bool scaled) {
+  FASTPE_DEVICE void values(const Rows<T> &x, Operand *out, int ld, int first, int columns,
+                            bool scaled) {
     block_.move(
         rows_, columns,
         [&](int i, int j) {
@@ -285,7 +287,8 @@ struct ScanKernel {
     } else {
       if (i >= n_ || column_ + j >= args_.E) return;
       const FastpeTensor &out = role == kForward ? args_.o : args_.grad_v;
-      if (out.data) Rows<T>(out, b_, h_).put(token(i), column_ + j, plan_.norm ? x * by_row_[i] : x);
+      if (out.data)
+        Rows<T>(out, b_, h_).put(token(i), column_ + j, plan_.norm ? x * by_row_[i] : x);
     }
   }
 
@@ -293,7 +296,8 @@ struct ScanKernel {
   FASTPE_DEVICE void finish() {
     const FastpeTensor &to = role == kGradQ ? args_.grad_q : args_.grad_k;
     const Rows<T> &x = role == kGradQ ? q_ : k_, grad(to, b_, h_);
-    const int stride = map_.stride(), norm_stride = map_.norm_stride(), pairs = plan_.outer / stride;
+    const int stride = map_.stride(), norm_stride = map_.norm_stride();
+    const int pairs = plan_.outer / stride;
     block_.each(n_, pairs, [&](int i, int p) {
       const int w = pair_ + p;
       if (stride * w >= map_.width()) return;
@@ -315,7 +319,7 @@ struct ScanKernel {
     if (positional()) finish_positional(int(smaller(pairs, args_.W - pair_)));
   }
 
-  // from the gradients by the angles, in radians, of `pairs` pairs, one every `stride` columns of out_
+  // from the gradients by the angles, in radians, of `pairs` pairs, which finish() leaves in out_
   FASTPE_DEVICE void finish_positional(int pairs) {
     const int levels = int(args_.L), stride = map_.stride();
     const double *positions = args_.positions + (args_.Bp == 1 ? 0 : b_) * args_.T * levels;

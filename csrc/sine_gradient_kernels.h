@@ -20,7 +20,8 @@ struct SineGradientKernel {
 
   static SinePlan plan(const FastpePhaseFeatures &args, int tokens, int sines) {
     SinePlan p = {};
-    p.tokens = int(smaller(tokens, tiled(larger(args.T, 1)))), p.sines = sines, p.columns = tiled(args.R);
+    p.tokens = int(smaller(tokens, tiled(larger(args.T, 1)))), p.sines = sines,
+    p.columns = tiled(args.R);
     p.slices = int(args.slices);
     p.ld_sums = row_length<S>(2 * sines), p.ld_x = int(args.D);
     p.ld_rows = p.ld_noise = row_length<Operand>(p.columns);
@@ -142,7 +143,8 @@ struct SineGradientKernel {
       block_.each(n_, levels, [&](int t, int l) {
         double total = 0;
         for (int i = first; i < first + count; ++i)
-          total += double(map_.gain(i) * x.get(first_ + t, i / k) * sums_[t * ld + (i - first) * 2 + 1]) *
+          total += double(map_.gain(i) * x.get(first_ + t, i / k) *
+                          sums_[t * ld + (i - first) * 2 + 1]) *
                    args_.freq[(map_.h * dk + i) * levels + l];
         by_position_[t * levels + l] += total;
       });
@@ -180,7 +182,9 @@ struct SineGradientKernel {
 struct SineParametersKernel {
   using S = double;
   using Args = FastpePhaseFeatures;
-  static int64_t blocks(const Args &args) { return args.H * parts_of(partial_size(args), kThreads); }
+  static int64_t blocks(const Args &args) {
+    return args.H * parts_of(partial_size(args), kThreads);
+  }
 
   FASTPE_DEVICE static void run(const Block &block, const Args &args) {
     const int64_t size = partial_size(args), per_head = parts_of(size, kThreads);

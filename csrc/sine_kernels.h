@@ -1,8 +1,8 @@
 // Features of SPE and F-StrIPE, and their gradient, for CUDA.
 //
-// Sines of a tile of tokens are made a few at a time, modulate the content in shared memory, and are
-// projected from there: y = u Z and du = dy Z^T with u = x_d (gain cos, gain sin, gate)_d. Rows come
-// as (cos, sin) of each (d, k) in turn, then the gates.
+// Sines of a tile of tokens are made a few at a time, modulate the content in shared memory, and
+// are projected from there: y = u Z and du = dy Z^T with u = x_d (gain cos, gain sin, gate)_d. Rows
+// come as (cos, sin) of each (d, k) in turn, then the gates.
 #pragma once
 #include "pairs.h"
 
@@ -98,7 +98,8 @@ struct SineKernel {
   }
   // slices of the features, then heads, then tiles of tokens
   static int64_t blocks(const Args &args) {
-    return args.sines.B * parts_of(args.sines.T, args.plan.tokens) * args.sines.H * args.plan.slices;
+    return args.sines.B * parts_of(args.sines.T, args.plan.tokens) * args.sines.H *
+           args.plan.slices;
   }
 
   FASTPE_DEVICE static void run(const Block &block, const Args &all) {

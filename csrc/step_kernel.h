@@ -120,7 +120,8 @@ struct StepKernel {
       Pair<S> seen;
       const Pair<S> turn = map_.rotated(w) ? map_.turn(b_, h_, 0, w) : Pair<S>{};
       const Pair<S> y = map_.value(map_.read(x, 0, w), w, turn, seen);
-      set(features_ + side * width, width, map_.stride(), w, y, [&](int j) { return map_.feature(j); });
+      set(features_ + side * width, width, map_.stride(), w, y,
+          [&](int j) { return map_.feature(j); });
       set(norm_ + side * norm_width, norm_width, map_.norm_stride(), w, seen,
           [&](int j) { return map_.norm(j); });
     });
@@ -133,7 +134,8 @@ struct StepKernel {
 
   FASTPE_DEVICE void make_sine_features() {
     const FastpePhaseFeatures &one = all_.sines[0];
-    const int d = int(one.D), k = int(one.K), j = int(one.J), width = map_.width(), depth = p_.depth;
+    const int d = int(one.D), k = int(one.K), j = int(one.J);
+    const int width = map_.width(), depth = p_.depth;
     block_.each(2, d * k, [&](int side, int i) {
       const FastpePhaseFeatures &sines = all_.sines[side];
       const SineMapOf<S> map = {sines, h_};

@@ -60,7 +60,8 @@ def causal_linear_attention(
         output_final_state: Return the state after the last token too.
         chunk_size: Tokens that are handled together; changes speed and rounding only. Default:
             the backend's choice.
-        backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and says so once.
+        backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and says so
+            once.
     Returns:
         o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state.
     Raises:

@@ -151,11 +151,12 @@ def _select(request, monkeypatch):
 
 
 def _cuda_for_host(directory, flags=""):
-    code = "import sys, setup; from pathlib import Path; path = Path(sys.argv[1]); "
-    code += "setup.compile_cuda_for_host(path / 'libfastpe_cuda_host.so', path, sys.argv[2].split())"
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code, str(directory), f"-O1 {flags}"], cwd=root, check=True)
-    return native.Library(directory / "libfastpe_cuda_host.so", "fastpe_cuda_", ("", ""), True)
+    library = directory / "libfastpe_cuda_host.so"
+    code = "import sys, setup, pathlib; library = pathlib.Path(sys.argv[1]); "
+    code += "setup.compile_cuda_for_host(library, library.parent, tuple(sys.argv[2:]))"
+    command = [sys.executable, "-c", code, str(library), "-O1", *flags.split()]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    return native.Library(library, "fastpe_cuda_", ("", ""), True)
 
 
 @pytest.fixture(scope="session")

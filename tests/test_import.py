@@ -125,7 +125,7 @@ def test_show_config(capsys):
 
 def test_available_backends():
     found = fastpe.available_backends()
-    assert list(found) == ["cpu", "reference"]
+    assert list(found) == ["cpu", "triton", "cuda", "reference"]
     assert found["reference"] is None
     assert found["cpu"] is None or "libfastpe_cpu.so" in found["cpu"]
 
