@@ -296,6 +296,7 @@ FASTPE_DEVICE void accumulate(Tile<float> &tile, const X &x, int i, int j, Float
 template <class S, class X>
 FASTPE_DEVICE void accumulate(Tile<S> &tile, const X &x, int i, int j, S) {
   const int g = Tile<S>::group(), w = Tile<S>::within() * 2, depth = x.depth_at(i);
+#pragma unroll 2  // with more the registers run out
   for (int k = 0; k < depth; ++k) {
     const S a0 = *x.left(i + g, k), a1 = *x.left(i + g + 8, k);
 #pragma unroll

@@ -88,7 +88,6 @@ struct ScanKernel {
   const PairMap<S> map_;
   const int slice_;
   const int64_t head_, b_, h_;  // head_: b H + h
-  Rows<T> q_, k_, v_, grad_o_;
   Operand *a_tile_, *b_tile_, *c_tile_, *weights_;
   S *state_, *out_, *sums_, *base_, *running_, *by_row_;
   Pair<S> *turn_;
@@ -105,10 +104,6 @@ struct ScanKernel {
         head_(block.index / args.slices),
         b_(head_ / args_.H),
         h_(head_ % args_.H),
-        q_(args_.q, b_, h_),
-        k_(args_.k, b_, h_),
-        v_(args_.v, b_, h_),
-        grad_o_(args_.grad_o, b_, h_),
         a_tile_((Operand *)(block.memory + plan_.a)),
         b_tile_((Operand *)(block.memory + plan_.b)),
         c_tile_((Operand *)(block.memory + plan_.c)),
@@ -124,10 +119,11 @@ struct ScanKernel {
         norm_column_(kOfFeatures ? column_ / map_.stride() * map_.norm_stride() : 0),
         pair_(kOfFeatures ? column_ / map_.stride() : 0) {}
 
+  FASTPE_DEVICE Rows<T> rows(const FastpeTensor &x) const { return Rows<T>(x, b_, h_); }
   FASTPE_DEVICE bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
   FASTPE_DEVICE bool positional() const { return args_.grad_freq || args_.grad_positions; }
   FASTPE_DEVICE int64_t token(int i) const { return kBack ? begin_ - i : begin_ + i; }
-  // what `prepare` left: of each token 1 / divisor, and d loss / d den behind them
+  // what NormalizerKernel left: of each token 1 / divisor, and d loss / d den behind them
   FASTPE_DEVICE S inverse(int64_t t) const {
     return normalizes() ? ((const S *)args_.scratch)[head_ * args_.T + t] : S(1);
   }
@@ -145,6 +141,8 @@ struct ScanKernel {
           if (pair_ + p < args_.W)
             turn_[i * plan_.turns + p] = map_.turn(b_, h_, token(i), pair_ + p);
         });
+      if (kOfFeatures && plan_.norm)
+        block_.each(n_, [&](int i) { by_row_[i] = delta(token(i)); });
       load();
       const int ld = plan_.ld_inner;
       product<T>(
@@ -174,35 +172,36 @@ struct ScanKernel {
     };
     const int inner = plan_.inner, outer = plan_.outer;
     if constexpr (role == kForward) {
-      features(k_, b_tile_, plan_.ld_inner, inner, set);
-      values(v_, c_tile_, plan_.ld_outer, column_, outer, false);
+      features(args_.k, b_tile_, plan_.ld_inner, inner, set);
+      values(args_.v, c_tile_, plan_.ld_outer, column_, outer, false);
       if (plan_.norm) accumulate_norm();
-      features(q_, a_tile_, plan_.ld_inner, inner, [&](int i, int j, S x) {
+      features(args_.q, a_tile_, plan_.ld_inner, inner, [&](int i, int j, S x) {
         if (plan_.norm) sums_[i * plan_.ld_norm + j] = x * norm_sum(i, j);
       });
       if (plan_.norm) normalizer();
     } else if constexpr (role == kGradQ) {
-      values(grad_o_, a_tile_, plan_.ld_inner, 0, inner, true);
-      values(v_, b_tile_, plan_.ld_inner, 0, inner, false);
-      features(k_, c_tile_, plan_.ld_outer, outer, set);
+      values(args_.grad_o, a_tile_, plan_.ld_inner, 0, inner, true);
+      values(args_.v, b_tile_, plan_.ld_inner, 0, inner, false);
+      features(args_.k, c_tile_, plan_.ld_outer, outer, set);
       if (plan_.norm) accumulate_norm();
     } else if constexpr (role == kGradK) {
-      values(v_, a_tile_, plan_.ld_inner, 0, inner, false);
-      values(grad_o_, b_tile_, plan_.ld_inner, 0, inner, true);
-      features(q_, c_tile_, plan_.ld_outer, outer, [&](int i, int j, S x) {
-        if (plan_.norm) sums_[i * plan_.ld_norm + j] = i < n_ ? x * delta(token(i)) : S(0);
+      values(args_.v, a_tile_, plan_.ld_inner, 0, inner, false);
+      values(args_.grad_o, b_tile_, plan_.ld_inner, 0, inner, true);
+      features(args_.q, c_tile_, plan_.ld_outer, outer, [&](int i, int j, S x) {
+        if (plan_.norm) sums_[i * plan_.ld_norm + j] = i < n_ ? x * by_row_[i] : S(0);
       });
       if (plan_.norm) accumulate_norm();
     } else {
-      features(k_, a_tile_, plan_.ld_inner, inner, nothing);
-      features(q_, b_tile_, plan_.ld_inner, inner, nothing);
-      values(grad_o_, c_tile_, plan_.ld_outer, column_, outer, true);
+      features(args_.k, a_tile_, plan_.ld_inner, inner, nothing);
+      features(args_.q, b_tile_, plan_.ld_inner, inner, nothing);
+      values(args_.grad_o, c_tile_, plan_.ld_outer, column_, outer, true);
     }
   }
 
   // out [rows, columns] = x from column `first` on, by the normaliser if `scaled`
-  FASTPE_DEVICE void values(const Rows<T> &x, Operand *out, int ld, int first, int columns,
+  FASTPE_DEVICE void values(const FastpeTensor &from, Operand *out, int ld, int first, int columns,
                             bool scaled) {
+    const Rows<T> x = rows(from);
     block_.move(
         rows_, columns,
         [&](int i, int j) {
@@ -215,8 +214,9 @@ struct ScanKernel {
 
   // out [rows, columns] = features of this slice; norm(i, j, x): what the normaliser sees
   template <class Norm>
-  FASTPE_DEVICE void features(const Rows<T> &x, Operand *out, int ld, int columns, Norm norm) {
+  FASTPE_DEVICE void features(const FastpeTensor &from, Operand *out, int ld, int columns, Norm norm) {
     const int stride = map_.stride(), norm_stride = map_.norm_stride(), pairs = columns / stride;
+    const Rows<T> x = rows(from);
     auto exists = [&](int i, int p) { return i < n_ && stride * (pair_ + p) < map_.width(); };
     block_.move(
         rows_, pairs,
@@ -288,14 +288,14 @@ struct ScanKernel {
       if (i >= n_ || column_ + j >= args_.E) return;
       const FastpeTensor &out = role == kForward ? args_.o : args_.grad_v;
       if (out.data)
-        Rows<T>(out, b_, h_).put(token(i), column_ + j, plan_.norm ? x * by_row_[i] : x);
+        rows(out).put(token(i), column_ + j, plan_.norm ? x * by_row_[i] : x);
     }
   }
 
   // from the gradient by the features in out_ to that by q or k
   FASTPE_DEVICE void finish() {
     const FastpeTensor &to = role == kGradQ ? args_.grad_q : args_.grad_k;
-    const Rows<T> &x = role == kGradQ ? q_ : k_, grad(to, b_, h_);
+    const Rows<T> x = rows(role == kGradQ ? args_.q : args_.k), grad = rows(to);
     const int stride = map_.stride(), norm_stride = map_.norm_stride();
     const int pairs = plan_.outer / stride;
     block_.each(n_, pairs, [&](int i, int p) {
@@ -305,7 +305,7 @@ struct ScanKernel {
       S *g = out_ + i * plan_.ld_state + stride * p, angle = 0;
       Pair<S> norm = {};
       if (plan_.norm) {
-        const S factor = role == kGradQ ? delta(t) : S(1);
+        const S factor = role == kGradQ ? by_row_[i] : S(1);
         norm.first = factor * norm_sum(i, norm_stride * p);
         if (norm_stride == 2) norm.second = factor * norm_sum(i, norm_stride * p + 1);
       }
