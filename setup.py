@@ -1,12 +1,14 @@
 """Build csrc/ into torch-free libraries with a C ABI; see CONTRIBUTING.md.
 
 Without a compiler the package installs all the same and runs on PyTorch; FASTPE_CPU=1 turns a
-failed build into an error.
+failed build into an error. The CUDA library is built where there is an nvcc: FASTPE_CUDA=1 makes
+that an error too, FASTPE_CUDA=0 leaves it out.
 """
 
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# cuda_kernels.cu is compiled once for each of these
+TYPES = ("float", "double", "BFloat16", "Float16")
+# machine code for these, and PTX that runs on every card from 8.0 on
+ARCHITECTURES = ("80", "90", "100")
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # cpu_kernels.cpp is compiled once for each of these; cpu.cpp picks one at run time
 ISAS = {"portable": []}
@@ -51,13 +57,71 @@ def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     run("-shared", *openmp, *(str(job[0]) for job in jobs), "-o", str(out))
 
 
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler: of CUDA_HOME, on the PATH, or where it is installed by default."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
+    places = [*(f"{home}/bin" for home in homes), None, "/usr/local/cuda/bin"]
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+
+
+def compile_cuda(
+    out: Path,
+    objects: Path,
+    extra: tuple[str, ...] = (),
+    architectures: tuple[str, ...] = ARCHITECTURES,
+) -> str:
+    """Compile and link the CUDA library; return what nvcc says, as of registers and spills."""
+    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+    for n in architectures:
+        flags += ["-gencode", f"arch=compute_{n},code=sm_{n}"]
+    flags += ["-gencode", "arch=compute_80,code=compute_80"]
+    return _compile_by_type([find_nvcc(), *flags, *extra], out, objects)
+
+
+def compile_cuda_for_host(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
+    """Compile the CUDA kernels into loops for the CPU: for tests (csrc/block.h)."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    _compile_by_type([*compiler, *FLAGS, *extra, "-x", "c++"], out, objects)
+
+
+def _compile_by_type(compiler: list[str], out: Path, objects: Path) -> str:
+    objects.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    jobs = [(objects / "cuda.o", ["csrc/cuda.cpp"])]
+    for name in TYPES:
+        jobs.append((objects / f"{name}.o", [f"-DFASTPE_TYPE={name}", "csrc/cuda_kernels.cu"]))
+
+    def run(*args: str) -> str:
+        result = subprocess.run([*compiler, *args], stderr=subprocess.PIPE, text=True)
+        if result.returncode:
+            sys.stderr.write(result.stderr)
+            result.check_returncode()
+        return result.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = list(pool.map(lambda job: run("-c", *job[1], "-o", str(job[0])), jobs))
+    if compiler[-2:] == ["-x", "c++"]:  # what is linked is no source
+        compiler = compiler[:-2]
+    run("-shared", *(str(job[0]) for job in jobs), "-o", str(out))
+    return "".join(said)
+
+
+# by name of the library: what builds it, the variable that makes a failure an error, what is lost
+LIBRARIES = {
+    "cpu": (compile_cpu, "FASTPE_CPU", "fastpe will run on PyTorch alone"),
+    "cuda": (compile_cuda, "FASTPE_CUDA", "backend 'cuda' will not be available"),
+}
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition("_")[2]
+        compile_it, variable, loss = LIBRARIES[name]
         try:
-            compile_cpu(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "cpu")
+            compile_it(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / name)
         except (OSError, subprocess.CalledProcessError) as error:
-            message = f"the CPU library was not built ({error}); fastpe will run on PyTorch alone"
-            if os.environ.get("FASTPE_CPU") == "1":
+            message = f"the {name} library was not built ({error}); {loss}"
+            if os.environ.get(variable) == "1":
                 sys.exit(message)
             raise CompileError(message) from error
 
@@ -72,15 +136,24 @@ class PurePythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def extensions() -> list[Extension]:
+    """Return what is to be built here."""
+    found = [("cpu", ["csrc/cpu.cpp", "csrc/cpu_kernels.cpp"])]
+    wanted = os.environ.get("FASTPE_CUDA")
+    if find_nvcc() and wanted != "0":
+        found.append(("cuda", ["csrc/cuda.cpp", "csrc/cuda_kernels.cu"]))
+    elif wanted == "1":
+        sys.exit("FASTPE_CUDA=1, but there is no nvcc: set CUDA_HOME or the PATH")
+    elif wanted != "0":
+        print("no nvcc: the CUDA library is left out, the Triton kernels do not need it")
+    return [
+        Extension(f"fastpe.libfastpe_{name}", sources, depends=HEADERS, optional=True)
+        for name, sources in found
+    ]
+
+
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension(
-                "fastpe.libfastpe_cpu",
-                ["csrc/cpu.cpp", "csrc/cpu_kernels.cpp"],
-                depends=HEADERS,
-                optional=True,
-            )
-        ],
+        ext_modules=extensions(),
         cmdclass={"build_ext": BuildNative, "bdist_wheel": PurePythonWheel},
     )

@@ -72,6 +72,11 @@ FASTPE_EXPORT int fastpe_phase_features(const FastpePhaseFeatures *args) {
 FASTPE_EXPORT int fastpe_phase_features_backward(const FastpePhaseFeatures *args) {
   FASTPE_RUN(phase_features, args, 1)
 }
+FASTPE_EXPORT int fastpe_step(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
+                              const FastpePhaseFeatures *k) {
+  if (q && (fastpe_phase_features(q) || fastpe_phase_features(k))) return 1;
+  return fastpe_causal_dot(args);
+}
 FASTPE_EXPORT int fastpe_philox_normal(const FastpePhiloxNormal *args) {
   FASTPE_RUN(philox_normal, args)
 }

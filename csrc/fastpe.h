@@ -44,6 +44,9 @@ typedef struct {
   void *grad_s0, *grad_z0;
   double *grad_freq;       // [B, H, W, L]
   double *grad_positions;  // [B, H, T, L]
+  // CUDA only
+  void *stream;
+  void *scratch;           // [2, B, H, T], for a gradient with a normaliser
 } FastpeCausalDot;
 
 // Features of SPE and F-StrIPE, and their gradient.
@@ -60,6 +63,10 @@ typedef struct {
   FastpeTensor grad_y, grad_x;
   double *grad_freq, *grad_offset, *grad_gain, *grad_gate;  // shapes as above
   double *grad_positions;                                   // [B, H, T, L]
+  // CUDA only
+  void *stream;
+  int64_t slices;   // of the tokens, that gradients of parameters add up in
+  double *scratch;  // [slices, H, D K (2 + L) + D], for these gradients
 } FastpePhaseFeatures;
 
 // Standard normal numbers [hd, rows, r], MATH section 9.
@@ -76,11 +83,25 @@ int fastpe_causal_dot(const FastpeCausalDot *args);
 int fastpe_causal_dot_backward(const FastpeCausalDot *args);
 int fastpe_phase_features(const FastpePhaseFeatures *args);
 int fastpe_phase_features_backward(const FastpePhaseFeatures *args);
+// one token after a state; q and k: features to be made first, into y, or both null
+int fastpe_step(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
+                const FastpePhaseFeatures *k);
 int fastpe_philox_normal(const FastpePhiloxNormal *args);
 const char *fastpe_error(void);
 // FASTPE_ISA_* that an isa of 0 stands for; the largest that was built
 int fastpe_best_isa(void);
 int fastpe_openmp(void);
+
+// the same in the CUDA library, of device memory and on a stream; nothing waits or is allocated
+int fastpe_cuda_causal_dot(const FastpeCausalDot *args);
+int fastpe_cuda_causal_dot_backward(const FastpeCausalDot *args);
+int fastpe_cuda_phase_features(const FastpePhaseFeatures *args);
+int fastpe_cuda_phase_features_backward(const FastpePhaseFeatures *args);
+int fastpe_cuda_step(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
+                     const FastpePhaseFeatures *k);
+const char *fastpe_cuda_error(void);
+// the most shared memory, in bytes, that a block of causal_dot or its gradient needs
+int fastpe_cuda_shared_memory(const FastpeCausalDot *args);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backends, reference
 from .encodings import PositionalEncoding
 from .maps import Rotation, SineMap
-from .ops import ScanOptions, causal_dot, compute_dtype, phase_features
+from .ops import ScanOptions, causal_dot, compute_dtype, phase_features, step
 from .validation import (
     LinearAttentionState,
     check_encoding,
@@ -60,7 +60,8 @@ def causal_linear_attention(
         output_final_state: Return the state after the last token too.
         chunk_size: Tokens that are handled together; changes speed and rounding only. Default:
             the backend's choice.
-        backend: "auto", "cpu", "triton" or "reference". Only "auto" falls back, and says so once.
+        backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and says so
+            once.
     Returns:
         o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state.
     Raises:
@@ -177,9 +178,6 @@ def _attend(
         return o.to(dtype), s, z
     # rotations are fused into the scan; everything else makes features first
     rotation = map_q if isinstance(map_q, Rotation) else None
-    if isinstance(map_q, SineMap):
-        q = phase_features(q, positions, map_q, backend=backend)
-        k = phase_features(k, positions, map_k, backend=backend)
     options = ScanOptions(
         feature_map=feature_map,
         normalize=_NORMALIZE[normalize],
@@ -191,6 +189,13 @@ def _attend(
         chunk=chunk_size or 0,
         backend=backend,
     )
+    if q.shape[1] == 1 and state is not None:
+        done = step(q, k, v, *state, positions=positions, maps=maps, options=options)
+        if done is not None:
+            return done
+    if isinstance(map_q, SineMap):
+        q = phase_features(q, positions, map_q, backend=backend)
+        k = phase_features(k, positions, map_k, backend=backend)
     where = (None, None) if rotation is None else (positions, rotation.freq)
     return causal_dot(q, k, v, *(state or (None, None)), *where, options=options)
 

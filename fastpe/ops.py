@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, noise
-from .maps import SineMap
+from .maps import Rotation, SineMap
 
 _LIB = torch.library.Library("fastpe", "DEF")
 
@@ -134,6 +134,31 @@ def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, T
         o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
         return o, s, z
     return CausalDot.apply(*tensors, options)
+
+
+def step(
+    *tensors: Tensor | None,
+    positions: Tensor | None,
+    maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None,
+    options: ScanOptions,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return o, s and z of one token after a state, by one call of the backend.
+
+    None where something is recorded, or the backend makes features and attends in several calls.
+
+    Args:
+        tensors: q, k, v, s0 and z0.
+        positions: [B or 1, 1, L], if there are maps.
+        maps: Of q and k.
+        options: Of the scan.
+    """
+    of_maps = (x for each in maps or () for x in each if isinstance(x, Tensor))
+    if not _plain((*tensors, positions, *of_maps)):
+        return None
+    backend = backends.load(options.backend)
+    if not hasattr(backend, "step"):
+        return None
+    return backend.step(*tensors, positions, maps, options)
 
 
 def observed() -> bool:

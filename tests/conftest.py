@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--library"):
-        native.LIBRARY = Path(config.getoption("--library"))
+        native.CPU.path = Path(config.getoption("--library"))
 
 
 def _factory(kind, **options):
@@ -92,8 +93,9 @@ def _backends():
             skip = pytest.mark.skip(reason=f"backend {name!r} is not available: {reason}")
             yield pytest.param((name, 0), id=name, marks=skip)
         elif name == "cpu":
-            for isa in range(1, native._library().fastpe_best_isa() + 1):
+            for isa in range(1, native.CPU.functions.fastpe_best_isa() + 1):
                 yield pytest.param((name, isa), id=f"{name}-{native.ISAS[isa]}")
+            yield pytest.param((name, "cuda-host"), id="cuda-host")
         elif name == "triton":
             if torch.cuda.is_available():
                 continue  # not for the tensors of these tests: test_gpu.py
@@ -166,13 +168,36 @@ def pytest_collection_modifyitems(config, items):
 
 def _select(request, monkeypatch):
     name, path = request.param
-    if name == "cpu":
+    if path == "cuda-host":
+        monkeypatch.setitem(native.libraries, "cpu", request.getfixturevalue("cuda_host"))
+    elif name == "cpu":
         monkeypatch.setattr(native, "isa", path)
     elif name == "triton" and path:
         # every chunk is a segment
         cut = lambda programs, t, c, device: (c, max(-(-t // c), 1))  # noqa: E731
         monkeypatch.setattr(f"{backends.load(name).__name__}.launch_scan.segments", cut)
     return name
+
+
+def _cuda_for_host(directory, flags=""):
+    library = directory / "libfastpe_cuda_host.so"
+    code = "import sys, setup, pathlib; library = pathlib.Path(sys.argv[1]); "
+    code += "setup.compile_cuda_for_host(library, library.parent, tuple(sys.argv[2:]))"
+    command = [sys.executable, "-c", code, str(library), "-O1", *flags.split()]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    return native.Library(library, "fastpe_cuda_", ("", ""), True)
+
+
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory):
+    """The CUDA kernels as loops on the CPU, which take the same steps (csrc/block.h)."""
+    return _cuda_for_host(tmp_path_factory.mktemp("cuda_host"))
+
+
+@pytest.fixture(scope="session")
+def cuda_host_backwards(tmp_path_factory):
+    """The same with what threads do at one time done in the opposite order."""
+    return _cuda_for_host(tmp_path_factory.mktemp("backwards"), "-DFASTPE_BACKWARDS")
 
 
 @pytest.fixture

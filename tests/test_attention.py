@@ -7,6 +7,7 @@ from helpers import assert_close, assert_within, error, make_inputs, make_positi
 
 import fastpe
 from fastpe import causal_linear_attention, causal_linear_attention_step
+from fastpe.backends import native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # MATH section 13, T5
@@ -226,6 +227,8 @@ def test_same_bits_on_any_number_of_threads(kernels, make_encoding, threads):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", encodings("none", "rope", "ropepool", "rope-before"))
 def test_half_precision_is_rounded_at_the_ends_only(backend, make, dtype):
+    if backend == "cuda" or native.libraries["cpu"].on_gpu:
+        pytest.skip("tensor cores round operands too: test_cuda.py has what they do not round")
     case = problem(make, dtype)
     exact, plain, actual = case.expected(), case.plain(torch.float32), case.run(backend)
     states = {name: actual[name] for name in ("s", "z")}

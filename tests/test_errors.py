@@ -71,7 +71,11 @@ BAD = [
     ({"chunk_size": -64}, ValueError, "chunk_size must be"),
     ({"chunk_size": True}, ValueError, "chunk_size must be a positive int, got True"),
     ({"chunk_size": 16.0}, ValueError, "chunk_size must be"),
-    ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'cpu', 'reference'"),
+    (
+        {"backend": "metal"},
+        ValueError,
+        "backend must be one of 'auto', 'cpu', 'triton', 'cuda', 'reference'",
+    ),
     ({"backend": None}, ValueError, "backend must be one of"),
     # encodings
     ({"pos_encoding": "rope"}, TypeError, "pos_encoding must be a fastpe.PositionalEncoding"),
@@ -229,7 +233,7 @@ def test_state_of_another_share():
         ({"state": None}, TypeError, "state must be a LinearAttentionState"),
         ({"feature_map": "softmax"}, ValueError, "feature_map must be"),
         ({"eps": -1}, ValueError, "eps must be"),
-        ({"backend": "triton"}, ValueError, "backend must be"),
+        ({"backend": "metal"}, ValueError, "backend must be"),
     ],
 )
 def test_bad_steps(changes, error, message):

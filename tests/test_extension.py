@@ -224,7 +224,7 @@ def test_compiled_then_eager_training_goes_on(compiled):
 
 def test_library_knows_nothing_of_torch(native_kernels):
     """A C ABI: no symbol of torch, libtorch or Python is asked for."""
-    content = native.LIBRARY.read_bytes()
+    content = native.CPU.path.read_bytes()
     for name in (b"libtorch", b"libc10", b"N3c10", b"N2at", b"libpython", b"_Py_", b"PyObject"):
         assert name not in content, name
     for name in ("causal_dot", "causal_dot_backward", "phase_features", "philox_normal"):
@@ -232,4 +232,4 @@ def test_library_knows_nothing_of_torch(native_kernels):
 
 
 def test_code_path_is_known(native_kernels):
-    assert native.ISAS[native._library().fastpe_best_isa()] in native.describe()
+    assert native.ISAS[native.CPU.functions.fastpe_best_isa()] in native.describe()

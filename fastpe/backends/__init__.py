@@ -13,9 +13,9 @@ from types import ModuleType
 
 import torch
 
-_MODULES = {"cpu": "native", "triton": "triton"}
+_MODULES = {"cpu": "native", "triton": "triton", "cuda": "cuda"}
 # what "auto" tries, by type of device
-_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 NAMES = ("auto", *_MODULES, "reference")
 
 _log = logging.getLogger("fastpe")

@@ -1,92 +1,43 @@
-"""Backend "cpu": the C++ library, called through its C ABI (csrc/fastpe.h)."""
+"""Backend "cpu", and what "cuda" has in common with it: calls of the libraries of csrc/."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..maps import SineMap
+from ..maps import Rotation, SineMap
 from ..ops import ScanOptions, compute_dtype
+from .library import (
+    CPU,
+    CUDA,
+    DTYPES,
+    CausalDot,
+    Library,
+    PhaseFeatures,
+    PhiloxNormal,
+    StridedTensor,
+    call,
+    empty,
+    libraries,
+    strided,
+)
 
-LIBRARY = Path(__file__).parent.parent / "libfastpe_cpu.so"
+__all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
+
 ISAS = ("best", "portable", "avx2", "avx512")
 # the code path to run, an index into ISAS; tests try each
 isa = 0
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
+# of the tokens, that blocks of a CUDA kernel share out, whatever the card
+_SLICES = 64
 
-
-class _Tensor(Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_int32)]
-
-
-def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
-    return [(name, kind) for kind, names in groups for name in names.split()]
-
-
-class _CausalDot(Structure):
-    _fields_ = _fields(
-        (c_int64, "B T H D E"),
-        (c_int32, "chunk threads isa feature_map normalize"),
-        (c_double, "eps"),
-        (c_int32, "interleaved pool map_first"),
-        (c_double, "scale"),
-        (c_int64, "Hf W L Bp"),
-        (c_void_p, "freq positions"),
-        (_Tensor, "q k v o"),
-        (c_void_p, "den s0 z0 s z"),
-        (_Tensor, "grad_o grad_q grad_k grad_v"),
-        (c_void_p, "grad_s grad_z grad_s0 grad_z0 grad_freq grad_positions"),
-    )
-
-
-class _PhaseFeatures(Structure):
-    _fields_ = _fields(
-        (c_int64, "B T H D K J R L Bp"),
-        (c_int32, "threads isa pool group"),
-        (c_void_p, "positions freq offset gain gate noise"),
-        (_Tensor, "x y grad_y grad_x"),
-        (c_void_p, "grad_freq grad_offset grad_gain grad_gate grad_positions"),
-    )
-
-
-class _PhiloxNormal(Structure):
-    _fields_ = _fields(
-        (c_uint64, "seed"),
-        (c_uint32, "step module kind"),
-        (c_int32, "threads isa dtype"),
-        (c_int64, "hd rows r"),
-        (c_void_p, "out"),
-    )
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
-    library.fastpe_error.restype = ctypes.c_char_p
-    return library
-
-
-def unavailable() -> str | None:
-    """Return why the library cannot be used, or None."""
-    if not LIBRARY.exists():
-        return (
-            f"{LIBRARY.name} was not built: install a C++ compiler (g++ or clang++) and run "
-            "`FASTPE_CPU=1 pip install -e .`, which shows the compiler's error"
-        )
-    try:
-        _library()
-    except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}"
-    return None
+unavailable = CPU.unavailable
 
 
 def unsupported(
@@ -98,33 +49,16 @@ def unsupported(
 
 def describe() -> str:
     """Return the code path and threading in use."""
-    openmp = "OpenMP" if _library().fastpe_openmp() else "one thread, built without OpenMP"
-    return f"{ISAS[_library().fastpe_best_isa()]}, {openmp}"
-
-
-def _call(name: str, args: Structure) -> None:
-    if getattr(_library(), name)(ctypes.byref(args)):
-        raise RuntimeError(f"{name}: {_library().fastpe_error().decode()}")
-
-
-def _tensor(x: Tensor) -> _Tensor:  # [B, T, H, width]
-    return _Tensor(x.data_ptr(), x.stride(), _DTYPES[x.dtype])
-
-
-# of everything made here, whatever torch.set_default_device says
-_CPU = torch.device("cpu")
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=_CPU)
+    openmp = "OpenMP" if CPU.functions.fastpe_openmp() else "one thread, built without OpenMP"
+    return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"
 
 
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return x.shape, x.stride(), x.dtype
 
 
-def _without_data(layout: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> _Tensor:
-    return _Tensor(None, layout[1], _DTYPES[layout[2]])
+def _without_data(layout: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> StridedTensor:
+    return StridedTensor(None, layout[1], DTYPES[layout[2]])
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -142,7 +76,7 @@ def _scan_arguments(
     q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options: ScanOptions
 ) -> bytes:
     """Return the arguments but for data, threads and code path: the same for every step."""
-    args = _CausalDot(*q[0], v[0][-1], min(options.chunk, 2**30))
+    args = CausalDot(*q[0], v[0][-1], min(options.chunk, 2**30))
     args.feature_map = _FEATURE_MAPS[options.feature_map]
     args.normalize, args.eps = _NORMALIZE[options.normalize], options.eps
     args.interleaved, args.pool = options.interleaved, options.pool
@@ -158,17 +92,30 @@ class _Scan:
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         q, k, v, s0, z0, positions, freq = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-        self.dtype = compute_dtype(q)
+        self.dtype, self.device = compute_dtype(q), q.device
         self.positions = _contiguous(positions, torch.float64)
         self.freq = _contiguous(freq, torch.float64)
         self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
         rotation = ((0, 0, 0), 0) if freq is None else (freq.shape, positions.shape[0])
         fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, options)
-        self.args = args = _CausalDot.from_buffer_copy(fixed)
+        self.args = args = CausalDot.from_buffer_copy(fixed)
         args.threads, args.isa = torch.get_num_threads(), isa
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return memory for what is in the dtype of arithmetic."""
+        return empty(*shape, dtype=self.dtype, device=self.device)
+
+    def outputs(self, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return memory for o, s and z, which the arguments then point to."""
+        v, args, (r, rz) = self.inputs[2], self.args, widths
+        b, _, h, e = v.shape
+        o = empty(*v.shape, dtype=v.dtype, device=self.device)
+        s, z = self.empty(b, h, r, e), self.empty(b, h, rz)
+        args.o, args.s, args.z = strided(o), _pointer(s), _pointer(z)
+        return o, s, z
 
 
 def causal_dot(
@@ -186,14 +133,11 @@ def causal_dot(
     """Return o, den [B, H, T] (None unless to be saved) and the final state (`ops.CausalDot`)."""
     scan = _Scan((q, k, v, s0, z0, positions, freq), options)
     b, t, h, d = q.shape
-    r, rz = options.widths(d)
-    o = _empty(*v.shape, dtype=v.dtype)
-    den = _empty(b, h, t if rz else 0, dtype=scan.dtype) if save else None
-    s = _empty(b, h, r, v.shape[-1], dtype=scan.dtype)
-    z = _empty(b, h, rz, dtype=scan.dtype)
-    scan.args.o, scan.args.den = _tensor(o), _pointer(den)
-    scan.args.s, scan.args.z = _pointer(s), _pointer(z)
-    _call("fastpe_causal_dot", scan.args)
+    widths = options.widths(d)
+    o, s, z = scan.outputs(widths)
+    den = scan.empty(b, h, t if widths[1] else 0) if save else None
+    scan.args.den = _pointer(den)
+    call("causal_dot", q.device, scan.args)
     return o, den, s, z
 
 
@@ -213,22 +157,26 @@ def causal_dot_backward(
     args = scan.args
 
     def out(i: int, like: Tensor | None) -> Tensor:
-        return _empty(*like.shape, dtype=like.dtype) if needs[i] else q.new_empty(0)
+        if not needs[i]:
+            return q.new_empty(0)
+        return empty(*like.shape, dtype=like.dtype, device=q.device)
 
     dq, dk, dv, ds0, dz0 = (out(i, x) for i, x in enumerate(inputs[:5]))
     dpositions, dfreq = q.new_empty(0), q.new_empty(0)
     if needs[5]:
-        dpositions = _empty(b, h, t, args.L, dtype=torch.float64)
+        dpositions = empty(b, h, t, args.L, dtype=torch.float64, device=q.device)
     if needs[6]:
-        dfreq = _empty(b, h, args.W, args.L, dtype=torch.float64)
-    args.o, args.den, args.grad_o = _tensor(o), _pointer(den), _tensor(grad_o)
+        dfreq = empty(b, h, args.W, args.L, dtype=torch.float64, device=q.device)
+    args.o, args.den, args.grad_o = strided(o), _pointer(den), strided(grad_o)
     args.grad_s, args.grad_z = _pointer(grad_s), _pointer(grad_z)
     for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
         if x.numel():
-            setattr(args, name, _tensor(x))
+            setattr(args, name, strided(x))
     args.grad_s0, args.grad_z0 = _pointer(ds0), _pointer(dz0)
     args.grad_freq, args.grad_positions = _pointer(dfreq), _pointer(dpositions)
-    _call("fastpe_causal_dot_backward", args)
+    scratch = scan.empty(2, *den.shape) if libraries[q.device.type].on_gpu else None
+    args.scratch = _pointer(scratch)
+    call("causal_dot_backward", q.device, args)
     if needs[5]:
         dpositions = _sum_to(dpositions.sum(1), positions)
     if needs[6]:
@@ -256,21 +204,27 @@ class _Sines:
             _contiguous(sines.gate, wide),
             _contiguous(sines.noise, compute_dtype(x)),
         )
-        self.args = _PhaseFeatures(
+        self.args = PhaseFeatures(
             *(b, t, h, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
             *(positions.shape[-1], positions.shape[0]),
             *(torch.get_num_threads(), isa, sines.pool, group),
             *map(_pointer, self.tensors),
-            _tensor(x),
+            strided(x),
         )
+
+    def output(self) -> Tensor:
+        """Return memory for the features, which the arguments then point to."""
+        shape = *self.x.shape[:-1], self.args.R
+        y = empty(*shape, dtype=self.x.dtype, device=self.x.device)
+        self.args.y = strided(y)
+        return y
 
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
     """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
-    call = _Sines(x, positions, sines, group)
-    y = _empty(*x.shape[:-1], sines.feature_dim, dtype=x.dtype)
-    call.args.y = _tensor(y)
-    _call("fastpe_phase_features", call.args)
+    made = _Sines(x, positions, sines, group)
+    y = made.output()
+    call("phase_features", x.device, made.args)
     return y
 
 
@@ -283,23 +237,35 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
-    call, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
+    made, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
     b, t, h, _ = x.shape
-    dx = _empty(*x.shape, dtype=x.dtype) if needs[0] else x.new_empty(0)
+    wide = {"dtype": torch.float64, "device": x.device}
+    dx = x.new_empty(0)
+    if needs[0]:
+        dx = empty(*x.shape, dtype=x.dtype, device=x.device)
     dpositions = x.new_empty(0)
     if needs[1]:
-        dpositions = _empty(b, h, t, positions.shape[-1], dtype=torch.float64)
-    call.args.grad_y = _tensor(grad_y)
+        dpositions = empty(b, h, t, positions.shape[-1], **wide)
+    made.args.grad_y = strided(grad_y)
     if needs[0]:
-        call.args.grad_x = _tensor(dx)
-    call.args.grad_positions = _pointer(dpositions)
+        made.args.grad_x = strided(dx)
+    made.args.grad_positions = _pointer(dpositions)
     names, grads = ("freq", "offset", "gain", "gate"), []
     for name, need in zip(names, needs[2:], strict=True):
         grads.append(x.new_empty(0))
         if need:
-            grads[-1] = _empty(*getattr(sines, name).shape, dtype=torch.float64).zero_()
-            setattr(call.args, f"grad_{name}", _pointer(grads[-1]))
-    _call("fastpe_phase_features_backward", call.args)
+            grads[-1] = empty(*getattr(sines, name).shape, **wide).zero_()
+            setattr(made.args, f"grad_{name}", _pointer(grads[-1]))
+    scratch = None
+    if libraries[x.device.type].on_gpu:
+        # shares of the tokens, each for a block of threads, whatever the card
+        made.args.slices = slices = min(_SLICES, -(-b * t // 16))
+        if any(needs[2:]):
+            dk = sines.gain[0].numel()
+            size = dk * (2 + made.args.L) + made.args.D
+            scratch = empty(slices, h, size, **wide)
+            made.args.scratch = _pointer(scratch)
+    call("phase_features_backward", x.device, made.args)
     if needs[1]:
         dpositions = _sum_to(dpositions.sum(1), positions)
     grads = [
@@ -309,24 +275,59 @@ def phase_features_backward(
     return dx, dpositions, *grads
 
 
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s0: Tensor,
+    z0: Tensor,
+    positions: Tensor | None,
+    maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None,
+    options: ScanOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o, s and z of one token, T = 1, after a state: encoding and scan in one call."""
+    sines, where, device = [], (None, None), q.device
+    if maps is not None and isinstance(maps[0], SineMap):
+        pairs = zip((q, k), maps, strict=True)
+        sines = [_Sines(x, positions, each, False) for x, each in pairs]
+        q, k = (each.output() for each in sines)
+    elif maps is not None:
+        where = positions, maps[0].freq
+    scan = _Scan((q, k, v, s0, z0, *where), options)
+    o, s, z = scan.outputs(options.widths(q.shape[-1]))
+    for_q, for_k = (each.args for each in sines) if sines else (None, None)
+    call("step", device, scan.args, for_q, for_k)
+    return o, s, z
+
+
+def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
+    """Return the bytes of shared memory that blocks of the CUDA kernels need for D, R and E."""
+    d, r, e = widths
+    args = CausalDot(2**10, 2**10, 1, max(d, r), e, normalize=1)
+    if r <= d:  # a rotation needs most
+        args.freq, args.W, args.L, args.map_first, args.pool = 1, (d + 1) // 2, 1, 1, r < d
+    args.q.dtype = DTYPES[dtype]
+    return CUDA.functions.fastpe_cuda_shared_memory(ctypes.byref(args))
+
+
 def philox_normal(
     seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
-    out = _empty(*shape, dtype=dtype)
+    out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
     hd, rows, r = shape
-    args = _PhiloxNormal(
+    args = PhiloxNormal(
         seed=int(seed) & (2**64 - 1),
         step=int(step) & (2**32 - 1),
         module=module,
         kind=kind,
         threads=torch.get_num_threads(),
         isa=isa,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         hd=hd,
         rows=rows,
         r=r,
         out=_pointer(out),
     )
-    _call("fastpe_philox_normal", args)
+    CPU.call("philox_normal", args)
     return out
