@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+from gpu_peers import GPU_PEERS
 from harness import Case, Model, Setup
 from peers import NUM_REALIZATIONS, NUM_SINES, PEERS
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def attention(
             )
 
         return Model(
-            forward=lambda q, k, v: run(q, k, v, encoding, "auto"),
+            forward=lambda q, k, v: run(q, k, v, encoding, setup.backend),
             reference=lambda q, k, v: run(q, k, v, wide, "reference"),
             parameters=list(encoding.parameters()) if encoding else [],
             reference_parameters=list(wide.parameters()) if wide else [],
@@ -115,3 +116,6 @@ OURS: dict[str, Case] = {
 }
 
 CASES: dict[str, Case] = {**PEERS, **OURS}
+GPU_CASES: dict[str, Case] = {**PEERS, **GPU_PEERS, **OURS}
+# {device: where `harness.find` finds its cases}
+TABLES = {"cpu": "cases.CASES", "cuda": "cases.GPU_CASES"}

@@ -1,9 +1,11 @@
 """Decoding one token at a time, as the context grows: microseconds a token.
 
     python benchmarks/decode.py
+    python benchmarks/decode.py --device cuda --dtype bfloat16
 
 fastpe's step on its state, the same in plain PyTorch, and softmax attention over a cache of keys
-and values, all timed in turn in one process per encoding and context. Writes DIR/decode.jsonl.
+and values, all timed in turn in one process per encoding and context; on a GPU each backend that
+it has, and everything as a CUDA graph too. Writes DIR/decode.jsonl.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import cases
+import devices
+import options
 import report
 import torch
 from harness import TOLERANCE, Setup, alternate, environment, relative_error, spread
-from isolated import Isolated
+from isolated import runner
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -47,8 +50,10 @@ class Decoder:
         self.context = setup.length - STEPS
         self.encoding: nn.Module | None = None
         if make:
-            self.encoding = make(setup.head_dim, setup.heads).eval()
-        self.where = torch.from_numpy(getattr(setup.piece(), field)) if field else None
+            self.encoding = make(setup.head_dim, setup.heads).to(setup.device).eval()
+        self.where = None
+        if field:
+            self.where = torch.from_numpy(getattr(setup.piece(), field)).to(setup.device)
         self.q, self.k, self.v = setup.inputs()
 
     def prefill(self, length: int, backend: str) -> tuple[Tensor, fastpe.LinearAttentionState]:
@@ -112,18 +117,36 @@ class Decoder:
         return run
 
 
+def backends(setup: Setup) -> dict[str, str]:
+    """Return {provider: backend}: on a GPU every one that runs there, unless one was asked for."""
+    if setup.device == "cpu" or setup.backend != "auto":
+        return {"fastpe": setup.backend}
+    found = [n for n, reason in fastpe.available_backends().items() if reason is None]
+    return {f"fastpe {n}": n for n in found if n not in ("cpu", "reference")}
+
+
 def measure(setup: Setup, name: str, seconds: float) -> dict:
     """Return {provider: times of STEPS tokens in ms}, after a check of the steps."""
     torch.set_num_threads(setup.threads)
     decoder = Decoder(setup, name)
     with torch.no_grad():
         full = decoder.prefill(setup.length, "reference")[0][:, -STEPS:]
-        calls = {"fastpe": decoder.steps("auto"), "PyTorch step": decoder.steps("reference")}
-    for provider, run in calls.items():
-        error = relative_error(run(), full)
+        calls = {provider: decoder.steps(b) for provider, b in backends(setup).items()}
+        calls["PyTorch step"] = decoder.steps("reference")
+    known = list(calls)
+    calls["softmax, KV cache"] = decoder.cached_softmax()
+    if setup.device != "cpu":
+        for provider in [p for p in calls if p != "PyTorch step"]:
+            try:
+                calls[f"{provider}, graph"] = devices.graphed(calls[provider])
+            except RuntimeError as error:
+                print(f"{name}, {provider}: no graph: {error}".splitlines()[0], file=sys.stderr)
+                continue
+            known += [f"{provider}, graph"] * (provider in known)
+    for provider in known:
+        error = relative_error(calls[provider](), full)
         if not error <= TOLERANCE[setup.dtype][0]:
             raise ArithmeticError(f"{provider}: relative error {error:.1e} against one forward")
-    calls["softmax, KV cache"] = decoder.cached_softmax()
     return {p: spread(t) for p, t in alternate(calls, setup.device, seconds).items()}
 
 
@@ -131,16 +154,15 @@ def main() -> int:
     """Run the benchmark; return 1 if a row was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repeats of a row")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
-    if min(args.contexts) < 1 or args.threads < 1:
-        parser.error("--contexts and --threads must be at least 1")
-    isolated, records = Isolated(), []
+    options.check(parser, args, "contexts")
+    isolated, records = runner(args.device), []
     for name, context in tqdm([(n, c) for n in ENCODINGS for c in args.contexts], unit="row"):
-        setup = Setup(context + STEPS, threads=args.threads)
-        record = {"row": name, "context": context, **asdict(setup), **environment("cpu")}
+        setup = options.setup(args, context + STEPS)
+        found = asdict(setup) | environment(setup)
+        record = {"row": name, "context": context, **found}
         result = isolated(measure, setup, name, args.seconds)
         records.append(
             record | ({"error": result["error"]} if "error" in result else {"ms": result})
@@ -160,7 +182,8 @@ def table(records: list[dict]) -> str:
         if "error" in r:
             cells = ["error"] * len(providers)
         else:
-            cells = [report.brief(1e3 * r["ms"][p]["median"] / STEPS) for p in providers]
+            times = [r["ms"].get(p) for p in providers]
+            cells = [report.brief(1e3 * t["median"] / STEPS) if t else "none" for t in times]
         lines.append([r["row"], str(r["context"]), *cells])
     errors = [f"- {r['row']}, {r['context']}: {r['error']}" for r in records if "error" in r]
     return "\n".join([report.markdown(lines), *errors, "", report.describe(records[-1])])

@@ -13,9 +13,9 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
+import options
 import report
 import torch
 from cases import fstripe_sff, sinespe
@@ -26,12 +26,13 @@ from harness import (
     TOLERANCE,
     Setup,
     alternate,
+    backend,
     environment,
     output_gradient,
     relative_error,
     spread,
 )
-from isolated import Isolated
+from isolated import runner
 from peers import MaterialisedSPE
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -48,15 +49,15 @@ def providers(
     encoding: nn.Module, positions: Tensor, setup: Setup
 ) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
     """Return name -> (x to features, learned tensors)."""
-    backend = fastpe.backends.resolve("auto", torch.device(setup.device))
+    used = backend(setup)
     learned = list(encoding.parameters())
-    if backend == "reference":
+    if used == "reference":
         raise RuntimeError("no fused features here: " + str(fastpe.available_backends()))
 
     def fused(group: bool) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             sines = encoding.position_maps()[0]
-            return PhaseFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, backend)
+            return PhaseFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, used)
 
         return run
 
@@ -76,9 +77,9 @@ def measure(setup: Setup, field: str, seconds: float) -> dict:
     torch.set_num_threads(setup.threads)
     torch.manual_seed(0)
     make = fstripe_sff if field else sinespe
-    encoding = make(setup.head_dim, setup.heads).eval()
+    encoding = make(setup.head_dim, setup.heads).to(setup.device).eval()
     labels = getattr(setup.piece(), field or "time")
-    positions = torch.from_numpy(labels).double()[None, :, None]
+    positions = torch.from_numpy(labels).to(setup.device).double()[None, :, None]
     x = setup.inputs()[0]
     rows = providers(encoding, positions, setup)
     check(encoding, x[:, :CHECK_LENGTH], positions[:, :CHECK_LENGTH], rows, setup)
@@ -134,19 +135,18 @@ def main() -> int:
     """Run the benchmark; return 1 if a row was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repeats of a row")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
-    if min(args.lengths) < 1 or args.threads < 1:
-        parser.error("--lengths and --threads must be at least 1")
-    isolated, records = Isolated(), []
+    options.check(parser, args, "lengths")
+    isolated, records = runner(args.device), []
     rows = [(length, field) for length in args.lengths for field in ("", *POSITIONS)]
     for length, field in tqdm(rows, unit="row"):
-        setup = Setup(length, threads=args.threads)
+        setup = options.setup(args, length)
         result = isolated(measure, setup, field, args.seconds)
         name = f"F-StrIPE:SFF, {field}" if field else "SineSPE, time"
-        records.append({"row": name, **asdict(setup), **environment("cpu"), **result})
+        found = asdict(setup) | environment(setup)
+        records.append({"row": name, **found, **result})
     args.out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record) for record in records]
     (args.out / "features.jsonl").write_text("\n".join(lines) + "\n")

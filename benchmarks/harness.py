@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import devices
 import music
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Setup:
     threads: int = 1
     data: str | None = None
     song: int = 0
+    backend: str = "auto"
 
     def piece(self) -> music.Piece:
         """Return the music, `length` steps of it."""
@@ -59,11 +61,19 @@ class Setup:
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v, [B, T, H, D]."""
-        q, k, v = music.embed(
-            self.piece(), self.heads, self.head_dim, self.head_dim, self.batch,
-            dtype=getattr(torch, self.dtype),
-        )  # fmt: skip
-        return q.to(self.device), k.to(self.device), v.to(self.device)
+        # on a GPU, where all cases share a process, those of one length are made once
+        made = _embedded.__wrapped__ if self.device == "cpu" else _embedded
+        q, k, v = made(self)
+        return q.detach(), k.detach(), v.detach()
+
+
+@functools.lru_cache(maxsize=1)
+def _embedded(setup: Setup) -> tuple[Tensor, ...]:
+    made = music.embed(
+        setup.piece(), setup.heads, setup.head_dim, setup.head_dim, setup.batch,
+        dtype=getattr(torch, setup.dtype),
+    )  # fmt: skip
+    return tuple(x.to(setup.device) for x in made)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -100,7 +110,7 @@ class Case:
         quadratic: Time grows with the square of the length.
         slow_start: Compiles for seconds before the first call; left out by --quick.
         ours: One of fastpe's.
-        unavailable: Returns why the case cannot run here, or None.
+        unavailable: Returns why the case cannot run here with a setup, or None.
     """
 
     label: str
@@ -110,7 +120,7 @@ class Case:
     quadratic: bool = False
     slow_start: bool = False
     ours: bool = False
-    unavailable: Callable[[], str | None] = lambda: None
+    unavailable: Callable[[Setup], str | None] = lambda setup: None
 
 
 def find(table: str, name: str) -> Case:
@@ -126,10 +136,10 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return difference / scale if difference == difference else float("inf")
 
 
-def check(table: str, name: str, setup: Setup) -> dict:
+def check(table: str, name: str, setup: Setup, length: int = CHECK_LENGTH) -> dict:
     """Compare output and every gradient with float64, at a small length, for each variant."""
     torch.set_num_threads(setup.threads)
-    setup = replace(setup, length=min(CHECK_LENGTH, setup.length))
+    setup = replace(setup, length=min(length, setup.length))
     case = find(table, name)
     limits = TOLERANCE[setup.dtype]
     worst: dict[str, float] = {}
@@ -154,8 +164,8 @@ def check(table: str, name: str, setup: Setup) -> dict:
 
 def output_gradient(o: Tensor) -> Tensor:
     """Return a fixed Gaussian gradient for the output o."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(o.shape, generator=generator).to(o)
+    generator = torch.Generator(o.device).manual_seed(1)
+    return torch.randn(o.shape, generator=generator, device=o.device).to(o)
 
 
 def call(model: Model, inputs: tuple[Tensor, ...], mode: str, do: Tensor) -> Callable[[], Tensor]:
@@ -178,24 +188,14 @@ def call(model: Model, inputs: tuple[Tensor, ...], mode: str, do: Tensor) -> Cal
     return training
 
 
-def milliseconds(function: Callable[[], Tensor], device: str) -> float:
-    """Return the time of one call."""
-    if device != "cpu":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    start_ns = time.perf_counter_ns()
-    function()
-    return (time.perf_counter_ns() - start_ns) * 1e-6
-
-
 def alternate(
-    functions: dict[str, Callable[[], Tensor]], device: str, seconds: float
+    functions: dict[str, Callable[[], Tensor]], device: str, seconds: float, host: bool = True
 ) -> dict[str, list[float]]:
-    """Time the functions in turn, after a warm-up each, for about `seconds`: 3 to 50 rounds."""
+    """Time the functions in turn, after a warm-up each, for about `seconds`: 3 to 50 rounds.
+
+    On a GPU with or without the time of the host (`devices.CudaClock`).
+    """
+    milliseconds = devices.clock(device, host)
     for function in functions.values():
         o = function()
         if not bool(o.isfinite().all()) or not bool(o.any()):
@@ -203,12 +203,14 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in functions}
     gc.disable()
     start = time.perf_counter()
-    for done in range(1, 51):
-        for name, function in functions.items():
-            times[name].append(milliseconds(function, device))
-        if done >= 3 and (time.perf_counter() - start) * (done + 1) / done > seconds:
-            break
-    gc.enable()
+    try:
+        for done in range(1, 51):
+            for name, function in functions.items():
+                times[name].append(milliseconds(function))
+            if done >= 3 and (time.perf_counter() - start) * (done + 1) / done > seconds:
+                break
+    finally:
+        gc.enable()
     return times
 
 
@@ -238,9 +240,22 @@ def measure_time(
     return result
 
 
+def environment(setup: Setup) -> dict:
+    """Return versions, machine, commit and date, as every record holds them, and the backend."""
+    return _machine(setup.device) | {"backend": backend(setup)}
+
+
+def backend(setup: Setup) -> str:
+    """Return the backend that fastpe's cases run on, of as many features as the head dim."""
+    with warnings.catch_warnings():
+        # the backend is recorded; no need to be told in each process that it is the slow one
+        warnings.simplefilter("ignore")
+        where, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
+        return fastpe.backends.resolve(setup.backend, where, dtype, (setup.head_dim,) * 3)
+
+
 @functools.cache
-def environment(device: str) -> dict:
-    """Return versions, machine, commit and date, as every record holds them."""
+def _machine(device: str) -> dict:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -251,17 +266,12 @@ def environment(device: str) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    with warnings.catch_warnings():
-        # the backend is recorded; no need to be told in each process that it is the slow one
-        warnings.simplefilter("ignore")
-        backend = fastpe.backends.resolve("auto", torch.device(device))
     return {
         "torch": torch.__version__,
         "fastpe": fastpe.__version__,
-        "backend": backend,
         "python": platform.python_version(),
         "cpu": cpu,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    } | devices.describe(device)

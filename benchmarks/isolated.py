@@ -1,5 +1,7 @@
 """Functions run in fresh processes, so that no measurement meets what another left behind.
 
+On a GPU they run in this one: its memory is counted by torch and given back in between.
+
 Processes are forked from a server that has imported the slow modules and done nothing with them:
 each starts in milliseconds, with no memory, threads or caches of another.
 """
@@ -13,8 +15,12 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+import devices
+import torch
+
 # the last one is what the first backward imports, for most of a second
 PRELOAD = ("torch", "torch.fx.experimental.symbolic_shapes", "numpy", "fastpe")
+_REFERENCE = "fastpe uses its PyTorch reference"
 
 
 class Isolated:
@@ -46,8 +52,35 @@ class Isolated:
         return result
 
 
+class InProcess:
+    """Runs functions here, where a process of its own would start the GPU anew for each."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __call__(self, function: Callable[..., dict], *args: object) -> dict:
+        """Return what the function returns, or {"error": why} if it raised."""
+        try:
+            return function(*args)
+        except torch.OutOfMemoryError as error:
+            return {"error": f"out of memory: {error}".splitlines()[0]}
+        except Exception as error:
+            traceback.print_exc(limit=-4, file=sys.stderr)
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        finally:
+            devices.release(self._device)
+
+
+def runner(device: str) -> Isolated | InProcess:
+    """Return what runs measurements on a device."""
+    if device == "cpu":
+        return Isolated()
+    warnings.filterwarnings("ignore", message=_REFERENCE)
+    return InProcess(device)
+
+
 def _child(send: multiprocessing.connection.Connection, function: Callable, args: tuple) -> None:
-    warnings.filterwarnings("ignore", message="fastpe uses its PyTorch reference")
+    warnings.filterwarnings("ignore", message=_REFERENCE)
     try:
         send.send(function(*args))
     except Exception as error:

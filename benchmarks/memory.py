@@ -1,5 +1,7 @@
 """Extra peak memory of one call: the highest resident size during it less the size before it.
 
+On a GPU: the most that torch had allocated there, less what it had before.
+
 The inputs, and for training the gradient of the output, are there before. A call on the first 128
 tokens comes first: it loads code, starts threads, draws noise that is kept. From 64 KiB up, memory
 is asked of the system and given back to it when freed (M_MMAP_THRESHOLD), so that no allocation is
@@ -10,12 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import re
 import resource
 import sys
 from pathlib import Path
 
+import devices
 import torch
 from harness import Setup, call, find, output_gradient
 
@@ -39,27 +41,13 @@ def measure_memory(table: str, name: str, setup: Setup, mode: str, variant: int 
         call(model, tuple(first[:3]), mode, first[3])()
     gc.collect()
     if setup.device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        measured()
-        torch.cuda.synchronize()
-        return {"extra_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
+        return {"extra_mb": devices.cuda_peak(measured) / 1e6}
     before = start_peak()
     o = measured()
     extra = peak() - before
     if not bool(o.isfinite().all()):
         raise ArithmeticError("the output is not finite")
     return {"extra_mb": max(extra, 0) / 1e6}
-
-
-def total_ram() -> int:
-    """Return the bytes of memory that this process may use."""
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip().isdigit():
-        size = min(size, int(limit.read_text()))
-    return size
 
 
 def return_freed_memory() -> None:

@@ -12,15 +12,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
+import options
 import report
 import torch
-from cases import CASES
-from harness import MODES, Setup, alternate, call, check, environment, output_gradient, spread
-from isolated import Isolated
-
-TABLE = "cases.CASES"
+from cases import GPU_CASES, TABLES
+from harness import MODES, Setup, alternate, call, check, environment, find, output_gradient, spread
+from isolated import runner
 
 
 def measure(names: list[str], setup: Setup, seconds: float) -> dict:
@@ -28,7 +26,8 @@ def measure(names: list[str], setup: Setup, seconds: float) -> dict:
     torch.set_num_threads(setup.threads)
     inputs = setup.inputs()
     do = output_gradient(inputs[2])
-    models = {(n, v): CASES[n].build(setup, v) for n in names for v in CASES[n].variants}
+    cases = {n: find(TABLES[setup.device], n) for n in names}
+    models = {(n, v): case.build(setup, v) for n, case in cases.items() for v in case.variants}
     result = {}
     for mode in MODES:
         calls = {key: call(model, inputs, mode, do) for key, model in models.items()}
@@ -43,17 +42,15 @@ def measure(names: list[str], setup: Setup, seconds: float) -> dict:
 def main() -> int:
     """Run the benchmark; return 1 if a case was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="+", choices=sorted(CASES), metavar="CASE")
+    parser.add_argument("cases", nargs="+", choices=sorted(GPU_CASES), metavar="CASE")
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="for the repeats of a mode")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
-    if args.length < 1 or args.threads < 1:
-        parser.error("--length and --threads must be at least 1")
-    setup, isolated = Setup(args.length, threads=args.threads), Isolated()
+    options.check(parser, args, "length")
+    setup, isolated = options.setup(args, args.length), runner(args.device)
     for name in args.cases:
-        result = isolated(check, TABLE, name, setup)
+        result = isolated(check, TABLES[args.device], name, setup)
         if "error" in result:
             print(f"{name}: {result['error']}", file=sys.stderr)
             return 1
@@ -67,7 +64,7 @@ def main() -> int:
         ms = [times[mode][name]["median"] for mode in MODES]
         ratios = [times[mode][name]["median"] / times[mode][first]["median"] for mode in MODES]
         lines.append([name, *(f"{x:.1f}" for x in ms), *(f"{x:.2f}x" for x in ratios)])
-    record = asdict(setup) | environment("cpu") | {"cases": times}
+    record = asdict(setup) | environment(setup) | {"cases": times}
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "pairs.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -66,7 +66,9 @@ def crossover(rows: list[dict], records: list[dict]) -> str:
 
 def describe(r: dict) -> str:
     """Return one line on machine, versions and sizes."""
-    on = r["gpu"] if r["device"] == "cuda" else f"{r['cpu']}, {r['threads']} threads"
+    on = f"{r['cpu']}, {r['threads']} threads"
+    if r["device"] == "cuda":
+        on = f"{r['gpu']}, driver {r['driver']}, CUDA {r['cuda']}, Triton {r['triton']}"
     return (
         f"{on}; torch {r['torch']}, fastpe {r['fastpe']} ({r['commit']}), backend {r['backend']}, "
         f"Python {r['python']}; B={r['batch']} H={r['heads']} D=E={r['head_dim']}, {r['dtype']}; "

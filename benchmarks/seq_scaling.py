@@ -2,6 +2,7 @@
 
     python benchmarks/seq_scaling.py            256 .. 16384 tokens
     python benchmarks/seq_scaling.py --quick    two minutes on two cores
+    python benchmarks/seq_scaling.py --device cuda --dtype bfloat16 --batch 4 --heads 16
 
 Every case is checked against float64 before it is timed. Writes DIR/seq_scaling.jsonl, .md, .png.
 """
@@ -13,27 +14,15 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
+import devices
+import options
 import report
-import torch
-from cases import CASES
-from harness import (
-    BASELINE,
-    MODES,
-    TOLERANCE,
-    TRAINING,
-    Case,
-    Setup,
-    check,
-    environment,
-    measure_time,
-)
-from isolated import Isolated
-from memory import measure_memory, total_ram
+from cases import CASES, GPU_CASES, TABLES
+from harness import BASELINE, MODES, TRAINING, Case, Setup, check, environment, measure_time
+from isolated import InProcess, Isolated, runner
+from memory import measure_memory
 from tqdm import tqdm
-
-TABLE = "cases.CASES"
 
 
 @dataclass(frozen=True)
@@ -62,18 +51,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--min-len", type=int, help="default 256, 512 with --quick")
     parser.add_argument("--max-len", type=int, help="default 16384, 4096 with --quick")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)}")
+    options.add(parser)
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(GPU_CASES)}")
     parser.add_argument("--data", help="an .npz of songs instead of Bach's prelude")
     parser.add_argument("--song", type=int, default=0, help="which song of --data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, shorter, no compile")
-    parser.add_argument("--max-memory", type=float, metavar="GB", help="default 60%% of the RAM")
+    parser.add_argument("--max-memory", type=float, metavar="GB", help="default 60%% of all")
     parser.add_argument("--max-seconds", type=float, help="of one call; default 30, 1 with --quick")
     args = parser.parse_args(argv)
     # an explicit 0 is kept, and refused below
@@ -81,25 +64,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.min_len = 512 if args.quick else 256
     args.max_len = args.max_len or (4096 if args.quick else 16384)
     args.max_seconds = args.max_seconds or (1.0 if args.quick else 30.0)
-    args.max_memory = args.max_memory or 0.6 * total_ram() / 1e9
-    unknown = set(args.cases or ()) - set(CASES)
+    known = cases_of(args.device)
+    unknown = set(args.cases or ()) - set(known)
     if unknown:
-        parser.error(f"--cases must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
-    for name in ("min_len", "batch", "heads", "head_dim", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+        parser.error(f"--cases must be of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    options.check(parser, args, "min_len")
     if args.max_len < args.min_len:
         parser.error(f"--max-len {args.max_len} is below --min-len {args.min_len}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch.cuda.is_available() is False")
+    args.max_memory = args.max_memory or 0.6 * devices.total_memory(args.device) / 1e9
     return args
 
 
-class Sweep:
-    """Measures cases over lengths, in processes of their own, within limits."""
+def cases_of(device: str) -> dict[str, Case]:
+    """Return the cases that run on a device."""
+    return CASES if device == "cpu" else GPU_CASES
 
-    def __init__(self, setup: Setup, limits: Limits, isolated: Isolated) -> None:
+
+class Sweep:
+    """Measures cases over lengths, on the CPU in processes of their own, within limits."""
+
+    def __init__(self, setup: Setup, limits: Limits, isolated: Isolated | InProcess) -> None:
         self.setup, self.limits, self.isolated = setup, limits, isolated
+        self.cases, self.table = cases_of(setup.device), TABLES[setup.device]
         self.checked: dict[str, dict] = {}
         # {case: (status, reason)} of those not to be measured (any more)
         self.out: dict[str, tuple[str, str]] = {}
@@ -110,14 +96,14 @@ class Sweep:
 
     def check(self, name: str) -> None:
         """Compare a case with float64, or note why it is left out."""
-        case = CASES[name]
-        reason = case.unavailable()
+        case = self.cases[name]
+        reason = case.unavailable(self.setup)
         if not reason and case.slow_start and not self.limits.slow_start:
             reason = "compiles for a minute; not with --quick unless named in --cases"
         if reason:
             self.out[name] = "skipped", reason
             return
-        result = self.isolated(check, TABLE, name, self.setup)
+        result = self.isolated(check, self.table, name, self.setup)
         if "error" in result:
             self.out[name] = "error", result["error"]
         else:
@@ -145,7 +131,8 @@ class Sweep:
         }
         times = {}
         if modes:
-            times = self.isolated(measure_time, TABLE, name, setup, modes, self.limits.seconds)
+            seconds = self.limits.seconds
+            times = self.isolated(measure_time, self.table, name, setup, modes, seconds)
         records = []
         for mode, reason in reasons.items():
             record = self._record(name, setup, mode)
@@ -155,7 +142,7 @@ class Sweep:
                 record |= {"status": "error", "reason": times["error"]}
             else:
                 variant = times[mode]["variant"]
-                memory = self.isolated(measure_memory, TABLE, name, setup, mode, variant)
+                memory = self.isolated(measure_memory, self.table, name, setup, mode, variant)
                 record |= {"status": "ok", "check": self.checked[name], **times[mode], **memory}
                 if "error" in memory:
                     record |= {"status": "error", "reason": memory["error"]}
@@ -175,7 +162,7 @@ class Sweep:
         minutes = (time.monotonic() - self.start) / 60
         if self.limits.minutes and minutes > self.limits.minutes:
             return f"the {self.limits.minutes:g} minutes of --quick are over"
-        case, megabytes = CASES[name], 0.0
+        case, megabytes = self.cases[name], 0.0
         if case.extra_bytes:
             megabytes = case.extra_bytes(setup, mode == TRAINING) / 1e6
         if (name, mode) in self.last:
@@ -195,19 +182,15 @@ class Sweep:
         return None
 
     def _record(self, name: str, setup: Setup, mode: str) -> dict:
-        case: Case = CASES[name]
+        case = self.cases[name]
         row = {"case": name, "label": case.label, "ours": case.ours, "mode": mode}
-        return row | asdict(setup) | environment(setup.device)
+        return row | asdict(setup) | environment(setup)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 if a case was wrong or failed."""
     args = parse(argv)
-    setup = Setup(
-        args.max_len,
-        *(args.batch, args.heads, args.head_dim, args.dtype, args.device, args.threads),
-        *(args.data, args.song),
-    )
+    setup = options.setup(args, args.max_len, data=args.data, song=args.song)
     try:
         piece = setup.piece()
     except ValueError as error:
@@ -215,8 +198,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     lengths = [args.min_len * 2**i for i in range(64) if args.min_len * 2**i <= args.max_len]
     # SDPA first: the others are timed in turn with it where it is affordable; then fastpe's
-    names = [n for n in CASES if n == BASELINE or not args.cases or n in args.cases]
-    names.sort(key=lambda n: (n != BASELINE, not CASES[n].ours))
+    cases = cases_of(args.device)
+    names = [n for n in cases if n == BASELINE or not args.cases or n in args.cases]
+    names.sort(key=lambda n: (n != BASELINE, not cases[n].ours))
     limits = Limits(
         gigabytes=args.max_memory,
         call_seconds=args.max_seconds,
@@ -224,11 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         slow_start=not args.quick or bool(args.cases),
         minutes=1.6 if args.quick else None,
     )
-    print(
-        f"{piece.name}; {report.describe(asdict(setup) | environment(args.device))}",
-        file=sys.stderr,
-    )
-    sweep = Sweep(setup, limits, Isolated())
+    found = asdict(setup) | environment(setup)
+    print(f"{piece.name}; {report.describe(found)}", file=sys.stderr)
+    sweep = Sweep(setup, limits, runner(args.device))
     records = []
     args.out.mkdir(parents=True, exist_ok=True)
     lines = args.out / "seq_scaling.jsonl"

@@ -20,6 +20,7 @@ def show_config() -> None:
             print(f"  {name:10} unavailable: {reason}")
         else:
             print(f"  {name:10} {backends.describe(name)}")
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        usual = torch.device(device), torch.float32, (64, 64, 64)
-        print(f"  auto       {backends.resolve('auto', *usual)!r} for tensors on {device}")
+    for device, where in (("cpu", "the CPU"), ("cuda", "a GPU")):
+        if device == "cpu" or torch.cuda.is_available():
+            usual = torch.device(device), torch.float32, (64, 64, 64)
+            print(f"  auto       {backends.resolve('auto', *usual)!r} for tensors on {where}")

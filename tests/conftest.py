@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 from helpers import Fade
@@ -97,6 +98,8 @@ def _backends():
                 yield pytest.param((name, isa), id=f"{name}-{native.ISAS[isa]}")
             yield pytest.param((name, "cuda-host"), id="cuda-host")
         elif name == "triton":
+            if torch.cuda.is_available():
+                continue  # not for the tensors of these tests: test_gpu.py
             yield pytest.param((name, False), id=name)
             yield pytest.param((name, True), id=f"{name}-segments")
         else:
@@ -110,32 +113,58 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, rows, indirect=True)
 
 
-# modules whose tests of the Triton kernels run in the interpreter, a second each; cards run all
-_INTERPRETED = ("test_attention", "test_causal_dot", "test_encodings", "test_noise")
-_THOROUGH = (
+# tests of the Triton kernels that run in its interpreter, at half a second a case
+_THOROUGH = {
     "test_output_state_and_every_gradient",
     "test_shapes",
     "test_gradient_of_the_state_alone",
-)
+}
+_INTERPRETED = _THOROUGH | {
+    "test_any_width",
+    "test_default_positions_count_from_the_state",
+    "test_dtypes_of_the_results",
+    "test_empty_batch_and_sequence",
+    "test_every_number_is_philox",
+    "test_expanded_inputs",
+    "test_feature_maps_and_normalizers",
+    "test_integer_positions_beyond_24_bits",
+    "test_kernels_are_the_same_to_rounding",
+    "test_known_answers",
+    "test_last_key_does_not_move_past_outputs",
+    "test_negative_views",
+    "test_odd_width",
+    "test_parameters_in_any_layout",
+    "test_second_derivative_is_never_dropped",
+    "test_shapes_of_positions",
+    "test_split_and_resume",
+    "test_split_denominator",
+}
 
 
-def _left_to_cards(item):
+# one for each path through the kernels
+_DISTINCT = ("none", "rope", "rope-before", "ropepool", "sinespe", "fstripe-pooled")
+
+
+def _too_slow(item):
     """Return whether the interpreter would take too long for what a test adds."""
-    params = getattr(item, "callspec", None)
-    params = params.params if params else {}
+    spec = getattr(item, "callspec", None)
+    params = spec.params if spec else {}
     name, path = params.get("backend", params.get("kernels", ("", 0)))
-    if name != "triton" or item.originalname in _THOROUGH:
+    if name != "triton":
         return False
-    narrow = params.get("dtype", torch.float64) not in (torch.float64, torch.bfloat16)
-    return path or narrow or item.module.__name__ not in _INTERPRETED
+    dtype = params.get("dtype", torch.float64)
+    distinct = spec.id.startswith("triton") or spec.id.split("-triton")[0] in _DISTINCT
+    if item.originalname in _THOROUGH:
+        # everything in float64 and in one piece, the rest once
+        return not (distinct or (dtype == torch.float64 and not path))
+    narrow = dtype not in (torch.float64, torch.bfloat16)
+    return path or narrow or not distinct or item.originalname not in _INTERPRETED
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
-    left = [item for item in items if _left_to_cards(item)]
+    left = [item for item in items if _too_slow(item)]
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if not _left_to_cards(item)]
+    items[:] = [item for item in items if not _too_slow(item)]
 
 
 def _select(request, monkeypatch):
@@ -196,6 +225,23 @@ def native_kernels():
     return "cpu"
 
 
+@pytest.fixture
+def on_a_gpu(request):
+    """Skip where there is none, and say what was not checked: the docstring of the test."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"no GPU; not checked: {request.function.__doc__.splitlines()[0]}")
+
+
+@pytest.fixture
+def engine(request, on_a_gpu):
+    """A backend that runs on the GPU."""
+    reason = gpu.usable(request.param)
+    if reason is not None:
+        what = request.function.__doc__.splitlines()[0]
+        pytest.skip(f"backend {request.param!r}: {reason}; not checked: {what}")
+    return request.param
+
+
 @pytest.fixture(params=ENCODINGS)
 def make_encoding(request):
     """Factory of every encoding, (head_dim, num_heads) -> module or None."""
@@ -213,7 +259,10 @@ def _nan_in_new_memory(monkeypatch):
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.split(".")[0] == "fastpe":
                 with torch.no_grad():
-                    x.fill_(math.nan if x.is_floating_point() else -(2**31) + 1)
+                    # bytes are memory to be cut up: all ones are NaN of every width
+                    ones = 255 if x.dtype == torch.uint8 else -1
+                    wrong = ones if x.itemsize == 1 else -(2**31) + 1
+                    x.fill_(math.nan if x.is_floating_point() else wrong)
             return x
 
         return wrapper

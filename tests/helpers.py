@@ -54,26 +54,27 @@ def compute_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_inputs(b, t, h, d, e, dtype=torch.float64, seed=0):
+def make_inputs(b, t, h, d, e, dtype=torch.float64, seed=0, device="cpu"):
     """Return q, k [B, T, H, D] and v [B, T, H, E], standard normal."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (b, t, h, d), (b, t, h, d), (b, t, h, e)
-    return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return tuple(x.to(device, dtype) for x in made)
 
 
-def make_positions(encoding, b, t, seed=0):
+def make_positions(encoding, b, t, seed=0, device="cpu"):
     """Return structure positions [B, T, L]: real, repeated, unordered, of both signs."""
     if encoding is None:
         return None
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-20, 60, (b, t, encoding.num_levels), generator=generator)
-    return labels.double() / 2
+    return labels.to(device).double() / 2
 
 
-def make_state(encoding, b, h, d, e, dtype, **options):
+def make_state(encoding, b, h, d, e, dtype, device="cpu", **options):
     """Return a state with random contents, s of both signs and z positive."""
-    q, k, v = make_inputs(b, 1, h, d, e, dtype, seed=5)
-    positions = make_positions(encoding, b, 1)
+    q, k, v = make_inputs(b, 1, h, d, e, dtype, seed=5, device=device)
+    positions = make_positions(encoding, b, 1, device=device)
     with torch.no_grad():
         state = fastpe.causal_linear_attention(
             *(q, k, v),
@@ -85,7 +86,7 @@ def make_state(encoding, b, h, d, e, dtype, **options):
         )[1]
     generator = torch.Generator().manual_seed(6)
     s, z = (
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         for x in (state.s, state.z)
     )
     return state._replace(s=s, z=z.abs())
@@ -96,7 +97,7 @@ def gradients(outputs, leaves, seed=7):
     loss = 0
     for i, x in enumerate(outputs.values()):
         generator = torch.Generator().manual_seed(seed + i)
-        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
         # a gradient that half precision can hold, so that every dtype is given the same
         loss = loss + (x.double() * weight.to(torch.bfloat16).double()).sum()
     used = {name: x for name, x in leaves.items() if x.requires_grad}
@@ -119,7 +120,9 @@ def leaf(x, dtype=None):
 class Problem:
     """One call: inputs, an encoding and options; run by fastpe and by the oracle.
 
-    Results are dicts of o, s, z and the gradients of every input, state and parameter.
+    Results are dicts of o, s, z and the gradients of every input, state and parameter. `forms` are
+    those of the oracle whose error is allowed: over hundreds of tokens a recurrence in half
+    precision would allow anything; `exact` is the one that is run in float64.
     """
 
     def __init__(
@@ -132,15 +135,21 @@ class Problem:
         e=6,
         positions="structure",
         state=True,
+        device="cpu",
+        forms=("matmul", "recurrent"),
+        exact="direct",
         **options,
     ):
         (b, t, h), d = shape, d if encoding is None else encoding.head_dim
-        if encoding is not None and dtype == torch.float64:
-            encoding.double()
+        if encoding is not None:
+            encoding.to(device, torch.float64 if dtype == torch.float64 else None)
         self.encoding, self.dtype, self.options = encoding, dtype, options
-        self.q, self.k, self.v = make_inputs(b, t, h, d, e, dtype)
-        self.positions = make_positions(encoding, b, t) if positions == "structure" else positions
-        self.state = make_state(encoding, b, h, d, e, dtype, **options) if state else None
+        self.forms, self.exact = forms, exact
+        self.q, self.k, self.v = make_inputs(b, t, h, d, e, dtype, device=device)
+        self.positions = positions
+        if positions == "structure":
+            self.positions = make_positions(encoding, b, t, device=device)
+        self.state = make_state(encoding, b, h, d, e, dtype, device, **options) if state else None
         self._expected = {}
 
     @property
@@ -200,7 +209,7 @@ class Problem:
             self._expected[key] = self.compute(*how, **more)
         return self._expected[key]
 
-    def compute(self, dtype=torch.float64, form="direct", *, rounding=None, derive=results):
+    def compute(self, dtype=torch.float64, form=None, *, rounding=None, derive=results):
         """Return the results of the oracle, in a dtype, from numbers that are rounded."""
         leaves = {name: leaf(getattr(self, name), dtype) for name in "qkv"}
         if self.state is not None:
@@ -218,7 +227,7 @@ class Problem:
             s0=leaves.get("s0"),
             z0=leaves.get("z0"),
             start=0 if self.state is None else self.state.length,
-            form=form,
+            form=form or self.exact,
             **self.options,
         )
         outputs, leaves = {"o": o, "s": s, "z": z}, leaves | params
@@ -230,7 +239,7 @@ class Problem:
         A rounding is exact arithmetic on inputs off by their last digit: three of them, since the
         error of a single number may be small by chance.
         """
-        forms = [self.expected(dtype, form) for form in ("matmul", "recurrent")]
+        forms = [self.expected(dtype, form) for form in self.forms]
         return forms + [self.expected(rounding=(dtype, seed)) for seed in range(3)]
 
     def check(self, actual):
@@ -252,7 +261,7 @@ def round_(leaves, dtype, seed):
         for name, x in leaves.items():
             # positions are exact; states and parameters are in float32 for half precision
             unit = torch.finfo(dtype if name in "qkv" else compute_dtype(dtype)).eps
-            signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+            signs = (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x.device)
             x.mul_(1 + unit * signs * (name != "positions"))
 
 

@@ -59,7 +59,7 @@ def rope_features(encoding, params, x, positions):
             theta = params["theta"].double()[:, i].expand(heads, levels)
         else:
             shift = torch.arange(heads) / heads if encoding.per_head else torch.zeros(heads)
-            exponent = -2 * (i + shift.double()) / encoding.rotary_dim
+            exponent = -2 * (i + shift.double().to(x.device)) / encoding.rotary_dim
             theta = (encoding.base**exponent / levels)[:, None].expand(heads, levels)
         angle = sum(theta[:, j] * positions[..., j, None] for j in range(levels))  # [B, T, H]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -96,10 +96,10 @@ def sine_features(encoding, params, x, positions, side, form):
         out = x[..., None] * (scale * rows).to(x.dtype)
         return out.sum(3) if encoding.pool else out.flatten(-2)
     key = encoding.noise_key.tolist()
-    z = normal(*key, 0, 0, h * d, 2 * k, r).view(h, d, 2 * k, r)
+    z = normal(*key, 0, 0, h * d, 2 * k, r).view(h, d, 2 * k, r).to(x.device)
     if gate is not None:
         eps = normal(*key, getattr(encoding, "module_id", 0), 1, h * d, 1, r)
-        z = torch.cat((z, eps.view(h, d, 1, r)), 2)
+        z = torch.cat((z, eps.view(h, d, 1, r).to(x.device)), 2)
     scale = (r * d) ** -0.25 if encoding.scale == "matched" else r**-0.5
     if form == "direct":
         code = scale * torch.einsum("bthdj,hdjr->bthdr", rows, z.to(dtype).double())
@@ -125,7 +125,8 @@ def encode(encoding, params, x, positions, side, form="direct"):
 def content(name, x):
     """MATH section 7."""
     if name == "elu1":
-        return torch.where(x > 0, x + 1, torch.exp(torch.minimum(x, torch.zeros_like(x))))
+        # clamp has slope 1 at 0 as elu has, where minimum would share it between its arguments
+        return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
     if name == "relu":
         return torch.where(x > 0, x, torch.zeros_like(x)) + 1e-3
     return torch.exp(x) if name == "exp" else x
@@ -156,7 +157,7 @@ def direct(phi, psi, v, pd, kd, s0, z0):
 
 def matmul(phi, psi, v, pd, kd, s0, z0):
     """The same by matrix products."""
-    past = torch.ones(phi.shape[1], phi.shape[1], dtype=phi.dtype).tril()
+    past = phi.new_ones(phi.shape[1], phi.shape[1]).tril()
     w = torch.einsum("bthr,bshr->bhts", phi, psi) * past
     num = torch.einsum("bhts,bshe->bthe", w, v) + torch.einsum("bthr,bhre->bthe", phi, s0)
     den = torch.einsum("bthr,bshr,ts->bth", pd, kd, past) + torch.einsum("bthr,bhr->bth", pd, z0)
@@ -206,12 +207,13 @@ def attention(
 ):
     """Causal linear attention: o, s and z (without columns if nothing is normalised)."""
     if positions is None:
-        positions = torch.arange(start, start + q.shape[1], dtype=torch.float64)[None, :, None]
+        positions = torch.arange(start, start + q.shape[1], dtype=torch.float64, device=q.device)
+        positions = positions[None, :, None]
     phi, psi, pd, kd = streams(encoding, params or {}, q, k, positions, feature_map, form)
     if not normalize:
         pd, kd = pd[..., :0], kd[..., :0]
     if s0 is None:
-        s0 = torch.zeros(*psi[:, 0].shape, v.shape[-1], dtype=q.dtype)
-        z0 = torch.zeros(kd[:, 0].shape, dtype=q.dtype)
+        s0 = q.new_zeros(*psi[:, 0].shape, v.shape[-1])
+        z0 = q.new_zeros(kd[:, 0].shape)
     num, den, s, z = SCANS[form](phi, psi, v, pd, kd, s0, z0)
     return divided(num, den, normalize, eps), s, z

@@ -88,8 +88,8 @@ class SineEncoding(PositionalEncoding):
             # counts training forwards; the noise changes with step // every
             self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
         # {token: (step, whether a backward has asked for it)}
-        self._steps_drawn: dict[int, tuple[int | None, bool]] = {}
-        self._newest: int | None = None
+        self._steps_drawn: dict[int, tuple[Tensor | None, bool]] = {}
+        self._newest: Tensor | None = None
         self._cache: tuple | None = None
         self._key: tuple | None = None
         self.reset_parameters()
@@ -180,7 +180,7 @@ class SineEncoding(PositionalEncoding):
         if source.num_realizations is None:
             return
         every = max(source._every, 1)
-        source.step.fill_((int(source.step) // every + 1) * every)
+        source.step.copy_((source.step // every + 1) * every)
 
     def maybe_resample_(self) -> None:
         """Count a training forward, which redraws the noise where `resample` says so."""
@@ -203,14 +203,15 @@ class SineEncoding(PositionalEncoding):
             source._restore()  # the last backward failed before it could
         if source is self:
             self.step.add_(1)
-        step = int(source.step)
+        # a copy, since a look at its value would wait for the card that it is on
+        step = source.step.clone()
         before, used = self._steps_drawn.get(token, (step, True))
         # None: which of two forwards from the same state of the generator it was, is not known
-        self._steps_drawn[token] = step if used or before == step else None, False
+        self._steps_drawn[token] = step if used or torch.equal(before, step) else None, False
         if len(self._steps_drawn) > 1024:
             del self._steps_drawn[next(iter(self._steps_drawn))]
 
-    def _reuse(self, step: int | None) -> None:
+    def _reuse(self, step: Tensor | None) -> None:
         if step is None:
             raise RuntimeError(
                 "a forward was run again inside backward with another state of torch's generator, "
@@ -219,12 +220,12 @@ class SineEncoding(PositionalEncoding):
             )
         if self._newest is None:
             # in use again when this backward is done
-            self._newest = int(self.step)
+            self._newest = self.step.clone()
             torch.autograd.Variable._execution_engine.queue_callback(self._restore)
-        self.step.fill_(step)
+        self.step.copy_(step)
 
     def _restore(self) -> None:
-        self.step.fill_(self._newest)
+        self.step.copy_(self._newest)
         self._newest = None
 
     def __getstate__(self) -> dict[str, object]:

@@ -162,6 +162,8 @@ def state_kernel(
     NORM: tl.constexpr = NORMALIZE != "none"
     NORM_PARTS: tl.constexpr = 2 if MAP_FIRST and PAIRS != "none" else PARTS
     i_bh, i_seg, i_block, begin, end = place(T, SEG, NSEG, tl.cdiv(E, BE))
+    # no segment begins with what the last one adds
+    end = tl.where(i_seg == (0 if BACKWARDS else NSEG - 1), begin, end)
     i_b, i_h = i_bh // H, i_bh % H
     x += i_b * x_b + i_h * x_h
     y += i_b * y_b + i_h * y_h

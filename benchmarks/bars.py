@@ -1,0 +1,231 @@
+"""How far the kernels are from what the card allows: bars on ratios of things timed in turn.
+
+    python benchmarks/bars.py --device cuda --backend triton
+
+The floor is the time to move q, k, v and o once (11 times one of them for forward+backward) at the
+rate of a copy on the card. Every case is compared with float64 first. Times are the device's, with
+everything launched ahead; the crossover is given as one waits for it too ("with the host").
+Writes DIR/bars.jsonl: every time, every memory, and the bars themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+
+import devices
+import options
+import report
+import torch
+from harness import BASELINE, FORWARD, MODES, TRAINING, Setup
+from turns import Bench, Key, ratio
+
+NONE, ROPE, SPE, CODES = "fastpe", "fastpe-rope", "fastpe-sinespe", "spe-codes"
+# rows of T H numbers moved: q, k, v and o; backward reads q, k, v and do and writes three gradients
+UNITS = {FORWARD: 4, TRAINING: 11}
+FLOOR = {FORWARD: 0.45, TRAINING: 0.33}
+# by the first and the second of --bar-lengths
+OVER_FLASH, SPE_OVER_FLASH = (6.0, 20.0), (1.5, 5.0)
+OVER_CODES = (20.0, 50.0)  # in time, in memory
+ROTATION, CLIFF, CROSSOVER = 1.1, 2.0, 1024
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line of the result.
+
+    Args:
+        case: What was measured.
+        mode: Forward or forward+backward.
+        limit: What is asked.
+        measured: What was found, None if it could not be measured.
+        least: The limit is the least allowed, else the most.
+        unit: "%", "x" or "tokens".
+        note: Why there is nothing, or how it was measured.
+    """
+
+    case: str
+    mode: str
+    limit: float
+    measured: float | None
+    least: bool = True
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured value is there and allowed."""
+        if self.measured is None:
+            return False
+        return self.measured >= self.limit if self.least else self.measured <= self.limit
+
+    def row(self) -> list[str]:
+        """Return the cells of the table."""
+        found = "none" if self.measured is None else self._text(self.measured)
+        sign = ">=" if self.least else "<="
+        cells = [self.case, self.mode, f"{sign} {self._text(self.limit)}", found]
+        return [*cells, "met" if self.met else "NOT MET"]
+
+    def _text(self, x: float) -> str:
+        if self.unit == "tokens":
+            return f"{x:.0f}"
+        return f"{100 * x:.1f} %" if self.unit == "%" else f"{x:.3g}x"
+
+
+def scan_bars(bench: Bench, rate: float, args: argparse.Namespace) -> list[Bar]:
+    """Return the bars of the scan: the floor, what a rotation costs, FlashAttention."""
+    bars: list[Bar] = []
+    for width in args.widths[:2]:
+        ours = [(NONE, width), (ROPE, width)]
+        keys = [(BASELINE, width), *ours, *((name, width) for name in args.peers)]
+        for i, length in enumerate(args.bar_lengths):
+            for mode in MODES:
+                times, at = bench.turns(keys, length, mode), f"T={length} D={width}"
+                floor = 1e3 * UNITS[mode] * bytes_of(bench.setup, length, width) / rate
+                for key in ours:
+                    ms, case = times[key], f"{key[0]} of the floor, {at}"
+                    x, note = (None, ms) if isinstance(ms, str) else (floor / ms, "")
+                    bars.append(Bar(case, mode, FLOOR[mode], x, unit="%", note=note))
+                    if mode == FORWARD:
+                        x, note = ratio(times, keys[0], key)
+                        case = f"{key[0]} over flash, {at}"
+                        bars.append(Bar(case, mode, OVER_FLASH[i], x, note=note))
+                x, note = ratio(times, *ours[::-1])
+                case = f"{ROPE} of {NONE}, {at}"
+                bars.append(Bar(case, mode, ROTATION, x, least=False, note=note))
+    return bars
+
+
+def crossover_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
+    """Return the shortest length from which on forward+backward is faster than FlashAttention."""
+    keys = [(BASELINE, args.head_dim), (NONE, args.head_dim), (ROPE, args.head_dim)]
+    bars = []
+    for host in (False, True):
+        ratios: dict[Key, dict[int, float]] = {key: {} for key in keys[1:]}
+        reason = ""
+        for length in args.lengths:
+            # there is no bar for the forward alone, but a record
+            bench.turns(keys, length, FORWARD, host)
+            times = bench.turns(keys, length, TRAINING, host)
+            for key in keys[1:]:
+                x, why = ratio(times, keys[0], key)
+                reason = reason or why
+                if x:
+                    ratios[key][length] = x
+        for key in keys[1:]:
+            found = None
+            # at the longest it must be faster: from there down to the first where it is not
+            for length in sorted(ratios[key], reverse=True):
+                if ratios[key][length] <= 1:
+                    break
+                found = length
+            note = ", with the host" if host else ""
+            known = ", ".join(f"{n}: {x:.2f}x" for n, x in ratios[key].items())
+            bars.append(
+                Bar(
+                    f"{key[0]} faster than flash from T=, D={args.head_dim}{note}",
+                    *(TRAINING, CROSSOVER - 1, found, False, "tokens", reason or known),
+                )
+            )
+    return bars
+
+
+def spe_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
+    """Return the bars of SineSPE: over FlashAttention, and over codes in time and memory."""
+    width, bars = args.head_dim, []
+    keys = [(BASELINE, width), (SPE, width), (CODES, width)]
+    for i, length in enumerate(args.bar_lengths):
+        for mode in MODES:
+            times, at = bench.turns(keys, length, mode), f"T={length} D={width}"
+            x, note = ratio(times, keys[0], keys[1])
+            bars.append(Bar(f"{SPE} over flash, {at}", mode, SPE_OVER_FLASH[i], x, note=note))
+            x, note = ratio(times, keys[2], keys[1])
+            mb = {name: bench.memory(name, length, mode) for name in (SPE, CODES)}
+            known = "; ".join(
+                f"{name}: {y if isinstance(y, str) else f'{y:.1f} MB'}" for name, y in mb.items()
+            )
+            # codes that do not fit beyond the first length are no failure of ours
+            if i == 0 or x:
+                bars.append(Bar(f"{SPE} over codes, {at}", mode, OVER_CODES[0], x, note=note))
+            x = None
+            if not any(isinstance(y, str) for y in mb.values()):
+                x = mb[CODES] / max(mb[SPE], 0.1)
+            if i == 0 or x:
+                case = f"memory of {CODES} of that of {SPE}, {at}"
+                bars.append(Bar(case, mode, OVER_CODES[1], x, note=known))
+            else:
+                print(f"{at}, {mode}: {known}", file=sys.stderr)
+    return bars
+
+
+def cliff_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
+    """Return how much longer a byte takes at the widest head than at half of it."""
+    narrow, wide = args.widths[1:3]
+    length, bars = args.bar_lengths[0], []
+    for mode in MODES:
+        times = bench.turns([(n, d) for n in (NONE, ROPE) for d in (narrow, wide)], length, mode)
+        for name in (NONE, ROPE):
+            x, note = ratio(times, (name, wide), (name, narrow))
+            x = x * narrow / wide if x else x
+            case = f"{name}, a byte at D={wide} of one at D={narrow}, T={length}"
+            bars.append(Bar(case, mode, CLIFF, x, least=False, note=note))
+    return bars
+
+
+def bytes_of(setup: Setup, length: int, width: int) -> int:
+    """Return the bytes of one of q, k, v and o."""
+    return setup.batch * length * setup.heads * width * getattr(torch, setup.dtype).itemsize
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add(parser, batch=4, heads=16, dtype="bfloat16", device="cuda")
+    lengths = [256, 512, 768, 1024, 2048, 4096]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="for the crossover")
+    parser.add_argument("--bar-lengths", type=int, nargs=2, default=[8192, 32768])
+    parser.add_argument("--widths", type=int, nargs=3, default=[64, 128, 256], help="head dims")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for what is timed in turn")
+    parser.add_argument("--gate", type=int, default=1000, help="tokens compared with float64")
+    parser.add_argument("--copy", type=float, default=2.0, metavar="GB", help="size of the copy")
+    args = parser.parse_args(argv)
+    options.check(parser, args, "lengths", "bar_lengths", "widths", "gate")
+    args.peers = () if args.device == "cpu" else ("sdpa-cudnn", "fla", "fla-rope")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; return 3 if a bar is not met or could not be measured."""
+    args = parse(argv)
+    bench = Bench(options.setup(args, max(args.bar_lengths)), args.seconds, args.gate)
+    rates = devices.copy_rate(args.device, int(args.copy * 1e9))
+    rate = statistics.median(rates)
+    bench.record("copy", size=int(args.copy * 1e9), bytes_per_second=rates)
+    args.out.mkdir(parents=True, exist_ok=True)
+    bars: list[Bar] = []
+    parts = (
+        lambda: scan_bars(bench, rate, args),
+        lambda: spe_bars(bench, args),
+        lambda: cliff_bars(bench, args),
+        lambda: crossover_bars(bench, args),
+    )
+    for part in parts:
+        bars += part()
+        # what is cut short has its times all the same
+        lines = [json.dumps(r) for r in bench.records]
+        lines += [json.dumps({"kind": "bar", **asdict(bar), "met": bar.met}) for bar in bars]
+        (args.out / "bars.jsonl").write_text("\n".join(lines) + "\n")
+    print(report.markdown([["case", "mode", "bar", "measured", ""], *(bar.row() for bar in bars)]))
+    print("\n".join(f"- {bar.case}, {bar.mode}: {bar.note}" for bar in bars if bar.note))
+    print(f"\ncopy: {rate / 1e12:.3g} TB/s, {args.copy:g} GB read and written")
+    print(report.describe(bench.records[0]))
+    return 0 if all(bar.met for bar in bars) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
