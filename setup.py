@@ -71,11 +71,18 @@ def compile_cuda(
     architectures: tuple[str, ...] = ARCHITECTURES,
 ) -> str:
     """Compile and link the CUDA library; return what nvcc says, as of registers and spills."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc")
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+    # an older compiler leaves newer cards to the PTX
+    listing = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
+    known = listing.stdout.split()
     for n in architectures:
-        flags += ["-gencode", f"arch=compute_{n},code=sm_{n}"]
+        if f"sm_{n}" in known:
+            flags += ["-gencode", f"arch=compute_{n},code=sm_{n}"]
     flags += ["-gencode", "arch=compute_80,code=compute_80"]
-    return _compile_by_type([find_nvcc(), *flags, *extra], out, objects)
+    return _compile_by_type([nvcc, *flags, *extra], out, objects)
 
 
 def compile_cuda_for_host(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:

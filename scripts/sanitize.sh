@@ -4,8 +4,9 @@
 # By default every kernel on every code path at odd widths, with all gradients, dtypes and layouts.
 set -euo pipefail
 [ $# -gt 0 ] || set -- tests/test_causal_dot.py tests/test_attention.py -k \
-  "cpu and not reference and (odd_width or test_shapes or layouts or grouped or empty or split_and \
-   or float16 or steps_are or negative or (any_width and 17))"
+  "(cpu and not reference and (odd_width or test_shapes or layouts or grouped or empty or split_and \
+   or float16 or steps_are or negative or (any_width and 17))) \
+   or (cuda-host and (odd_width or layouts or empty or steps_are))"
 cd "$(dirname "$0")/.."
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -20,9 +21,11 @@ flags = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 flags += ("-fno-sanitize-recover=all",)
 dir = Path(sys.argv[1])
 setup.compile_cpu(dir / "libfastpe_cpu.so", dir, flags)
+setup.compile_cuda_for_host(dir / "libfastpe_cuda_host.so", dir / "cuda", flags)
 PY
 
 # python itself is not instrumented: the runtime must come first, and python's own leaks are not ours
 export ASAN_OPTIONS=detect_leaks=0
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
-  python -m pytest --library "$dir/libfastpe_cpu.so" "$@"
+  python -m pytest --library "$dir/libfastpe_cpu.so" \
+    --cuda-host "$dir/libfastpe_cuda_host.so" "$@"

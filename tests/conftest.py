@@ -27,6 +27,7 @@ from fastpe.backends import native
 
 def pytest_addoption(parser):
     parser.addoption("--library", help="test this build of the CPU library (scripts/sanitize.sh)")
+    parser.addoption("--cuda-host", help="and this one of the CUDA kernels for the host")
 
 
 def pytest_configure(config):
@@ -189,8 +190,11 @@ def _cuda_for_host(directory, flags=""):
 
 
 @pytest.fixture(scope="session")
-def cuda_host(tmp_path_factory):
+def cuda_host(request, tmp_path_factory):
     """The CUDA kernels as loops on the CPU, which take the same steps (csrc/block.h)."""
+    if request.config.getoption("--cuda-host"):
+        library = Path(request.config.getoption("--cuda-host"))
+        return native.Library(library, "fastpe_cuda_", ("", ""), True)
     return _cuda_for_host(tmp_path_factory.mktemp("cuda_host"))
 
 
