@@ -31,8 +31,8 @@ class _Sines:
         self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
-        # tokens of one sequence, or of those that share positions, and so sines; a tile reads all of
-        # the noise, so of 16 bits as many as need no spills (scripts/aot_check.py)
+        # tokens of one sequence, or of those that share positions, and so sines; a tile reads all
+        # of the noise, so of 16 bits as many as need no spills (scripts/aot_check.py)
         self.rows = rows_of_tile if x.dtype.itemsize == 2 else 32
         together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
         tokens = self.rows // together
