@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fastpe
+import setup
 from fastpe.backends import triton as backend
 from fastpe.backends.triton import launch_scan
 from fastpe.backends.triton.common import Kernel
@@ -239,6 +240,34 @@ def build(launch: Launch, arch: str) -> dict:
     }
 
 
+def build_cuda(architectures: list[str]) -> int:
+    """Compile the CUDA library, print the table of its kernels, return how many spill."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = setup.compile_cuda(
+            Path(folder) / "cuda.so",
+            Path(folder),
+            ("-Xptxas", "-v,-warn-spills"),
+            tuple(a for a in architectures if not a.startswith("gfx")),
+        )
+    pattern = (
+        r"entry function '\w*?\d+([A-Z]\w*Kernel)(\w*)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes spill stores.*?Used (\d+) registers"
+    )
+    failed = 0
+    for name, instance, arch, spilled, registers in re.findall(pattern, said, re.DOTALL):
+        dtype = re.search(r"BFloat16|Float16|(?<=^I)[fd]", instance)
+        role = re.search(r"RoleE(\d)", instance)
+        case = "CUDA C++"
+        if dtype:
+            case += f" {({'f': 'float', 'd': 'double'}).get(dtype[0], dtype[0])}"
+        if role:
+            case += f" {('forward', 'grad_q', 'grad_k', 'grad_v')[int(role[1])]}"
+        over = int(spilled) > 0
+        failed += over
+        print(f"{name:26}{case:34}{arch:>7}{registers:>6}{spilled:>7}{'  FAILED' * over}")
+    return failed
+
+
 def budget(launch: Launch, arch: str) -> int:
     """Return the bytes of spills that a launch may have on an architecture."""
     dtype, width = re.search(r"(\w+) D=(\d+)|$", launch.case).groups(default="0")
@@ -252,6 +281,7 @@ def main() -> int:
     parser.add_argument("--widths", nargs="+", default=["64x64", "128x128", "256x256"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--only", default="", help="kernels and cases with this in their name")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA library too (needs nvcc)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # what is cached prints no log
@@ -285,7 +315,9 @@ def main() -> int:
                 f"{r['shared']:>8}{r['tensor']:>5}{r['seconds']:>6.1f}{'  FAILED' * over}",
                 flush=True,
             )
-    print(f"{failed} of {len(jobs)} over the budget" if failed else "all within the budget")
+    if args.cuda:
+        failed += build_cuda(args.arch)
+    print(f"{failed} over the budget" if failed else "all within the budget")
     return min(failed, 1)
 
 

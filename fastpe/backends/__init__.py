@@ -58,7 +58,11 @@ def check_name(name: str) -> None:
 
 
 def resolve(
-    name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int, int],
+    one_token: bool = False,
 ) -> str:
     """Return the backend to run; a named one that cannot raises with the reason.
 
@@ -67,10 +71,13 @@ def resolve(
         device: Of the tensors.
         dtype: Of the tensors.
         widths: D, R and E.
+        one_token: whether it is for one token after a state.
     """
     check_name(name)
     if name == "auto":
-        return _choose(device, dtype, widths)
+        names = _AUTO.get(device.type, ())
+        # the last one takes one launch for a token
+        return _choose(names[::-1] if one_token else names, device, dtype, widths)
     reason = unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
@@ -84,9 +91,11 @@ def resolve(
 resolve._dynamo_marked_constant = True
 
 
-def _choose(device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]) -> str:
+def _choose(
+    names: tuple[str, ...], device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> str:
     reasons = []
-    for name in _AUTO.get(device.type, ()):
+    for name in names:
         reason = unavailable(name) or load(name).unsupported(device, dtype, widths)
         if reason is None:
             _log.debug("backend for %s: %s", device, name)

@@ -19,7 +19,7 @@ from .common import Kernel, Numbers, converted, empty, power, rows, sum_to
 class _Sines:
     """What the kernels of the phase features and of their gradient have in common."""
 
-    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap) -> None:
+    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, rows_of_tile: int) -> None:
         self.x = rows(x)
         self.b, self.t, self.h, self.d = x.shape
         self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
@@ -31,8 +31,9 @@ class _Sines:
         self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
-        # rows of a tile: tokens of one sequence, or of those that share positions, and so sines
-        self.rows = 64 if x.dtype.itemsize == 2 else 32
+        # tokens of one sequence, or of those that share positions, and so sines; a tile reads all of
+        # the noise, so of 16 bits as many as need no spills (scripts/aot_check.py)
+        self.rows = rows_of_tile if x.dtype.itemsize == 2 else 32
         together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
         tokens = self.rows // together
         self.tiles = -(-self.b // together) * -(-self.t // tokens)
@@ -43,7 +44,7 @@ class _Sines:
             "GATE": sines.gate is not None,
             "BB": together,
             "BN": tokens,
-            "BD": min(power(self.d), self.rows),
+            "BD": min(power(self.d), self.rows, 64),
             "ACC": numbers.acc,
             "DOT": numbers.dot,
             "PRECISION": numbers.precision,
@@ -72,7 +73,7 @@ def _kernel(function: Callable, *constants: tuple[str, object]) -> Kernel:
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
     """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
-    call = _Sines(x, positions, sines)
+    call = _Sines(x, positions, sines, 128)
     y = empty(x, *x.shape[:-1], call.r)
     keep = call.meta["MIX"] == "keep"
     br = 16 if keep else min(power(call.r), 128)
@@ -90,7 +91,7 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
-    call, dy = _Sines(x, positions, sines), rows(grad_y)
+    call, dy = _Sines(x, positions, sines, 64), rows(grad_y)
     dx, none, parameters = empty(x, *x.shape), x.new_empty(0), any(needs[2:])
     levels, wide = call.levels, call.wide
     by_position, partial, by_gate = dx, dx, dx

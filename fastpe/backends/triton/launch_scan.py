@@ -181,7 +181,7 @@ class _Scan:
         if freq is not None:
             self.where = converted(positions, torch.float64), converted(freq, torch.float64)
             self.steps = (
-                0 if positions.shape[0] == 1 else positions[0].numel(),
+                0 if positions.shape[0] == 1 else self.plan.t * self.plan.levels,
                 0 if freq.shape[0] == 1 else freq[0].numel(),
             )
 
