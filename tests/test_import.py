@@ -107,7 +107,7 @@ def test_show_config_without_library(without_library):
     out = _python("import fastpe; fastpe.show_config()", **without_library)
     assert "cpu        unavailable: libfastpe_cpu.so was not built" in out
     assert "reference  plain PyTorch" in out
-    assert "auto       'reference' for tensors on cpu" in out
+    assert "auto       'reference' for tensors on the CPU" in out
 
 
 def test_show_config(capsys):
@@ -120,7 +120,7 @@ def test_show_config(capsys):
     assert f"{torch.get_num_threads()} threads" in out
     assert "OpenMP" in out
     assert "reference  plain PyTorch" in out
-    assert "auto       'cpu' for tensors on cpu" in out
+    assert "auto       'cpu' for tensors on the CPU" in out
 
 
 def test_available_backends():

@@ -128,6 +128,8 @@ def call(name: str, device: torch.device, *args: Structure | None) -> None:
     for x in args:
         if x is not None:
             x.stream = stream
+    if device.index == torch.cuda.current_device():
+        return library.call(name, *args)
     with torch.cuda.device(device):
         return library.call(name, *args)
 
