@@ -42,7 +42,7 @@ from fastpe.ops import ScanOptions
 # Bytes of spills that are accepted: next to none on the architecture that is tuned for, in 16 bits;
 # in float32 products of three parts take more registers than there are.
 BUDGET = {
-    ("90", "bf16"): {64: 0, 128: 16, 256: 32},
+    ("90", "bf16"): {64: 0, 128: 8, 256: 0},
     ("80", "bf16"): {64: 640, 128: 32, 256: 64},
     ("100", "bf16"): {64: 64, 128: 256, 256: 64},
     ("90", "fp32"): {64: 512, 128: 1536, 256: 24 << 10},
