@@ -27,12 +27,15 @@ const char *launch(const typename Kernel::Args &args, int64_t blocks, int bytes,
   if (blocks > INT32_MAX) return "more blocks than a launch can have";
   constexpr int kFree = 48 << 10, kDevices = 64;  // shared memory that need not be asked for
   if (bytes > kFree) {
-    static std::atomic<int> allowed[kDevices];
-    int device = 0;
+    // all that the card has, so that threads which ask at one time ask for the same
+    static std::atomic<bool> asked[kDevices];
+    int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess && (device >= kDevices || allowed[device] < bytes)) {
-      error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      if (error == cudaSuccess && device < kDevices) allowed[device] = bytes;
+    if (error == cudaSuccess && (device >= kDevices || !asked[device])) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      if (error == cudaSuccess && device < kDevices) asked[device] = true;
     }
     if (error != cudaSuccess) return cudaGetLastError(), cudaGetErrorString(error);
   }

@@ -86,3 +86,18 @@ def test_head_sizes_beyond_the_card():
     q, k, v = (x.cuda() for x in make_inputs(1, 4, 1, 4000, 8))
     with pytest.raises(ValueError, match="D = 4000, R = 4000, E = 8"):
         causal_linear_attention(q, k, v, backend="cuda")
+
+
+def test_a_step_without_room_takes_several_calls(cuda_host, monkeypatch):
+    """Sines of a token that no block can hold: features first, then the scan."""
+    monkeypatch.setitem(native.libraries, "cpu", cuda_host)
+    encoding = fastpe.FStripe(20, 2, num_sines=3)
+    case = Problem(encoding, torch.float32, shape=(2, 1, 2), d=20)
+    options = {"pos_encoding": encoding, "positions": case.positions, "initial_state": case.state}
+    with torch.no_grad():
+        in_one = causal_linear_attention(case.q, case.k, case.v, backend="cpu", **options)
+        monkeypatch.setattr(native, "_STEP_ROOM", 0)
+        maps = encoding.position_maps()
+        assert native.step(case.q, case.k, case.v, None, None, None, maps, None) is None
+        several = causal_linear_attention(case.q, case.k, case.v, backend="cpu", **options)
+    assert_within(in_one, several, 1e-5)

@@ -10,7 +10,7 @@ from conftest import ENCODINGS, encodings
 from gpu import DEVICE, engines, gpu_only, make_graph, take
 from helpers import assert_close, assert_within, leaf, make_inputs, make_positions, traced
 
-from fastpe import RoPE, causal_linear_attention, causal_linear_attention_step
+from fastpe import RoPE, backends, causal_linear_attention, causal_linear_attention_step
 from fastpe.nn import CausalLinearAttention
 
 pytestmark = gpu_only
@@ -288,3 +288,11 @@ def test_sanitize(engine, make, dtype):
             backend=engine,
         )
     assert o.isfinite().all()
+
+
+def test_first_use_in_inference_mode():
+    """The check of the compiler differentiates, whatever mode the first call is in."""
+    backends._reasons.pop("triton", None)
+    with torch.inference_mode():
+        reason = backends.unavailable("triton")
+    assert reason is None

@@ -36,6 +36,8 @@ _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
 # of the tokens, that blocks of a CUDA kernel share out, whatever the card
 _SLICES = 64
+# bytes of sines in shared memory, beside which every card has room for the rest of a step
+_STEP_ROOM = 64 << 10
 
 unavailable = CPU.unavailable
 
@@ -284,10 +286,16 @@ def step(
     positions: Tensor | None,
     maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None,
     options: ScanOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o, s and z of one token, T = 1, after a state: encoding and scan in one call."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return o, s and z of one token, T = 1, after a state: encoding and scan in one call.
+
+    None where a CUDA block has no room for the sines.
+    """
     sines, where, device = [], (None, None), q.device
     if maps is not None and isinstance(maps[0], SineMap):
+        room = q.shape[-1] * maps[0].rows * compute_dtype(q).itemsize * 2
+        if libraries[device.type].on_gpu and room > _STEP_ROOM:
+            return None
         pairs = zip((q, k), maps, strict=True)
         sines = [_Sines(x, positions, each, False) for x, each in pairs]
         q, k = (each.output() for each in sines)

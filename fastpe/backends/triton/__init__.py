@@ -5,6 +5,8 @@ With TRITON_INTERPRET=1 they run on CPU tensors in Triton's interpreter, for tes
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import triton
 from torch.utils._python_dispatch import _disable_current_modes
@@ -36,8 +38,16 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def check() -> str | None:
+        with torch.cuda.device(device):
+            return miscompiled(device)
+
     try:
-        return miscompiled(torch.device("cuda"))
+        # in a thread of its own, which no inference mode and no transform of the caller reaches
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(check).result()
     except Exception as error:  # of a compiler that is missing, a card that is too old
         return f"Triton {triton.__version__} cannot compile for this card: {error}"
 

@@ -24,7 +24,8 @@ def place(B, T, H, BB: tl.constexpr, BN: tl.constexpr):
     o_n = i_n * BN + tl.arange(0, BN)
     o_m = tl.arange(0, BB * BN)
     o_b, o_t = i_b + o_m // BN, i_n * BN + o_m % BN
-    return tl.program_id(1), i_b, o_n, o_b.to(tl.int64), o_t.to(tl.int64), (o_b < B) & (o_t < T)
+    i_h = tl.program_id(1).to(tl.int64)
+    return i_h, i_b, o_n, o_b.to(tl.int64), o_t.to(tl.int64), (o_b < B) & (o_t < T)
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def features_kernel(
     offset += i_h * D * K
     gain += i_h * D * K
     gate += i_h * D
-    noise += i_h.to(tl.int64) * D * J * R
+    noise += i_h * D * J * R
     row_x, row_y = o_b * x_b + o_t * x_t, (o_b * T + o_t) * H * R
     total = tl.zeros((BB * BN, BR), ACC)
     for i_d in range(0, D, BD):
@@ -171,7 +172,7 @@ def features_backward_kernel(
     offset += i_h * D * K
     gain += i_h * D * K
     gate += i_h * D
-    noise += i_h.to(tl.int64) * D * J * R
+    noise += i_h * D * J * R
     partial += (tl.program_id(0).to(tl.int64) * H + i_h) * K * (2 + L) * D
     dgate += (tl.program_id(0).to(tl.int64) * H + i_h) * D
     row_x, row_y, row_dx = o_b * x_b + o_t * x_t, o_b * dy_b + o_t * dy_t, (o_b * T + o_t) * H * D

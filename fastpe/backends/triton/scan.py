@@ -220,5 +220,7 @@ def prefix_kernel(
         i_seg = NSEG - 1 - i if BACKWARDS else i
         at = states + (i_bh * NSEG + i_seg) * (RE + RZ) + o
         added = tl.load(at, mask=mask, other=0.0)
+        # other threads may store what this one has loaded
+        tl.debug_barrier()
         tl.store(at, total, mask=mask)
         total += added
