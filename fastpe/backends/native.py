@@ -25,6 +25,7 @@ from .library import (
     libraries,
     strided,
 )
+from .tensors import contiguous, sum_to
 
 __all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
 
@@ -67,12 +68,6 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None or not x.numel() else x.data_ptr()
 
 
-def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if x is None or (x.dtype is dtype and x.is_contiguous() and not x.is_neg()):
-        return x
-    return x.to(dtype).contiguous().resolve_neg()
-
-
 @functools.lru_cache(maxsize=1024)
 def _scan_arguments(
     q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options: ScanOptions
@@ -95,9 +90,9 @@ class _Scan:
         q, k, v, s0, z0, positions, freq = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         self.dtype, self.device = compute_dtype(q), q.device
-        self.positions = _contiguous(positions, torch.float64)
-        self.freq = _contiguous(freq, torch.float64)
-        self.s0, self.z0 = _contiguous(s0, self.dtype), _contiguous(z0, self.dtype)
+        self.positions = contiguous(positions, torch.float64)
+        self.freq = contiguous(freq, torch.float64)
+        self.s0, self.z0 = contiguous(s0, self.dtype), contiguous(z0, self.dtype)
         rotation = ((0, 0, 0), 0) if freq is None else (freq.shape, positions.shape[0])
         fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, options)
         self.args = args = CausalDot.from_buffer_copy(fixed)
@@ -154,7 +149,7 @@ def causal_dot_backward(
     """Return the gradients of the inputs; empty where not needed."""
     scan, (q, *_, positions, freq) = _Scan(inputs, options), inputs
     grad_o = grads[0].resolve_neg()
-    grad_s, grad_z = (_contiguous(x, scan.dtype) for x in grads[1:])
+    grad_s, grad_z = (contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
     args = scan.args
 
@@ -180,15 +175,10 @@ def causal_dot_backward(
     args.scratch = _pointer(scratch)
     call("causal_dot_backward", q.device, args)
     if needs[5]:
-        dpositions = _sum_to(dpositions.sum(1), positions)
+        dpositions = sum_to(dpositions.sum(1), positions)
     if needs[6]:
-        dfreq = _sum_to(dfreq.sum(0), freq)
+        dfreq = sum_to(dfreq.sum(0), freq)
     return dq, dk, dv, ds0, dz0, dpositions, dfreq
-
-
-def _sum_to(x: Tensor, like: Tensor) -> Tensor:
-    # over the batch or the heads, where they share
-    return (x.sum(0, keepdim=True) if like.shape[0] == 1 else x).to(like.dtype)
 
 
 class _Sines:
@@ -199,12 +189,12 @@ class _Sines:
         self.x = x = x.resolve_neg()
         wide = torch.float64
         self.tensors = (
-            _contiguous(positions, wide),
-            _contiguous(sines.freq, wide),
-            _contiguous(sines.offset, wide),
-            _contiguous(sines.gain, wide),
-            _contiguous(sines.gate, wide),
-            _contiguous(sines.noise, compute_dtype(x)),
+            contiguous(positions, wide),
+            contiguous(sines.freq, wide),
+            contiguous(sines.offset, wide),
+            contiguous(sines.gain, wide),
+            contiguous(sines.gate, wide),
+            contiguous(sines.noise, compute_dtype(x)),
         )
         self.args = PhaseFeatures(
             *(b, t, h, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
@@ -269,7 +259,7 @@ def phase_features_backward(
             made.args.scratch = _pointer(scratch)
     call("phase_features_backward", x.device, made.args)
     if needs[1]:
-        dpositions = _sum_to(dpositions.sum(1), positions)
+        dpositions = sum_to(dpositions.sum(1), positions)
     grads = [
         grad.to(getattr(sines, name).dtype) if need else grad
         for grad, name, need in zip(grads, names, needs[2:], strict=True)
@@ -308,6 +298,7 @@ def step(
     return o, s, z
 
 
+@functools.lru_cache(maxsize=1024)
 def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
     """Return the bytes of shared memory that blocks of the CUDA kernels need for D, R and E."""
     d, r, e = widths

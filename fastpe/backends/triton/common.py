@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,22 +13,15 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-class Numbers(NamedTuple):
-    """Types of arithmetic: sums in `acc`; products of operands rounded to `dot`."""
-
-    acc: tl.dtype
-    dot: tl.dtype
-    precision: str
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> Numbers:
-        """Return the types for tensors of a dtype."""
-        if dtype == torch.float64:
-            return cls(tl.float64, tl.float64, "ieee")
-        if dtype == torch.bfloat16:
-            return cls(tl.float32, tl.bfloat16, "tf32")
-        # as many digits as float16 has, and no overflow
-        return cls(tl.float32, tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
+def numbers(dtype: torch.dtype) -> dict[str, object]:
+    """Return the types of arithmetic for a dtype: sums in ACC, operands of products in DOT."""
+    if dtype == torch.float64:
+        return {"ACC": tl.float64, "DOT": tl.float64, "PRECISION": "ieee"}
+    if dtype == torch.bfloat16:
+        return {"ACC": tl.float32, "DOT": tl.bfloat16, "PRECISION": "tf32"}
+    # as many digits as float16 has, and no overflow
+    precision = "tf32" if dtype == torch.float16 else "tf32x3"
+    return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": precision}
 
 
 def power(x: int) -> int:
@@ -46,16 +38,6 @@ def rows(x: Tensor) -> Tensor:
     """Return x with the numbers of a row next to one another in memory, as the kernels read it."""
     x = x.resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def converted(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return x contiguous and of a dtype."""
-    return None if x is None else x.to(dtype).contiguous().resolve_neg()
-
-
-def sum_to(x: Tensor, like: Tensor) -> Tensor:
-    """Return a gradient by turns as one by cycles, summed over what batch or heads share."""
-    return (2 * math.pi * (x.sum(0, keepdim=True) if like.shape[0] == 1 else x)).to(like.dtype)
 
 
 class Kernel:
@@ -99,3 +81,9 @@ class Kernel:
             self.launchers[key] = self.function[grid](*tensors, *numbers, **self.meta)
         else:
             compiled[grid](*tensors, *numbers, *self.constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel(function: Callable, *constants: tuple[str, object]) -> Kernel:
+    """Return the kernel of a function and its constants."""
+    return Kernel(function, dict(constants))

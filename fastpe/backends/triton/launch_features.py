@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ...maps import SineMap
 from ...ops import compute_dtype
+from ..tensors import contiguous, sum_to
 from . import features, noise
-from .common import Kernel, Numbers, converted, empty, power, rows, sum_to
+from .common import empty, kernel, numbers, power, rows
 
 
 class _Sines:
@@ -24,10 +24,11 @@ class _Sines:
         self.b, self.t, self.h, self.d = x.shape
         self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
         self.wide = compute_dtype(x)
-        double = [converted(i, torch.float64) for i in (positions, *sines[:4])]
+        double = [contiguous(i, torch.float64) for i in (positions, *sines[:4])]
         # half of the bytes that every tile of tokens reads
-        noise = converted(sines.noise, torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide)
-        self.tables = [x if i is None else i for i in (*double, noise)]
+        narrow = torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide
+        tables = *double, contiguous(sines.noise, narrow)
+        self.tables = [x if i is None else i for i in tables]
         self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
@@ -37,17 +38,14 @@ class _Sines:
         together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
         tokens = self.rows // together
         self.tiles = -(-self.b // together) * -(-self.t // tokens)
-        numbers = Numbers.of(x.dtype)
         self.meta = {
+            **numbers(x.dtype),
             "MIX": "noise" if sines.noise is not None else "pool" if sines.pool else "keep",
             "OFFSET": sines.offset is not None,
             "GATE": sines.gate is not None,
             "BB": together,
             "BN": tokens,
             "BD": min(power(self.d), self.rows, 64),
-            "ACC": numbers.acc,
-            "DOT": numbers.dot,
-            "PRECISION": numbers.precision,
             "num_warps": 8,
             "num_stages": 2,
         }
@@ -59,16 +57,11 @@ class _Sines:
             return
         n = function.arg_names.index("B") - len(self.tables)
         with torch.cuda.device_of(self.x):
-            _kernel(function, *self.meta.items(), *meta.items())(
+            kernel(function, *self.meta.items(), *meta.items())(
                 grid,
                 (*args[:n], *self.tables),
                 (*self.sizes, *self.x.stride()[:3], *args[n:], self.by_batch),
             )
-
-
-@functools.lru_cache(maxsize=1024)
-def _kernel(function: Callable, *constants: tuple[str, object]) -> Kernel:
-    return Kernel(function, dict(constants))
 
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
@@ -108,7 +101,7 @@ def phase_features_backward(
     )  # fmt: skip
     grads = [dx if needs[0] else none] + [none] * 5
     if needs[1]:
-        grads[1] = sum_to(by_position.sum(1, dtype=torch.float64), positions)
+        grads[1] = sum_to(2 * math.pi * by_position.sum(1, dtype=torch.float64), positions)
     if parameters:
         total = partial.sum(0, dtype=torch.float64).movedim(-1, 1)  # [H, D, K, 2 + L]
         # by the phase in cycles, its factor gain included
@@ -133,6 +126,6 @@ def philox_normal(
         with torch.cuda.device_of(seed):
             constants = ("BLOCK", 64), ("num_warps", 4), ("num_stages", 1)
             grid = hd * j, -(-r // 256), 1
-            numbers = module << 3 | kind, j, r
-            _kernel(noise.normal_kernel, *constants)(grid, (out, seed, step), numbers)
+            sizes = module << 3 | kind, j, r
+            kernel(noise.normal_kernel, *constants)(grid, (out, seed, step), sizes)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...ops import ScanOptions, compute_dtype
+from ..tensors import contiguous, sum_to
 from . import maps, scan, scan_backward
-from .common import Kernel, Numbers, converted, empty, power, rows, sum_to
+from .common import Kernel, empty, kernel, numbers, power, rows
 
 _FEATURE_MAPS = {
     "identity": (maps.identity, maps.identity_slope),
@@ -110,7 +112,7 @@ class _Plan:
         self.e, self.heads, self.dtype, self.chunk = e, b * h, dtype, options.chunk
         self.r, self.rz = options.widths(d)
         psi, slope = _FEATURE_MAPS[options.feature_map]
-        pairs, encode, adjoint = "none", maps.unrotated, maps.unrotated_adjoint
+        pairs, encode, adjoint = "none", maps.unrotated, maps.unrotated
         _, w, self.levels = freq or (0, 0, 0)
         self.pairs = d
         if freq is not None:
@@ -121,8 +123,8 @@ class _Plan:
             pairs = "neighbours" if options.interleaved else pairs
             self.pairs = -(-d // 2)
         self.parts = 1 if pairs == "none" else 2
-        numbers = Numbers.of(dtype)
         self.meta = {
+            **numbers(dtype),
             "SCALE": options.scale,
             "EPS": options.eps,
             "PSI": psi,
@@ -131,9 +133,6 @@ class _Plan:
             "PARTS": 1 if options.pool else self.parts,
             "MAP_FIRST": options.map_first,
             "NORMALIZE": options.normalize,
-            "ACC": numbers.acc,
-            "DOT": numbers.dot,
-            "PRECISION": numbers.precision,
         }
         self.adjoints = {"SLOPE": slope, "ADJOINT": adjoint}
         self.sizes = self.t, h, d, e, w, self.levels
@@ -176,10 +175,10 @@ class _Scan:
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.strides = *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]
         self.wide = compute_dtype(q)
-        self.initial = converted(s0, self.wide), converted(z0, self.wide)
+        self.initial = contiguous(s0, self.wide), contiguous(z0, self.wide)
         self.where, self.steps = (q, q), (0, 0)
         if freq is not None:
-            self.where = converted(positions, torch.float64), converted(freq, torch.float64)
+            self.where = contiguous(positions, torch.float64), contiguous(freq, torch.float64)
             self.steps = (
                 0 if positions.shape[0] == 1 else self.plan.t * self.plan.levels,
                 0 if freq.shape[0] == 1 else freq[0].numel(),
@@ -205,26 +204,19 @@ class _Scan:
             s = self.q if s is None else s
             return (s, s if z is None else z), (count, plan.rz), ("STATE", given)
         states = empty(self.q, plan.heads, cut[1], size, dtype=self.wide)
-        kernel = plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))
-        kernel(
+        plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))(
             (-(-plan.e // plan.blocks("state").be) * cut[1] * plan.heads, 1, 1),
             (x, y, den, delta, states, *self.where),
             (*plan.sizes, *cut, *x.stride()[:3], *y.stride()[:3], *self.steps),
         )
         choices = ("STATE", s is not None), ("BACKWARDS", backwards), ("ACC", plan.meta["ACC"])
-        prefix_kernel(choices)(
+        choices += ("BLOCK", 1024), ("num_warps", 4), ("num_stages", 1)
+        kernel(scan.prefix_kernel, *choices)(
             (plan.heads, -(-size // 1024), 1),
             (states, states if s is None else s, states if z is None else z),
             (cut[1], count, plan.rz),
         )
         return (states, states[..., count:]), (size, size), ("STATE", True)
-
-
-@functools.cache
-def prefix_kernel(choices: tuple) -> Kernel:
-    """Return the kernel that adds up the states of segments."""
-    options = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
-    return Kernel(scan.prefix_kernel, dict(choices) | options)
 
 
 def causal_dot(
@@ -265,7 +257,7 @@ def causal_dot_backward(
     if not plan.heads:
         pairs = zip(inputs, needs, strict=True)
         return tuple(torch.zeros_like(x) if need else none for x, need in pairs)
-    do, final = rows(grads[0]), (converted(grads[1], call.wide), converted(grads[2], call.wide))
+    do, final = rows(grads[0]), (contiguous(grads[1], call.wide), contiguous(grads[2], call.wide))
     dq, dk, dv = (empty(x, *x.shape) for x in (q, k, v))
     ds0 = empty(q, b, h, plan.r, plan.e, dtype=call.wide)
     dz0 = empty(q, b, h, plan.rz, dtype=call.wide)
@@ -286,7 +278,7 @@ def causal_dot_backward(
         by_freq.append(empty(q, b, h, cut[1], *freq.shape[1:], dtype=call.wide))
         return by_position[-1], by_freq[-1]
 
-    qkv, numbers = (call.q, call.k, call.v), (*call.strides, *do.stride()[:3], *call.steps)
+    qkv, strides = (call.q, call.k, call.v), (*call.strides, *do.stride()[:3], *call.steps)
     turning = ("TURN", turn), ("WANT_POSITIONS", needs[5])
     with torch.cuda.device_of(q):
         # by the way it makes delta, which the gradients of the keys begin with
@@ -296,7 +288,7 @@ def causal_dot_backward(
             plan.kernel(scan_backward.grad_q_kernel, "grad_q", given, *turning)(
                 (columns * cut[1] * plan.heads, 1, 1),
                 (*qkv, o, do, den, delta, *state, dq, *call.where, *gradients(columns, cut)),
-                (*plan.sizes, *cut, *numbers, *sizes),
+                (*plan.sizes, *cut, *strides, *sizes),
             )
         for role in plan.roles_kv(want_k, needs[2]):
             columns, cut = call.cut(role)
@@ -309,10 +301,11 @@ def causal_dot_backward(
             plan.kernel(scan_backward.grad_kv_kernel, role, given, *choices)(
                 (columns * cut[1] * plan.heads, 1, 1),
                 (*qkv, do, den, delta, *state, dk, dv, ds0, dz0, *call.where, *turned),
-                (*plan.sizes, *cut, *numbers, *sizes),
+                (*plan.sizes, *cut, *strides, *sizes),
             )
     results = [x if need else none for x, need in zip((dq, dk, dv, ds0, dz0), needs, strict=False)]
     for like, parts, need in ((positions, by_position, needs[5]), (freq, by_freq, needs[6])):
-        total = sum(x.sum((0, 2), dtype=torch.float64) for x in parts) if need else none
+        # by the angles in turns so far
+        total = 2 * math.pi * sum(x.sum((0, 2), dtype=torch.float64) for x in parts)
         results.append(sum_to(total, like) if need else none)
     return tuple(results)

@@ -69,14 +69,8 @@ def exp_slope(x, value):
 
 @triton.jit
 def unrotated(x1, x2, c, s):
-    """Return the components as they are."""
+    """Return the components as they are; its own transpose."""
     return x1, x2
-
-
-@triton.jit
-def unrotated_adjoint(y1, y2, c, s):
-    """Return the gradients as they are."""
-    return y1, y2
 
 
 @triton.jit
