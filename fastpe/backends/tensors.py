@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return x as the kernels read tables and states: of a dtype, its numbers in order in memory."""
+    """Return x as the kernels read tables and states: of a dtype, one number after another."""
     if x is None or (x.dtype is dtype and x.is_contiguous() and not x.is_neg()):
         return x
     return x.to(dtype).contiguous().resolve_neg()
