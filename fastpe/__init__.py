@@ -1,10 +1,11 @@
-"""fastpe: causal attention of linear cost with real positional encodings."""
+"""fastpe: attention of linear cost with real positional encodings."""
 
 from . import nn
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
     causal_linear_attention_step,
+    linear_attention,
 )
 from .backends import available_backends
 from .config import show_config
@@ -23,6 +24,7 @@ __all__ = [
     "available_backends",
     "causal_linear_attention",
     "causal_linear_attention_step",
+    "linear_attention",
     "nn",
     "show_config",
 ]

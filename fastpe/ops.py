@@ -121,8 +121,8 @@ class CausalDot(torch.autograd.Function):
     """o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after.
 
     q is [B, T, H, D]; k and v have a divisor of H heads each, which neighbours of q's heads share.
-    With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i to
-    before the second; there are S states, and tokens of no sequence get zeros.
+    With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i
+    to before the second; there are S states, and tokens of no sequence get zeros.
     """
 
     @staticmethod

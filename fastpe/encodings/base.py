@@ -44,6 +44,8 @@ class PositionalEncoding(nn.Module):
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.num_levels = num_levels
+        # whether heads encode in ways of their own: they can then share keys, but no state
+        self.per_head = num_heads is not None
 
     @property
     def feature_dim(self) -> int:
