@@ -11,8 +11,8 @@ from .attention import (
     causal_linear_attention,
     causal_linear_attention_step,
 )
+from .checks import check_positive
 from .encodings import PositionalEncoding
-from .encodings.base import check_positive
 from .validation import check_options
 
 
