@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .encoded import encoded
 from .encodings import PositionalEncoding
+from .favor import Favor, favor_attention
+from .feature_maps import FeatureMap, as_feature_map
 from .maps import Rotation, SineMap
 from .ops import ScanOptions, causal_dot, compute_dtype, phase_features, step
 from .validation import (
     LinearAttentionState,
     check_encoding,
+    check_feature_map,
     check_inputs,
     check_options,
     check_positions,
     check_state,
     check_step_positions,
     config,
+    kernel_widths,
     shape,
 )
 
@@ -31,7 +36,7 @@ def causal_linear_attention(
     *,
     pos_encoding: PositionalEncoding | None = None,
     positions: Tensor | None = None,
-    feature_map: str = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     initial_state: LinearAttentionState | None = None,
@@ -52,9 +57,12 @@ def causal_linear_attention(
         pos_encoding: RoPE, RoPEPool, SineSPE, FStripe or one of your own; default none.
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
             numbers, in any order; default 0, 1, 2, ... continued from initial_state.
-        feature_map: "elu1", "relu", "exp" or "identity".
+        feature_map: "elu1", "relu", "exp", "identity", "dpfp", "taylor2", or a module: Favor, DPFP,
+            Taylor2, Hedgehog, or a FeatureMap of your own. Modules see encoded queries and keys, so
+            RoPE and RoPEPool need apply="before" with them.
         normalize: Divide by the sum of weights. True adds eps to it, which needs weights >= 0, so
             not feature_map="identity"; "abs" divides by max(|sum|, eps); False does not divide.
+            Favor needs True, and no eps.
         eps: Added to the sum of weights, or its least magnitude with "abs".
         initial_state: State after the tokens before these, from the same configuration.
         output_final_state: Return the state after the last token too.
@@ -69,16 +77,19 @@ def causal_linear_attention(
         RuntimeError: the backend asked for cannot run here.
     """
     check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
     made_with = config(pos_encoding, feature_map, normalize)
     noise = None if pos_encoding is None else pos_encoding.noise_key
+    if isinstance(feature_map, FeatureMap):
+        noise = feature_map.state_noise(noise)
     if initial_state is not None:
-        check_state(initial_state, q, v, pos_encoding, normalize, made_with, noise)
+        check_state(initial_state, q, v, pos_encoding, feature_map, normalize, made_with, noise)
     start = 0 if initial_state is None else initial_state.length
     positions = check_positions(positions, pos_encoding, q, start)
-    r = q.shape[-1] if pos_encoding is None else pos_encoding.feature_dim
-    widths = q.shape[-1], r, v.shape[-1]
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
     one_token = q.shape[1] == 1 and initial_state is not None
     backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
 
@@ -87,12 +98,12 @@ def causal_linear_attention(
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            o, s, z = _attend(*inputs, chunk_size, backend)
+            o, s, z, *c = _attend(*inputs, chunk_size, backend)
     else:
-        o, s, z = _attend(*inputs, chunk_size, backend)
+        o, s, z, *c = _attend(*inputs, chunk_size, backend)
     if not output_final_state:
         return o
-    return o, LinearAttentionState(s, z, start + q.shape[1], made_with, noise)
+    return o, LinearAttentionState(s, z, start + q.shape[1], made_with, noise, *c)
 
 
 def causal_linear_attention_step(
@@ -103,7 +114,7 @@ def causal_linear_attention_step(
     *,
     pos_encoding: PositionalEncoding | None = None,
     positions: Tensor | float | None = None,
-    feature_map: str = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -152,21 +163,25 @@ def _attend(
     v: Tensor,
     positions: Tensor | None,
     encoding: PositionalEncoding | None,
-    feature_map: str,
+    feature_map: str | FeatureMap,
     normalize: bool | str,
     eps: float,
     state: LinearAttentionState | None,
     chunk_size: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o and the final s and z: features by the encoding's maps, then the scan."""
+) -> tuple[Tensor, ...]:
+    """Return o and the final s and z, for Favor c: features by the encoding's maps, the scan."""
     dtype = v.dtype
-    if backend == "reference":
+    if backend == "reference" or isinstance(feature_map, FeatureMap):
         q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
     maps = None if encoding is None else encoding.position_maps(q.device)
     if encoding is not None and maps is None:
         q, k = (_encoded(encoding, x, positions, side) for x, side in ((q, "q"), (k, "k")))
     map_q, map_k = maps or (None, None)
+    if isinstance(feature_map, FeatureMap):
+        sides = (q, positions, map_q, backend), (k, positions, map_k, backend)
+        o, *final = _attend_mapped(*sides, v, feature_map, normalize, eps, state, chunk_size)
+        return o.to(dtype), *final
     state = None if state is None else (state.s, state.z)
     if backend == "reference":
         # everything by reference.py: differentiable any number of times
@@ -199,6 +214,37 @@ def _attend(
         k = phase_features(k, positions, map_k, backend=backend)
     where = (None, None) if rotation is None else (positions, rotation.freq)
     return causal_dot(q, k, v, *(state or (None, None)), *where, options=options)
+
+
+def _attend_mapped(
+    side_q: tuple,
+    side_k: tuple,
+    v: Tensor,
+    feature_map: FeatureMap,
+    normalize: bool | str,
+    eps: float,
+    state: LinearAttentionState | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, ...]:
+    """Return the same for features by a module; a side is the arguments of `encoded`."""
+    backend = side_q[-1]
+    if isinstance(feature_map, Favor):
+        # what all features of a query have in common cancels
+        a, _ = feature_map.exponents(*side_q)
+        b, half_square = feature_map.exponents(*side_k)
+        before = None if state is None else (state.s, state.z, state.c)
+        return favor_attention(a, b - half_square, v, before, chunk_size, backend)
+    q, k = (_mapped(feature_map, encoded(*side)) for side in (side_q, side_k))
+    return _attend(q, k, v, None, None, "identity", normalize, eps, state, chunk_size, backend)
+
+
+def _mapped(feature_map: FeatureMap, x: Tensor) -> Tensor:
+    # features of a map that may not be ours: what the kernels rely on is checked
+    y = feature_map(x)
+    wanted = (*x.shape[:-1], feature_map.feature_dim(x.shape[-1]))
+    if not isinstance(y, Tensor) or tuple(y.shape) != wanted or y.device != x.device:
+        raise ValueError(f"feature_map must return {wanted} on {x.device}, got {shape(y)}")
+    return y.to(x.dtype)
 
 
 def _encoded(encoding: PositionalEncoding, x: Tensor, positions: Tensor, side: str) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .encodings import PositionalEncoding
-from .feature_maps import FEATURE_MAPS
+from .favor import Favor
+from .feature_maps import FEATURE_MAPS, WIDE_MAPS, FeatureMap
 from .ops import compute_dtype
 
 # up to here float64 holds every integer
@@ -26,7 +27,9 @@ class LinearAttentionState(NamedTuple):
         z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
         length: Number of tokens so far; default positions continue from it.
         config: The configuration it belongs to; another one refuses it.
-        noise: The noise key of a random encoding, int64 [2], else None.
+        noise: The noise key of a random encoding, of a random feature map, int64 [2], or of both,
+            [4]; else None.
+        c: With Favor, what s and z are relative to: the sums are s exp(c) and z exp(c), [B, H, R].
     """
 
     s: Tensor
@@ -34,6 +37,7 @@ class LinearAttentionState(NamedTuple):
     length: int
     config: str
     noise: Tensor | None
+    c: Tensor | None = None
 
 
 def shape(x: object) -> str:
@@ -66,18 +70,26 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_options(
-    feature_map: str, normalize: bool | str, eps: float, chunk_size: int | None
+    feature_map: str | FeatureMap, normalize: bool | str, eps: float, chunk_size: int | None
 ) -> None:
     """Check the arguments that are no tensors."""
-    if feature_map not in FEATURE_MAPS:
-        choices = ", ".join(map(repr, FEATURE_MAPS))
-        raise ValueError(f"feature_map must be one of {choices}, got {feature_map!r}")
+    is_module = isinstance(feature_map, FeatureMap)
+    if not is_module and feature_map not in (*FEATURE_MAPS, *WIDE_MAPS):
+        choices = ", ".join(map(repr, (*FEATURE_MAPS, *WIDE_MAPS)))
+        raise ValueError(
+            f"feature_map must be one of {choices} or a fastpe.FeatureMap, got {feature_map!r}"
+        )
     if normalize not in (True, False, "abs") or not isinstance(normalize, (bool, str)):
         raise ValueError(f"normalize must be True, False or 'abs', got {normalize!r}")
     if feature_map == "identity" and normalize is True:
         raise ValueError(
             "normalize must be 'abs' or False with feature_map='identity', whose weights may add "
             "up to zero, got True"
+        )
+    if isinstance(feature_map, Favor) and normalize is not True:
+        raise ValueError(
+            "normalize must be True with Favor, whose features are known up to a factor, got "
+            f"{normalize!r}"
         )
     is_number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
     if not (is_number and eps >= 0 and math.isfinite(eps)):
@@ -103,6 +115,53 @@ def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
     for x in encoding.map_inputs():
         if x.device != q.device:
             raise ValueError(f"q must be on pos_encoding's {x.device}, got {q.device}")
+
+
+def check_order(feature_map: str | FeatureMap, encoding: PositionalEncoding | None) -> None:
+    """Check that the encoding does not come after a map that is a module."""
+    if isinstance(feature_map, FeatureMap) and getattr(encoding, "apply_order", "") == "after":
+        raise ValueError(
+            f"pos_encoding must have apply='before' with feature_map = {feature_map.signature}, "
+            f"got apply='after', which rotates D features: {encoding.signature}"
+        )
+
+
+def check_feature_map(
+    feature_map: str | FeatureMap, encoding: PositionalEncoding | None, q: Tensor
+) -> None:
+    """Check that a map which is a module is made for the encoding and for the heads of q."""
+    if not isinstance(feature_map, FeatureMap):
+        return
+    check_order(feature_map, encoding)
+    if feature_map.num_heads not in (None, q.shape[2]):
+        raise ValueError(f"q must have H = {feature_map.num_heads} of feature_map, got {shape(q)}")
+    for x in (*feature_map.parameters(), *feature_map.buffers()):
+        if x.device != q.device:
+            raise ValueError(f"q must be on feature_map's {x.device}, got {q.device}")
+
+
+def feature_widths(
+    q: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
+) -> tuple[int, int]:
+    """Return the features of the numerator and of the normaliser."""
+    r, rz = (q.shape[-1],) * 2 if encoding is None else (encoding.feature_dim, encoding.norm_dim)
+    if isinstance(feature_map, FeatureMap):
+        r = rz = feature_map.feature_dim(r)
+    return r, rz
+
+
+def kernel_widths(
+    q: Tensor, v: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
+) -> tuple[int, int, int]:
+    """Return the largest D, R and E that a kernel is to take."""
+    d, r = q.shape[-1], feature_widths(q, encoding, feature_map)[0]
+    if isinstance(feature_map, FeatureMap):
+        # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
+        # exact sines
+        exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
+        made = encoding is not None and not (exact and isinstance(feature_map, Favor))
+        d = max(d, r, encoding.feature_dim if made else 0)
+    return d, r, v.shape[-1]
 
 
 def check_positions(
@@ -180,10 +239,13 @@ def check_step_positions(
     return positions.unsqueeze(1 if batched else 0) if isinstance(positions, Tensor) else positions
 
 
-def config(encoding: PositionalEncoding | None, feature_map: str, normalize: bool | str) -> str:
+def config(
+    encoding: PositionalEncoding | None, feature_map: str | FeatureMap, normalize: bool | str
+) -> str:
     """Return the configuration that a state belongs to, as text."""
     name = "no encoding" if encoding is None else encoding.signature
-    return f"{name}, feature_map={feature_map!r}, normalize={normalize!r}"
+    psi = feature_map.signature if isinstance(feature_map, FeatureMap) else repr(feature_map)
+    return f"{name}, feature_map={psi}, normalize={normalize!r}"
 
 
 def check_state(
@@ -191,6 +253,7 @@ def check_state(
     q: Tensor,
     v: Tensor,
     encoding: PositionalEncoding | None,
+    feature_map: str | FeatureMap,
     normalize: bool | str,
     expected: str,
     noise: Tensor | None,
@@ -200,12 +263,15 @@ def check_state(
         raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
     if state.config != expected:
         raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
-    b, _, h, d = q.shape
-    r = d if encoding is None else encoding.feature_dim
-    rz = 0 if not normalize else d if encoding is None else encoding.norm_dim
+    b, _, h, _ = q.shape
+    r, rz = feature_widths(q, encoding, feature_map)
+    rz = rz if normalize else 0
     if isinstance(state.length, bool) or not isinstance(state.length, (int, torch.SymInt)):
         raise TypeError(f"initial_state.length must be an int, got {type(state.length).__name__}")
-    for name, x, size in (("s", state.s, (b, h, r, v.shape[-1])), ("z", state.z, (b, h, rz))):
+    tensors = [("s", state.s, (b, h, r, v.shape[-1])), ("z", state.z, (b, h, rz))]
+    if isinstance(feature_map, Favor):
+        tensors.append(("c", state.c, (b, h, r)))
+    for name, x, size in tensors:
         if not isinstance(x, Tensor) or tuple(x.shape) != size:
             raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
         if x.device != q.device or x.dtype != compute_dtype(q):
@@ -217,11 +283,13 @@ def check_state(
         return
     if noise is None or not isinstance(state.noise, Tensor) or state.noise.shape != noise.shape:
         raise ValueError(
-            f"initial_state.noise must be the noise_key of pos_encoding, {noise}, got {state.noise}"
+            "initial_state.noise must be the noise_key of pos_encoding and feature_map, "
+            f"{noise}, got {state.noise}"
         )
     _require(
         (noise == state.noise.to(noise.device)).all(),
-        "initial_state was made with another (seed, step) of noise than pos_encoding has now: "
+        "initial_state was made with another (seed, step) of noise than pos_encoding or "
+        "feature_map has now: "
         "noise stays for a whole sequence, in training too; layers that have one encoding in "
         "common need its share()",
     )
