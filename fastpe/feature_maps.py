@@ -155,7 +155,7 @@ class Taylor2(FeatureMap):
         x = x * d**-0.25
         i, j = torch.triu_indices(d, d, device=x.device)
         # each pair stands for two products, a square for one, and s^2 is halved
-        weight = torch.where(i == j, math.sqrt(0.5), 1.0).to(x.dtype)
+        weight = torch.ones_like(i, dtype=x.dtype).masked_fill(i == j, math.sqrt(0.5))
         return torch.cat((torch.ones_like(x[..., :1]), x, weight * x[..., i] * x[..., j]), -1)
 
 
