@@ -10,16 +10,23 @@ from .attention import (
 from .backends import available_backends
 from .config import show_config
 from .encodings import FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
+from .favor import Favor
+from .feature_maps import DPFP, FeatureMap, Hedgehog, Taylor2
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPFP",
     "FStripe",
+    "Favor",
+    "FeatureMap",
+    "Hedgehog",
     "LinearAttentionState",
     "PositionalEncoding",
     "RoPE",
     "RoPEPool",
     "SineSPE",
+    "Taylor2",
     "__version__",
     "available_backends",
     "causal_linear_attention",

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from . import backends, packing, scan
+from .checks import shape
 from .encodings import PositionalEncoding
+from .feature_maps import FeatureMap, as_feature_map
+from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
-    LinearAttentionState,
     check_align,
     check_encoding,
+    check_feature_map,
     check_inputs,
     check_options,
     check_packing,
     check_positions,
-    check_state,
     check_step_positions,
-    config,
-    shape,
 )
 
 
@@ -31,7 +31,7 @@ def causal_linear_attention(
     *,
     pos_encoding: PositionalEncoding | None = None,
     positions: Tensor | None = None,
-    feature_map: str = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
@@ -58,9 +58,12 @@ def causal_linear_attention(
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
             numbers, in any order; default 0, 1, 2, ... of each sequence, continued from
             initial_state. Where k is longer than q (or shorter), those of the longer one.
-        feature_map: "elu1", "relu", "exp" or "identity".
+        feature_map: "elu1", "relu", "exp", "identity", "dpfp", "taylor2", or a module: Favor, DPFP,
+            Taylor2, Hedgehog, or a FeatureMap of your own. Modules see encoded queries and keys, so
+            RoPE and RoPEPool need apply="before" with them.
         normalize: Divide by the sum of weights. True adds eps to it, which needs weights >= 0, so
             not feature_map="identity"; "abs" divides by max(|sum|, eps); False does not divide.
+            Favor needs True, and no eps.
         eps: Added to the sum of weights, or its least magnitude with "abs".
         cu_seqlens: Packed sequences: int32 or int64 [S + 1] from 0 to T, with B = 1; sequence i has
             the tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1. The result is that of each alone.
@@ -83,36 +86,40 @@ def causal_linear_attention(
         RuntimeError: the backend asked for cannot run here.
     """
     check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
     check_align(align, q, k, cu_seqlens)
     tokens = check_packing(cu_seqlens, key_padding_mask, k)
     made_with = config(pos_encoding, feature_map, normalize)
     noise = None if pos_encoding is None else pos_encoding.noise_key
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    heads = _state_heads(pos_encoding, q, k)
+    if isinstance(feature_map, FeatureMap):
+        noise = feature_map.state_noise(noise)
+    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
-        sizes = count, heads
-        check_state(initial_state, q, v, sizes, pos_encoding, normalize, made_with, noise)
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = sequences, q.shape[2] if setting.per_head else k.shape[2]
+        check_state(initial_state, q, v, sizes, setting, made_with, noise)
     start = 0 if initial_state is None else initial_state.length
     longest = max(q.shape[1], k.shape[1])
     positions = check_positions(positions, pos_encoding, q, longest, start, tokens)
-    r = q.shape[-1] if pos_encoding is None else pos_encoding.feature_dim
-    widths = q.shape[-1], r, v.shape[-1]
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
     one_token = q.shape[1] == 1 and initial_state is not None
     backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
-    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
-    state = None if initial_state is None else (initial_state.s, initial_state.z)
+    setting, state = setting._replace(backend=backend), None
+    if initial_state is not None:
+        state = initial_state.s, initial_state.z
+        state = state if initial_state.c is None else (*state, initial_state.c)
     with _full_precision(q.device):
         if q.shape[1] == k.shape[1]:
             o, *state = scan.attend(q, k, v, positions, state, setting, tokens)
         else:
-            inputs = q, k, v, positions, state, setting, tokens
-            o, *state = scan.attend_aligned(*inputs, align, heads)
+            o, *state = scan.attend_aligned(q, k, v, positions, state, setting, tokens, align)
     if not output_final_state:
         return o
     length = start + tokens.lengths(k.shape[1])
-    return o, LinearAttentionState(*state, length, made_with, noise)
+    return o, LinearAttentionState(*state[:2], length, made_with, noise, *state[2:])
 
 
 def linear_attention(
@@ -123,7 +130,7 @@ def linear_attention(
     pos_encoding: PositionalEncoding | None = None,
     positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    feature_map: str = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
@@ -159,8 +166,10 @@ def linear_attention(
         RuntimeError: the backend asked for cannot run here.
     """
     check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, None)
     check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
     if key_cu_seqlens is None:
         key_cu_seqlens = cu_seqlens
     of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
@@ -173,10 +182,10 @@ def linear_attention(
         key_positions = positions
     at_q = check_positions(positions, pos_encoding, q, q.shape[1], 0, of_q)
     at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
-    r = q.shape[-1] if pos_encoding is None else pos_encoding.feature_dim
-    backend = backends.resolve(backend, q.device, q.dtype, (q.shape[-1], r, v.shape[-1]))
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
+    backend = backends.resolve(backend, q.device, q.dtype, widths)
     setting = scan.Setting(pos_encoding, feature_map, normalize, eps, None, backend)
-    heads = _state_heads(pos_encoding, q, k)
+    heads = q.shape[2]
     with _full_precision(q.device):
         if cu_seqlens is None:
             state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
@@ -187,10 +196,6 @@ def linear_attention(
         q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
         state = scan.absorb(k, v, at_k, None, setting, pad_k.padding, heads)
         return pad_q.join(scan.readout(q, at_q, state, setting)).to(v.dtype)
-
-
-def _state_heads(encoding: PositionalEncoding | None, q: Tensor, k: Tensor) -> int:
-    return q.shape[2] if encoding is not None and encoding.per_head else k.shape[2]
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -209,7 +214,7 @@ def causal_linear_attention_step(
     *,
     pos_encoding: PositionalEncoding | None = None,
     positions: Tensor | float | None = None,
-    feature_map: str = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     backend: str = "auto",

@@ -1,16 +1,16 @@
-"""The state, and the checks of arguments: everything behind them assumes what they establish."""
+"""Checks of arguments: everything behind them assumes what they establish."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import require, shape
 from .encodings import PositionalEncoding
-from .feature_maps import FEATURE_MAPS
-from .ops import compute_dtype
+from .favor import Favor
+from .feature_maps import FEATURE_MAPS, WIDE_MAPS, FeatureMap
 from .packing import Packing
 
 # up to here float64 holds every integer
@@ -19,32 +19,7 @@ _FINITE = "positions must be finite, at most 2^53 in size"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class LinearAttentionState(NamedTuple):
-    """What the tokens so far leave behind: constant in size, enough to go on.
-
-    Attributes:
-        s: sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs); H is the
-            number of key heads, unless each head of queries encodes them in its own way.
-        z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
-        length: Number of tokens so far, int64 [B] where it differs between sequences; default
-            positions continue from it.
-        config: The configuration it belongs to; another one refuses it.
-        noise: The noise key of a random encoding, int64 [2], else None.
-    """
-
-    s: Tensor
-    z: Tensor
-    length: int | Tensor
-    config: str
-    noise: Tensor | None
-
-
 _SHAPES = {"q": "[B, T, H, D]", "k": "[B, T, Hk, D]", "v": "[B, T, Hk, E]"}
-
-
-def shape(x: object) -> str:
-    """Return the shape of a tensor, or the type of anything else, for a message."""
-    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -77,18 +52,26 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_options(
-    feature_map: str, normalize: bool | str, eps: float, chunk_size: int | None
+    feature_map: str | FeatureMap, normalize: bool | str, eps: float, chunk_size: int | None
 ) -> None:
     """Check the arguments that are no tensors."""
-    if feature_map not in FEATURE_MAPS:
-        choices = ", ".join(map(repr, FEATURE_MAPS))
-        raise ValueError(f"feature_map must be one of {choices}, got {feature_map!r}")
+    is_module = isinstance(feature_map, FeatureMap)
+    if not is_module and feature_map not in (*FEATURE_MAPS, *WIDE_MAPS):
+        choices = ", ".join(map(repr, (*FEATURE_MAPS, *WIDE_MAPS)))
+        raise ValueError(
+            f"feature_map must be one of {choices} or a fastpe.FeatureMap, got {feature_map!r}"
+        )
     if normalize not in (True, False, "abs") or not isinstance(normalize, (bool, str)):
         raise ValueError(f"normalize must be True, False or 'abs', got {normalize!r}")
     if feature_map == "identity" and normalize is True:
         raise ValueError(
             "normalize must be 'abs' or False with feature_map='identity', whose weights may add "
             "up to zero, got True"
+        )
+    if isinstance(feature_map, Favor) and normalize is not True:
+        raise ValueError(
+            "normalize must be True with Favor, whose features are known up to a factor, got "
+            f"{normalize!r}"
         )
     is_number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
     if not (is_number and eps >= 0 and math.isfinite(eps)):
@@ -161,8 +144,31 @@ def check_packing(
             raise ValueError(f"{what} must be on the device of q, {x.device}, got {given.device}")
     if cu_seqlens is not None:
         ordered = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == t)
-        _require(ordered, f"{name} must rise from 0 to T = {t}", wait=False)
+        require(ordered, f"{name} must rise from 0 to T = {t}", wait=False)
     return Packing(cu_seqlens, padding)
+
+
+def check_order(feature_map: str | FeatureMap, encoding: PositionalEncoding | None) -> None:
+    """Check that the encoding does not come after a map that is a module."""
+    if isinstance(feature_map, FeatureMap) and getattr(encoding, "apply_order", "") == "after":
+        raise ValueError(
+            f"pos_encoding must have apply='before' with feature_map = {feature_map.signature}, "
+            f"got apply='after', which rotates D features: {encoding.signature}"
+        )
+
+
+def check_feature_map(
+    feature_map: str | FeatureMap, encoding: PositionalEncoding | None, q: Tensor
+) -> None:
+    """Check that a map which is a module is made for the encoding and for the heads of q."""
+    if not isinstance(feature_map, FeatureMap):
+        return
+    check_order(feature_map, encoding)
+    if feature_map.num_heads not in (None, q.shape[2]):
+        raise ValueError(f"q must have H = {feature_map.num_heads} of feature_map, got {shape(q)}")
+    for x in (*feature_map.parameters(), *feature_map.buffers()):
+        if x.device != q.device:
+            raise ValueError(f"q must be on feature_map's {x.device}, got {q.device}")
 
 
 def check_positions(
@@ -210,17 +216,8 @@ def check_positions(
         )
     positions = positions.double()
     if positions.device.type == "cpu":  # on another device the look would wait for it
-        _require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
+        require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
     return positions
-
-
-def _require(condition: Tensor, message: str, wait: bool = True) -> None:
-    # compiled code cannot stop to look: it raises RuntimeError where it is run
-    blind = not wait and condition.device.type != "cpu"
-    if blind or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message)
 
 
 def check_step_positions(
@@ -240,63 +237,3 @@ def check_step_positions(
             f"positions must be one position of {levels} level(s), or [B] of them, got shape {came}"
         )
     return positions.unsqueeze(1 if batched else 0) if isinstance(positions, Tensor) else positions
-
-
-def config(encoding: PositionalEncoding | None, feature_map: str, normalize: bool | str) -> str:
-    """Return the configuration that a state belongs to, as text."""
-    name = "no encoding" if encoding is None else encoding.signature
-    return f"{name}, feature_map={feature_map!r}, normalize={normalize!r}"
-
-
-def check_state(
-    state: LinearAttentionState,
-    q: Tensor,
-    v: Tensor,
-    sizes: tuple[int, int],
-    encoding: PositionalEncoding | None,
-    normalize: bool | str,
-    expected: str,
-    noise: Tensor | None,
-) -> None:
-    """Check that a state comes from the configuration `expected`, with this noise key.
-
-    sizes: numbers of sequences and of heads.
-    """
-    if not isinstance(state, LinearAttentionState):
-        raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
-    if state.config != expected:
-        raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
-    d = q.shape[-1]
-    r = d if encoding is None else encoding.feature_dim
-    rz = 0 if not normalize else d if encoding is None else encoding.norm_dim
-    length = state.length
-    if isinstance(length, Tensor):
-        if length.dtype != torch.int64 or length.shape != sizes[:1] or length.device != q.device:
-            raise ValueError(
-                f"initial_state.length must be int64 of shape {sizes[:1]} on {q.device}, got "
-                f"{length.dtype} of {shape(length)} on {length.device}"
-            )
-    elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-        raise TypeError(
-            f"initial_state.length must be an int or a tensor, got {type(length).__name__}"
-        )
-    for name, x, size in (("s", state.s, (*sizes, r, v.shape[-1])), ("z", state.z, (*sizes, rz))):
-        if not isinstance(x, Tensor) or tuple(x.shape) != size:
-            raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
-        if x.device != q.device or x.dtype != compute_dtype(q):
-            raise ValueError(
-                f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
-                f"got {x.dtype} on {x.device}"
-            )
-    if noise is state.noise:
-        return
-    if noise is None or not isinstance(state.noise, Tensor) or state.noise.shape != noise.shape:
-        raise ValueError(
-            f"initial_state.noise must be the noise_key of pos_encoding, {noise}, got {state.noise}"
-        )
-    _require(
-        (noise == state.noise.to(noise.device)).all(),
-        "initial_state was made with another (seed, step) of noise than pos_encoding has now: "
-        "noise stays for a whole sequence, in training too; layers that have one encoding in "
-        "common need its share()",
-    )
