@@ -136,6 +136,7 @@ _INTERPRETED = _THOROUGH | {
     "test_negative_views",
     "test_odd_width",
     "test_parameters_in_any_layout",
+    "test_rows_from_any_on",
     "test_second_derivative_is_never_dropped",
     "test_shapes_of_positions",
     "test_split_and_resume",

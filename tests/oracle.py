@@ -30,18 +30,19 @@ def philox(counter, key):
 
 @functools.cache
 def normal(seed, step, module, kind, hd, rows, r):
-    """Standard normal numbers [hd, rows, r] in float64."""
+    """Standard normal numbers [hd, rows, r] in float64; rows: how many, or a range of them."""
+    rows = range(rows) if isinstance(rows, int) else rows
     key = seed & (2**32 - 1), (seed >> 32 & (2**32 - 1)) ^ (module << 3 | kind)
-    out = torch.empty(hd, rows, -(-r // 4), 4, dtype=torch.float64)
+    out = torch.empty(hd, len(rows), -(-r // 4), 4, dtype=torch.float64)
     for i in range(hd):
-        for j in range(rows):
+        for at, j in enumerate(rows):
             for block in range(out.shape[2]):
-                words = philox((block, j, i, step), key)
+                words = philox((block, j % 2**32, i, step), key)
                 u0, u1, u2, u3 = (((x >> 9) + 0.5) * 2.0**-23 for x in words)
                 a, b = math.sqrt(-2 * math.log(u0)), math.sqrt(-2 * math.log(u2))
                 z = (a * math.cos(TURN * u1), a * math.sin(TURN * u1))
                 z += (b * math.cos(TURN * u3), b * math.sin(TURN * u3))
-                out[i, j, block] = torch.tensor(z, dtype=torch.float64)
+                out[i, at, block] = torch.tensor(z, dtype=torch.float64)
     return out.flatten(-2)[..., :r].clone()
 
 
