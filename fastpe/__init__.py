@@ -8,11 +8,12 @@ from .attention import (
 )
 from .backends import available_backends
 from .config import show_config
-from .encodings import FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
+from .encodings import ConvSPE, FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvSPE",
     "FStripe",
     "LinearAttentionState",
     "PositionalEncoding",

@@ -201,8 +201,9 @@ def check_state(
     if state.config != expected:
         raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
     b, _, h, d = q.shape
-    r = d if encoding is None else encoding.feature_dim
-    rz = 0 if not normalize else d if encoding is None else encoding.norm_dim
+    r, rz = d, d if normalize else 0
+    if encoding is not None:
+        r, rz = encoding.state_widths(normalize)
     if isinstance(state.length, bool) or not isinstance(state.length, (int, torch.SymInt)):
         raise TypeError(f"initial_state.length must be an int, got {type(state.length).__name__}")
     for name, x, size in (("s", state.s, (b, h, r, v.shape[-1])), ("z", state.z, (b, h, rz))):

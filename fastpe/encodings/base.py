@@ -26,6 +26,8 @@ class PositionalEncoding(nn.Module):
         num_levels: Components L of a position.
     """
 
+    # whether positions other than integers are refused
+    integer_positions = False
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
     _signature: str | None = None
@@ -54,6 +56,10 @@ class PositionalEncoding(nn.Module):
     def norm_dim(self) -> int:
         """Number of features that the normaliser sees."""
         return self.feature_dim
+
+    def state_widths(self, normalize: bool | str) -> tuple[int, int]:
+        """Return R and Rz of a state, `causal_linear_attention` says of which."""
+        return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(
         self, device: torch.device | None = None
