@@ -7,6 +7,7 @@ from .attention import (
     causal_linear_attention_step,
 )
 from .backends import available_backends
+from .banded import banded_attention
 from .config import show_config
 from .encodings import ConvSPE, FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
 
@@ -22,6 +23,7 @@ __all__ = [
     "SineSPE",
     "__version__",
     "available_backends",
+    "banded_attention",
     "causal_linear_attention",
     "causal_linear_attention_step",
     "nn",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, banded, reference
 from .encodings import PositionalEncoding
-from .maps import Rotation, SineMap
+from .maps import Band, Rotation, SineMap
 from .ops import ScanOptions, causal_dot, compute_dtype, phase_features, step
 from .validation import (
     LinearAttentionState,
+    check_band,
     check_encoding,
     check_inputs,
     check_options,
@@ -167,6 +168,11 @@ def _attend(
     if encoding is not None and maps is None:
         q, k = (_encoded(encoding, x, positions, side) for x, side in ((q, "q"), (k, "k")))
     map_q, map_k = maps or (None, None)
+    if isinstance(map_q, Band):
+        check_band(feature_map, positions, 0 if state is None else state.length)
+        options = {"normalize": normalize, "eps": eps, "chunk_size": chunk_size}
+        state = None if state is None else (state.s, state.z)
+        return banded.attend(q, k, v, map_q, state=state, backend=backend, **options)
     state = None if state is None else (state.s, state.z)
     if backend == "reference":
         # everything by reference.py: differentiable any number of times

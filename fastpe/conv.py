@@ -87,9 +87,12 @@ class _Codes:
 
     def code(self, head: int, rows: Tensor, noise: Tensor) -> Tensor:
         """Return the codes of rows of a tile, [n, D, R]."""
-        code = torch.bmm(self.matrices[head], noise[head]).transpose(0, 1).index_select(0, rows)
-        constant = self.fir.constant
-        return code if constant is None else code + constant[head].to(self.dtype)
+        operands, constant = (self.matrices[head], noise[head]), self.fir.constant
+        if constant is None:
+            code = torch.bmm(*operands)
+        else:
+            code = torch.baddbmm(constant[head, :, None].to(self.dtype), *operands)
+        return code.transpose(0, 1).index_select(0, rows)
 
     def by_token(self, x: Tensor, columns: Tensor, head: int) -> Tensor:
         """Return tokens of one head, [n, G, .]."""

@@ -180,6 +180,22 @@ def check_step_positions(
     return positions.unsqueeze(1 if batched else 0) if isinstance(positions, Tensor) else positions
 
 
+def check_band(feature_map: object, positions: Tensor, start: int | Tensor) -> None:
+    """Check what attention by a band of lags needs: the linear kernel, and positions in a row."""
+    if feature_map != "identity":
+        raise ValueError(
+            "feature_map must be 'identity' with ConvSPE(num_realizations=None), which has no "
+            f"features, got {feature_map!r}"
+        )
+    steps = torch.arange(positions.shape[1], device=positions.device)
+    start = start[:, None] if isinstance(start, Tensor) else start
+    _require(
+        (positions[..., 0] == start + steps).all(),
+        "positions must be the default ones, 0, 1, 2, ... continued from the state, with "
+        "ConvSPE(num_realizations=None)",
+    )
+
+
 def config(encoding: PositionalEncoding | None, feature_map: str, normalize: bool | str) -> str:
     """Return the configuration that a state belongs to, as text."""
     name = "no encoding" if encoding is None else encoding.signature
