@@ -124,9 +124,9 @@ def banded_attention(
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Causal attention to the last kappa keys, by content and lag.
 
-    o_m = sum_{0 <= m-n < kappa} w_mn v_n with w_mn = sum_d q_md k_nd P_d(m - n): what ConvSPE (arXiv
-    2105.08399) is in expectation, ungated and for the linear kernel. Arithmetic is float32, for
-    float64 inputs float64.
+    o_m = sum_{0 <= m-n < kappa} w_mn v_n with w_mn = sum_d q_md k_nd P_d(m - n): what ConvSPE
+    (arXiv 2105.08399) is in expectation, ungated and for the linear kernel. Arithmetic is float32,
+    for float64 inputs float64.
 
     Args:
         q: Queries, [B, T, H, D]; float32, float64, bfloat16 or float16.
@@ -227,6 +227,14 @@ def _linear(
         o, (s, _) = reference.chunked(q, k, v, q[..., :0], k[..., :0], **options)
         return o, s
     options = ScanOptions(
-        "identity", "none", 0.0, False, False, True, 1.0, chunk_size or 0, backend
+        feature_map="identity",
+        normalize="none",
+        eps=0.0,
+        interleaved=False,
+        pool=False,
+        map_first=True,
+        scale=1.0,
+        chunk=chunk_size or 0,
+        backend=backend,
     )
     return causal_dot(q, k, v, *(state or (None, None)), None, None, options=options)[:2]
