@@ -265,7 +265,7 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             "fastpe's kernels have no second derivative: "
-            "use backend='reference' for double backward"
+            "use backend='reference' for double backward, and no ConvSPE"
         )
 
 

@@ -109,6 +109,25 @@ def sine_features(encoding, params, x, positions, side, form):
     return torch.einsum("bthj,hjr->bthr", out, z.flatten(1, 2).to(x.dtype))
 
 
+def conv_features(encoding, params, x, positions, side):
+    """MATH section 2.2: the code of every token, filtered from the noise around its position."""
+    h, d, taps = params["weight_q"].shape
+    r, dtype = encoding.num_realizations, params["weight_q"].dtype
+    at = positions[..., 0].long().cpu()
+    low = int(at.min()) if at.numel() else 0
+    rows = range(low, int(at.max()) + taps) if at.numel() else range(taps)
+    key = encoding.noise_key.tolist()
+    z = normal(*key, 0, 2, h * d, rows, r).view(h, d, len(rows), r).to(x.device, dtype)
+    code = torch.stack([z[:, :, s - low : s - low + taps] for s in at.flatten().tolist()])
+    code = torch.einsum("hdj,nhdjr->nhdr", params[f"weight_{side}"], code)
+    if encoding.gated:
+        gate = torch.sigmoid(params["gate"])[..., None]
+        eps = normal(*key, getattr(encoding, "module_id", 0), 1, h * d, 1, r).view(h, d, r)
+        code = (1 - gate).sqrt() * code + gate.sqrt() * eps.to(x.device, dtype)
+    code = (r * d) ** -0.25 * code.view(*at.shape, h, d, r)
+    return (x[..., None] * code.to(x.dtype)).sum(3)
+
+
 def encode(encoding, params, x, positions, side, form="direct"):
     """Return the features of x before any feature map; positions [B or 1, T, L] in float64."""
     if encoding is None:
@@ -117,6 +136,8 @@ def encode(encoding, params, x, positions, side, form="direct"):
         return rope_features(encoding, params, x, positions)
     if hasattr(encoding, "num_sines"):
         return sine_features(encoding, params, x, positions, side, form)
+    if hasattr(encoding, "kernel_size"):
+        return conv_features(encoding, params, x, positions, side)
     return encoding.oracle(params, x, positions, side)
 
 

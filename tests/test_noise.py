@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpe import FStripe, SineSPE, backends, causal_linear_attention, noise
 from fastpe.nn import CausalLinearAttention
 
-NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff")
+NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff", "convspe")
 
 
 def _by_kernel(backend, seed, step, module, kind, shape, dtype=torch.float64, first=0):
