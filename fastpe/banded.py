@@ -20,9 +20,9 @@ from .validation import check_inputs, check_options, shape
 _ROOM = 2**18
 
 
-def _windows(x: Tensor, size: int) -> Tensor:
-    # [B, n + size - 1, H, .] -> [B, n, size, H, .], a view: windows overlap
-    return x.unfold(1, size, 1).movedim(-1, 2)
+def _windows(x: Tensor, tile: slice, size: int) -> Tensor:  # [B, n, size, H, .]
+    # a view: the windows of the queries of a tile overlap
+    return x[:, tile.start : tile.stop + size - 1].unfold(1, size, 1).movedim(-1, 2)
 
 
 def _tiles(q: Tensor, kernel: Tensor) -> list[slice]:
@@ -38,10 +38,10 @@ def _by_age(kernel: Tensor) -> Tensor:  # [H, D, kappa] -> [kappa, H, D], the la
 def _forward(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
     taps, p = kernel.shape[-1], _by_age(kernel)
     o = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    kw, vw = _windows(k, taps), _windows(v, taps)
     for tile in _tiles(q, kernel):
-        weight = (q[:, tile, None] * kw[:, tile] * p).sum(-1, keepdim=True)
-        o[:, tile] = (weight * vw[:, tile]).sum(2)
+        keys, values = _windows(k, tile, taps), _windows(v, tile, taps)
+        weight = (q[:, tile, None] * keys * p).sum(-1, keepdim=True)
+        o[:, tile] = (weight * values).sum(2)
     return o
 
 
@@ -51,15 +51,15 @@ def _backward(
     taps, p = kernel.shape[-1], _by_age(kernel)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dp = torch.zeros_like(p, dtype=torch.float64)
-    kw, vw = _windows(k, taps), _windows(v, taps)
     for tile in _tiles(q, kernel):
+        keys, values = _windows(k, tile, taps), _windows(v, tile, taps)
         query, grad = q[:, tile, None], grad_o[:, tile, None]
-        product = query * kw[:, tile]
+        product = query * keys
         weight = (product * p).sum(-1, keepdim=True)
-        dweight = (grad * vw[:, tile]).sum(-1, keepdim=True)  # [B, n, kappa, H, 1]
+        dweight = (grad * values).sum(-1, keepdim=True)  # [B, n, kappa, H, 1]
         dp += (dweight * product).sum((0, 1))
         part = dweight * p
-        dq[:, tile] = (part * kw[:, tile]).sum(2)
+        dq[:, tile] = (part * keys).sum(2)
         # windows overlap: one query after the other
         by_k, by_v = part * query, weight * grad
         for i in range(tile.stop - tile.start):
