@@ -150,6 +150,16 @@ class ConvSPE(Resampled, PositionalEncoding):
         p = F.conv1d(F.pad(b, pad)[None], a[:, None], groups=len(a))[0]
         return p.unflatten(0, (self.num_heads, self.head_dim))
 
+    def power(self, side: str) -> Tensor:
+        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64."""
+        source = self._filters()
+        weight = source.weight_q if side == "q" else source.weight_k
+        p = weight.detach().cpu().double().square().sum(-1)
+        if self.gated:
+            g = self.gate.detach().cpu().double().sigmoid()
+            p = (1 - g) * p + g
+        return p
+
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
         """Return C, [..., H, D, D], diagonal; positions are integers."""
         lag = (self._levels(positions_q) - self._levels(positions_k))[..., 0]
