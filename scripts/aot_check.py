@@ -185,7 +185,7 @@ def trace(name: str, make: object, dtype: torch.dtype, d: int, e: int) -> None:
     )
     learned = encoding is not None and bool(list(encoding.parameters()))
     where = (None, None) if rotation is None else (positions, rotation.freq.detach().to("meta"))
-    inputs = empty(1, t, h, d), empty(1, t, h, d), empty(1, t, h, e), None, None, *where
+    inputs = empty(1, t, h, d), empty(1, t, h, d), empty(1, t, h, e), None, None, *where, None
     o, den, _, _ = backend.causal_dot(*inputs, options)
     needs = [True, True, True, False, False, False, learned]
     backend.causal_dot_backward((o, None, None), inputs, options, o, den, needs)

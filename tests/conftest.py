@@ -177,7 +177,7 @@ def _select(request, monkeypatch):
         monkeypatch.setattr(native, "isa", path)
     elif name == "triton" and path:
         # every chunk is a segment
-        cut = lambda programs, t, c, device: (c, max(-(-t // c), 1))  # noqa: E731
+        cut = lambda programs, t, c, *_: (c, max(-(-t // c), 1))  # noqa: E731
         monkeypatch.setattr(f"{backends.load(name).__name__}.launch_scan.segments", cut)
     return name
 

@@ -52,7 +52,7 @@ def test_tensors_elsewhere_are_refused():
 @pytest.mark.parametrize("programs", [1, 7, 64, 5000])
 def test_segments_cover_every_token_once(monkeypatch, programs, t):
     monkeypatch.setattr(launch_scan, "processors", lambda device: 132)
-    length, count = launch_scan.segments(programs, t, 32, DEVICE)
+    length, count = launch_scan.segments(programs, t, 32, 1, DEVICE)
     assert length % 32 == 0
     assert (count - 1) * length < max(t, 1) <= count * length
     # a card that is full is given no more work
