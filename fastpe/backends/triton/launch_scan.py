@@ -197,15 +197,14 @@ class _Scan:
         self.strides = *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]
         self.wide = compute_dtype(q)
         self.initial = contiguous(s0, self.wide), contiguous(z0, self.wide)
-        self.packed = ranges is not None
-        where, self.steps = (q, q), (0, 0)
+        self.packed, self.ranges = ranges is not None, contiguous(ranges, torch.int64)
+        self.where, self.steps = (q, q), (0, 0)
         if freq is not None:
-            where = contiguous(positions, torch.float64), contiguous(freq, torch.float64)
+            self.where = contiguous(positions, torch.float64), contiguous(freq, torch.float64)
             self.steps = (
                 0 if positions.shape[0] == 1 else self.plan.t * self.plan.levels,
                 0 if freq.shape[0] == 1 else freq[0].numel(),
             )
-        self.where = *where, contiguous(ranges, torch.int64) if self.packed else q
 
     def by_token(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return memory for numbers of every token: zeros where some may be of no sequence."""
@@ -231,9 +230,19 @@ class _Scan:
         length, count = segments(programs, plan.t, block.c, plan.row, device)
         return columns, (length, plan.row - 1 + count)
 
+    def slots(self, cut: tuple[int, int]) -> Tensor:
+        """Return what the slots of segments hold, where sequences are ranges: on the card alone."""
+        if not self.packed:
+            return self.q
+        slots = empty(self.q, cut[1], 6, dtype=torch.int64)
+        kernel(scan.slots_kernel, ("num_warps", 1), ("num_stages", 1))(
+            (cut[1], 1, 1), (self.ranges, slots), (self.plan.row, cut[0])
+        )
+        return slots
+
     def states(
-        self, cut: tuple[int, int], x: Tensor, y: Tensor, groups: tuple[int, int, int],
-        initial: tuple, den: Tensor, delta: Tensor, backwards: bool,
+        self, cut: tuple[int, int], slots: Tensor, x: Tensor, y: Tensor,
+        groups: tuple[int, int, int], initial: tuple, den: Tensor, delta: Tensor, backwards: bool,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], tuple[str, bool]]:  # fmt: skip
         """Return (s, z) at the beginning of each segment, where each lies, and if there is any.
 
@@ -250,14 +259,14 @@ class _Scan:
         states = empty(self.q, plan.heads, cut[1], size, dtype=self.wide)
         plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))(
             (-(-plan.e // plan.blocks("state").be) * cut[1] * plan.heads, 1, 1),
-            (x, y, den, delta, states, *self.where),
+            (x, y, den, delta, states, *self.where, slots),
             (*plan.sizes, *groups[:2], *cut, *x.stride()[:3], *y.stride()[:3], *self.steps),
         )
         choices = ("STATE", s is not None), ("BACKWARDS", backwards), ("RANGES", self.packed)
         choices += ("ACC", plan.meta["ACC"]), ("BLOCK", 1024), ("num_warps", 4), ("num_stages", 1)
         kernel(scan.prefix_kernel, *choices)(
             (plan.sequences * plan.h, -(-size // 1024), 1),
-            (states, states if s is None else s, states if z is None else z, self.where[-1]),
+            tuple(states if x is None else x for x in (states, s, z, self.ranges)),
             (plan.h, plan.row, *cut, group, count, plan.rz),
         )
         apart = cut[1] * size, size
@@ -279,12 +288,13 @@ def causal_dot(
     groups = plan.of_k, plan.of_v, plan.of_state
     with torch.cuda.device_of(q):
         columns, cut = call.cut("forward")
+        slots = call.slots(cut)
         state, apart, given = call.states(
-            cut, call.k, call.v, groups, call.initial, den, den, False
+            cut, slots, call.k, call.v, groups, call.initial, den, den, False
         )
         plan.kernel(scan.forward_kernel, "forward", given)(
             (columns * cut[1] * plan.heads, 1, 1),
-            (call.q, call.k, call.v, o, den, *state, s, z, *call.where),
+            (call.q, call.k, call.v, o, den, *state, s, z, *call.where, slots),
             (*plan.sizes, *groups, *cut, *call.strides, *call.steps, *apart),
         )
     return o, den, s, z
@@ -293,7 +303,7 @@ def causal_dot(
 def _final_gradients(
     call: _Scan, grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return those of s and z for all heads: zeros but for the first of those that share a state."""
+    """Return those of s and z for all heads: zeros but for the first of those that share one."""
     given, group = [contiguous(x, call.wide) for x in grads], call.plan.of_state
     missing = [x is None for x in given]
     if all(missing) or (group == 1 and not any(missing)):
@@ -345,18 +355,21 @@ def causal_dot_backward(
         # by the way it makes delta, which the gradients of the keys begin with
         if needs[0] or turn or (want_k and plan.rz):
             columns, cut = call.cut("grad_q")
-            groups = *shared, plan.of_state
+            slots, groups = call.slots(cut), (*shared, plan.of_state)
             state, apart, given = call.states(
-                cut, call.k, call.v, groups, call.initial, den, den, False
+                cut, slots, call.k, call.v, groups, call.initial, den, den, False
             )
             plan.kernel(scan_backward.grad_q_kernel, "grad_q", given, *turning)(
                 (columns * cut[1] * plan.heads, 1, 1),
-                (*qkv, o, do, den, delta, *state, dq, *call.where, *gradients(columns, cut)),
+                (*qkv, o, do, den, delta, *state, dq, *call.where, slots, *gradients(columns, cut)),
                 (*plan.sizes, *shared, *cut, *strides, *apart),
             )
         for role in plan.roles_kv(want_k, needs[2]):
             columns, cut = call.cut(role)
-            state, apart, given = call.states(cut, call.q, do, (1, 1, 1), final, den, delta, True)
+            slots = call.slots(cut)
+            state, apart, given = call.states(
+                cut, slots, call.q, do, (1, 1, 1), final, den, delta, True
+            )
             of_k = role != "grad_v"
             turned = gradients(columns, cut) if of_k else (q, q)
             choices = turning if of_k else (("TURN", False), ("WANT_POSITIONS", False))
@@ -364,7 +377,7 @@ def causal_dot_backward(
             choices += (("WANT_STATE", want_state and of_k),)
             plan.kernel(scan_backward.grad_kv_kernel, role, given, *choices)(
                 (columns * cut[1] * plan.heads, 1, 1),
-                (*qkv, do, den, delta, *state, dk, dv, ds0, dz0, *call.where, *turned),
+                (*qkv, do, den, delta, *state, dk, dv, ds0, dz0, *call.where, slots, *turned),
                 (*plan.sizes, *shared, *cut, *strides, *apart),
             )
     results = []

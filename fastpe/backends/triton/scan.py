@@ -14,7 +14,8 @@ the segment chunk by chunk with the state in registers. Where heads are cut into
 the whole card work, `state_kernel` and `prefix_kernel` make the states that these begin with.
 
 With RANGES the one row of tokens holds S sequences, and its NSEG slots of segments are their first
-ones, then one for each SEG tokens in which another may begin. A slot without one has no tokens.
+ones, then one for each SEG tokens in which another may begin; `slots_kernel` finds what they hold.
+A slot that holds none has no tokens.
 """
 
 import triton
@@ -35,13 +36,17 @@ from .tiles import (
 )
 
 
-@triton.jit
-def find(ranges, i_seg, S, SEG):
-    """Return the sequence of a slot, its first token, its end and that of the sequence.
+@triton.jit(do_not_specialize=["S", "SEG"])
+def slots_kernel(ranges, slots, S, SEG):
+    """Store what each slot holds, as `place` and `state_kernel` read it.
+
+    That is: first token of the segment, end, sequence, whether it is the last one; and the ends of
+    what it adds to the states of segments behind and before it, of no token if there are none.
 
     The first S slots are the first segments of the sequences. Every other segment follows SEG
     tokens of its own sequence, so no two begin in the same SEG tokens of the row.
     """
+    i_seg = tl.program_id(0)
     i_s = i_seg.to(tl.int64)
     begin = i_s * 0
     last = begin
@@ -59,29 +64,38 @@ def find(ranges, i_seg, S, SEG):
             i_s += tl.sum(tl.where(here, o_s, 0))
             begin += tl.sum(tl.where(here, at, 0))
             last += tl.sum(tl.where(here, behind, 0))
-    return i_s, begin, tl.minimum(begin + SEG, last), last
+    end = tl.minimum(begin + SEG, last)
+    closes = (end == last) & ((i_seg < S) | (last > 0))
+    slots += 6 * i_seg
+    tl.store(slots, begin)
+    tl.store(slots + 1, end)
+    tl.store(slots + 2, i_s)
+    tl.store(slots + 3, closes.to(tl.int64))
+    tl.store(slots + 4, tl.where(closes, begin, end))
+    tl.store(slots + 5, tl.where(i_seg < S, begin, end))
 
 
 @triton.jit
-def place(ranges, T, H, S, SEG, NSEG, BLOCKS, RANGES: tl.constexpr):
+def place(slots, T, H, S, SEG, NSEG, BLOCKS, RANGES: tl.constexpr, BACKWARDS: tl.constexpr):
     """Return where a program works.
 
     That is: head (row by row of the batch), head (sequence by sequence), slot of the segment, block
-    of columns, first token, end, and whether the segment is the first and the last of its sequence.
+    of columns, first token, end, and whether no other segment of its sequence is walked later.
     """
     pid = tl.program_id(0)
     i_block = pid % BLOCKS
     i_seg = pid // BLOCKS % NSEG
     i_bh = (pid // BLOCKS // NSEG).to(tl.int64)
     if RANGES:
-        i_s, begin, end, last = find(ranges, i_seg, S, SEG)
-        i_sh = i_s * H + i_bh
-        closes = (end == last) & ((i_seg < S) | (last > 0))
-        return i_bh, i_sh, i_seg, i_block, begin.to(T.dtype), end.to(T.dtype), i_seg < S, closes
+        slots += 6 * i_seg
+        begin, end = tl.load(slots).to(T.dtype), tl.load(slots + 1).to(T.dtype)
+        i_sh = tl.load(slots + 2) * H + i_bh
+        closes = i_seg < S if BACKWARDS else tl.load(slots + 3) != 0
+        return i_bh, i_sh, i_seg, i_block, begin, end, closes
     else:
         begin = i_seg * SEG
-        end = tl.minimum(begin + SEG, T)
-        return i_bh, i_bh, i_seg, i_block, begin, end, i_seg == 0, i_seg == NSEG - 1
+        closes = i_seg == (0 if BACKWARDS else NSEG - 1)
+        return i_bh, i_bh, i_seg, i_block, begin, tl.minimum(begin + SEG, T), closes
 
 
 @triton.jit
@@ -115,7 +129,7 @@ def products(
 
 @triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
 def forward_kernel(
-    q, k, v, o, den, s0, z0, s, z, positions, freq, ranges,
+    q, k, v, o, den, s0, z0, s, z, positions, freq, slots,
     T, H, D, E, W, L, S, GK, GV, GS, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, position_b, freq_h,
     G0, s0_h, s0_t, z0_h, z0_t,
@@ -130,8 +144,8 @@ def forward_kernel(
     # the normaliser sees features that are not rotated
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
-    i_bh, i_sh, i_seg, i_block, begin, end, _, closes = place(
-        ranges, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES
+    i_bh, i_sh, i_seg, i_block, begin, end, closes = place(
+        slots, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES, False
     )
     i_b, i_h = i_bh // H, i_bh % H
     q += i_b * q_b + i_h * q_h
@@ -194,7 +208,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
 def state_kernel(
-    x, y, den, delta, states, positions, freq, ranges,
+    x, y, den, delta, states, positions, freq, slots,
     T, H, D, E, W, L, S, GX, GY, SEG, NSEG,
     x_b, x_t, x_h, y_b, y_t, y_h, position_b, freq_h,
     SCALE: tl.constexpr, EPS: tl.constexpr,
@@ -206,11 +220,14 @@ def state_kernel(
     """What each segment adds to the state: of psi and v, or BACKWARDS of phi and g."""
     NORM: tl.constexpr = NORMALIZE != "none"
     NORM_PARTS: tl.constexpr = 2 if MAP_FIRST and PAIRS != "none" else PARTS
-    i_bh, _, i_seg, i_block, begin, end, opens, closes = place(
-        ranges, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES
+    i_bh, _, i_seg, i_block, begin, end, closes = place(
+        slots, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES, BACKWARDS
     )
     # no segment begins with what the last one adds
-    end = tl.where(opens if BACKWARDS else closes, begin, end)
+    if RANGES:  # there is no register left to choose with
+        end = tl.load(slots + 6 * i_seg + (5 if BACKWARDS else 4)).to(T.dtype)
+    else:
+        end = tl.where(closes, begin, end)
     i_b, i_h = i_bh // H, i_bh % H
     x += i_b * x_b + i_h // GX * x_h
     y += i_b * y_b + i_h // GY * y_h
@@ -275,7 +292,7 @@ def prefix_kernel(
         count = NSEG
     for i in range(count):
         i_seg = count - 1 - i if BACKWARDS else i
-        if RANGES:  # its slot: see `find`
+        if RANGES:  # its slot: see `slots_kernel`
             i_seg = tl.where(i_seg == 0, i_s, S - 1 + first // SEG + i_seg)
         at = states + i_seg * (RE + RZ) + o
         added = tl.load(at, mask=mask, other=0.0)

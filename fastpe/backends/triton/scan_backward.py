@@ -69,7 +69,7 @@ def store_frequencies(dfreq, b_df, o_w, W, L):
 
 @triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
 def grad_q_kernel(
-    q, k, v, o, do, den, delta, s0, z0, dq, positions, freq, ranges, dpositions, dfreq,
+    q, k, v, o, do, den, delta, s0, z0, dq, positions, freq, slots, dpositions, dfreq,
     T, H, D, E, W, L, S, GK, GV, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     position_b, freq_h, G0, s0_h, s0_t, z0_h, z0_t,
@@ -85,7 +85,7 @@ def grad_q_kernel(
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
     BLOCKS = tl.cdiv(D if PAIRS == "none" else (D + 1) // 2, BW)
-    i_bh, _, i_seg, i_block, begin, end, _, _ = place(ranges, T, H, S, SEG, NSEG, BLOCKS, RANGES)
+    i_bh, _, i_seg, i_block, begin, end, _ = place(slots, T, H, S, SEG, NSEG, BLOCKS, RANGES, False)
     i_b, i_h = i_bh // H, i_bh % H
     q += i_b * q_b + i_h * q_h
     k += i_b * k_b + i_h // GK * k_h
@@ -161,7 +161,7 @@ def grad_q_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
 def grad_kv_kernel(
-    q, k, v, do, den, delta, t0, y0, dk, dv, ds0, dz0, positions, freq, ranges, dpositions, dfreq,
+    q, k, v, do, den, delta, t0, y0, dk, dv, ds0, dz0, positions, freq, slots, dpositions, dfreq,
     T, H, D, E, W, L, S, GK, GV, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     position_b, freq_h, G0, t0_h, t0_t, y0_h, y0_t,
@@ -182,8 +182,8 @@ def grad_kv_kernel(
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
     BLOCKS_E = tl.cdiv(E, BE)
     BLOCKS = tl.cdiv(D if PAIRS == "none" else (D + 1) // 2, BW) * BLOCKS_E
-    i_bh, i_sh, i_seg, i_block, begin, end, opens, _ = place(
-        ranges, T, H, S, SEG, NSEG, BLOCKS, RANGES
+    i_bh, i_sh, i_seg, i_block, begin, end, closes = place(
+        slots, T, H, S, SEG, NSEG, BLOCKS, RANGES, True
     )
     i_b, i_h = i_bh // H, i_bh % H
     q += i_b * q_b + i_h * q_h
@@ -273,7 +273,7 @@ def grad_kv_kernel(
         if PARTS == 2:
             t_2 = dot(tl.trans(phi_2), g, t_2, DOT, PRECISION)
 
-    if WANT_STATE and opens:
+    if WANT_STATE and closes:
         R = feature_count(D, W, PAIRS, PARTS)
         store_state(ds0 + i_sh * R * E, t_1, t_2, o_w, o_e, D, W, E, PAIRS, PARTS)
         if NORM and WANT_DK:
