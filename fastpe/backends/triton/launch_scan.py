@@ -246,16 +246,16 @@ class _Scan:
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], tuple[str, bool]]:  # fmt: skip
         """Return (s, z) at the beginning of each segment, where each lies, and if there is any.
 
+        Where: heads that share one, how far these and slots are apart, sizes of s and z.
         groups: How many neighbours share a head of x, of y and of the initial state.
         """
         plan, (s, z), group = self.plan, initial, groups[2]
         count, size = plan.r * plan.e, plan.r * plan.e + plan.rz
-        heads = plan.h // group
         if cut[1] == plan.row:
             given = s is not None
             s = self.q if s is None else s
-            sizes = group, count, heads * count, plan.rz, heads * plan.rz
-            return (s, s if z is None else z), sizes, ("STATE", given)
+            apart = group, 1, plan.h // group, count, plan.rz
+            return (s, s if z is None else z), apart, ("STATE", given)
         states = empty(self.q, plan.heads, cut[1], size, dtype=self.wide)
         plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))(
             (-(-plan.e // plan.blocks("state").be) * cut[1] * plan.heads, 1, 1),
@@ -269,8 +269,7 @@ class _Scan:
             tuple(states if x is None else x for x in (states, s, z, self.ranges)),
             (plan.h, plan.row, *cut, group, count, plan.rz),
         )
-        apart = cut[1] * size, size
-        return (states, states[..., count:]), (1, *apart, *apart), ("STATE", True)
+        return (states, states[..., count:]), (1, cut[1], 1, size, size), ("STATE", True)
 
 
 def causal_dot(

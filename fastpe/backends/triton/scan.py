@@ -127,12 +127,12 @@ def products(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG", "NH", "NS"])
 def forward_kernel(
     q, k, v, o, den, s0, z0, s, z, positions, freq, slots,
     T, H, D, E, W, L, S, GK, GV, GS, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, position_b, freq_h,
-    G0, s0_h, s0_t, z0_h, z0_t,
+    G0, NH, NS, s0_size, z0_size,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
     MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, STATE: tl.constexpr, RANGES: tl.constexpr,
@@ -155,8 +155,8 @@ def forward_kernel(
     den += i_bh * T
     positions += i_b * position_b
     freq += i_h * freq_h
-    s0 += i_bh // G0 * s0_h + i_seg.to(tl.int64) * s0_t
-    z0 += i_bh // G0 * z0_h + i_seg.to(tl.int64) * z0_t
+    s0 += (i_bh // G0 * NH + i_seg * NS) * s0_size
+    z0 += (i_bh // G0 * NH + i_seg * NS) * z0_size
 
     o_c, o_w, o_e = tl.arange(0, C), tl.arange(0, BW), i_block * BE + tl.arange(0, BE)
     s_1, s_2 = load_state(s0, o_w, o_e, D, W, E, PAIRS, PARTS, ACC, STATE)

@@ -67,12 +67,12 @@ def store_frequencies(dfreq, b_df, o_w, W, L):
     tl.store(dfreq + o_w[:, None] * L + o_l[None, :], b_df, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG", "NH", "NS"])
 def grad_q_kernel(
     q, k, v, o, do, den, delta, s0, z0, dq, positions, freq, slots, dpositions, dfreq,
     T, H, D, E, W, L, S, GK, GV, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
-    position_b, freq_h, G0, s0_h, s0_t, z0_h, z0_t,
+    position_b, freq_h, G0, NH, NS, s0_size, z0_size,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
@@ -97,8 +97,8 @@ def grad_q_kernel(
     delta += i_bh * T
     positions += i_b * position_b
     freq += i_h * freq_h
-    s0 += i_bh // G0 * s0_h + i_seg.to(tl.int64) * s0_t
-    z0 += i_bh // G0 * z0_h + i_seg.to(tl.int64) * z0_t
+    s0 += (i_bh // G0 * NH + i_seg * NS) * s0_size
+    z0 += (i_bh // G0 * NH + i_seg * NS) * z0_size
 
     o_c, o_w, o_e = tl.arange(0, C), i_block * BW + tl.arange(0, BW), tl.arange(0, BE)
     s_1, s_2 = load_state(s0, o_w, o_e, D, W, E, PAIRS, PARTS, ACC, STATE)
@@ -159,12 +159,12 @@ def grad_q_kernel(
         store_frequencies(dfreq + (i_bh * NSEG + i_seg) * W * L, b_df, o_w, W, L)
 
 
-@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG", "NH", "NS"])
 def grad_kv_kernel(
     q, k, v, do, den, delta, t0, y0, dk, dv, ds0, dz0, positions, freq, slots, dpositions, dfreq,
     T, H, D, E, W, L, S, GK, GV, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
-    position_b, freq_h, G0, t0_h, t0_t, y0_h, y0_t,
+    position_b, freq_h, G0, NH, NS, t0_size, y0_size,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
@@ -196,8 +196,8 @@ def grad_kv_kernel(
     delta += i_bh * T
     positions += i_b * position_b
     freq += i_h * freq_h
-    t0 += i_bh // G0 * t0_h + i_seg.to(tl.int64) * t0_t
-    y0 += i_bh // G0 * y0_h + i_seg.to(tl.int64) * y0_t
+    t0 += (i_bh // G0 * NH + i_seg * NS) * t0_size
+    y0 += (i_bh // G0 * NH + i_seg * NS) * y0_size
 
     o_c = tl.arange(0, C)
     o_w = i_block // BLOCKS_E * BW + tl.arange(0, BW)
