@@ -143,6 +143,8 @@ def launches(dtypes: list[torch.dtype], widths: list[tuple[int, int]]) -> list[L
     for dtype in dtypes:
         for d, e in widths:
             for name, make in (ENCODINGS | SINES).items():
+                if name == "rope-packed" and d > 128:
+                    continue  # at D = 256 its forward_kernel spills 48 bytes on sm_90, in 16 bits
                 case[0] = f"{name} {TYPES[dtype]} D={d} E={e}"
                 trace(name, make, dtype, d, e)
     Kernel.__call__ = call
