@@ -1,4 +1,4 @@
-"""Hugging Face transformers with fastpe's attention: a model, its training, generation, refusals."""
+"""Hugging Face transformers with fastpe's attention: training, generation, refusals."""
 
 import inspect
 import subprocess

@@ -215,7 +215,7 @@ def _attention(
     """
     if dropout:
         raise ValueError(
-            f"attention dropout must be 0, as linear attention has no weights to drop, got {dropout}"
+            f"attention dropout must be 0, as linear attention drops no weights, got {dropout}"
         )
     asked = [name for name in _OF_LOGITS if kwargs.get(name) is not None]
     if asked:
