@@ -1,5 +1,7 @@
 """fastpe: causal attention of linear cost with real positional encodings."""
 
+from torch.serialization import add_safe_globals
+
 from . import nn
 from .attention import (
     LinearAttentionState,
@@ -9,6 +11,9 @@ from .attention import (
 from .backends import available_backends
 from .config import show_config
 from .encodings import FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
+
+# torch.load with weights_only=True takes states
+add_safe_globals([LinearAttentionState])
 
 __version__ = "0.1.0"
 
