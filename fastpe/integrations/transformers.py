@@ -37,6 +37,10 @@ __all__ = ["StateCache", "register"]
 
 # what other implementations make of logits, and linear attention has none
 _OF_LOGITS = ("softcap", "s_aux", "position_bias", "sliding_window")
+_NO_KEYS = (
+    "StateCache holds no keys: it is for models with the attn_implementation of "
+    "fastpe.integrations.transformers.register"
+)
 
 
 def register(
@@ -114,6 +118,9 @@ class _StateLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    # the name it had before transformers 5.16
+    get_max_cache_shape = get_max_length
+
     def reset(self) -> None:
         self.state, self.length, self.is_initialized = None, 0, False
 
@@ -150,10 +157,11 @@ class _NewKeys:
         self.keys, self.layer = keys, layer
 
     def __getattr__(self, name: str) -> None:
-        raise AttributeError(
-            "StateCache holds no keys: it is for models with the attn_implementation of "
-            "fastpe.integrations.transformers.register"
-        )
+        raise AttributeError(_NO_KEYS)
+
+    @classmethod
+    def __torch_function__(cls, *args: object) -> None:
+        raise TypeError(_NO_KEYS)
 
 
 def _mask(
