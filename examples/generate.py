@@ -22,9 +22,9 @@ import fastpe
 
 NOTES = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
 PITCHES = 36
-# I vi IV V, each chord as its root, fifth, third, fifth, twice
+# I vi IV V, each chord as its root, fifth, third, fifth
 CHORDS = ((0, 4, 7), (9, 12, 16), (5, 9, 12), (7, 11, 14))
-FIGURE = (0, 2, 1, 2, 0, 2, 1, 2)
+FIGURE = (0, 2, 1, 2)
 States = list[fastpe.LinearAttentionState]
 
 
@@ -94,7 +94,7 @@ def train(model: Model, steps: int, length: int = 64) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loss = torch.tensor(0.0)
     for _ in range(steps):
-        starts = zip(torch.randint(12, (16,)), torch.randint(32, (16,)), strict=True)
+        starts = zip(torch.randint(12, (16,)), torch.randint(16, (16,)), strict=True)
         tokens = torch.stack([melody(int(key), int(step), length + 1) for key, step in starts])
         logits, _ = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
