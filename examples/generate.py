@@ -3,7 +3,7 @@
     python examples/generate.py [--tokens 64] [--temperature 0.8] [--top-k 5] [--save STATE]
     python examples/generate.py --resume STATE
 
-Two layers learn for a few seconds to arpeggiate a chord progression in any key. Prompts of
+Two layers learn for a few seconds to arpeggiate a chord progression in three keys. Prompts of
 different lengths are read as one batch; then each token costs one step on the states of the layers.
 --save keeps the model and the states in a file, --resume goes on from there as if nothing had
 happened.
@@ -22,6 +22,7 @@ import fastpe
 
 NOTES = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
 PITCHES = 36
+KEYS = (0, 4, 7)
 # I vi IV V, each chord as its root, fifth, third, fifth
 CHORDS = ((0, 4, 7), (9, 12, 16), (5, 9, 12), (7, 11, 14))
 FIGURE = (0, 2, 1, 2)
@@ -29,7 +30,7 @@ States = list[fastpe.LinearAttentionState]
 
 
 def melody(key: int, start: int, length: int) -> Tensor:
-    """Return the pitches [length] of the progression in a key, 0 to 11, from a step on."""
+    """Return the pitches [length] of the progression in a key, from a step on."""
     notes = torch.tensor([chord[i] + key for chord in CHORDS for i in FIGURE])
     return notes[(start + torch.arange(length)) % len(notes)]
 
@@ -89,13 +90,14 @@ class Model(nn.Module):
         return self.head(x), after
 
 
-def train(model: Model, steps: int, length: int = 64) -> float:
-    """Learn melodies of random keys from random steps on; return the last loss."""
+def train(model: Model, steps: int, length: int = 48) -> float:
+    """Learn melodies of all keys from random steps on; return the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loss = torch.tensor(0.0)
     for _ in range(steps):
-        starts = zip(torch.randint(12, (16,)), torch.randint(16, (16,)), strict=True)
-        tokens = torch.stack([melody(int(key), int(step), length + 1) for key, step in starts])
+        starts = torch.randint(16, (4, len(KEYS))).tolist()
+        pieces = [melody(*at, length + 1) for row in starts for at in zip(KEYS, row, strict=True)]
+        tokens = torch.stack(pieces)
         logits, _ = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         logits, states = saved["logits"], saved["states"]
     else:
         print(f"trained: loss {train(model, args.steps):.3f}")
-        prompts = [melody(key, 0, length) for key, length in ((0, 8), (7, 13), (4, 20))]
+        prompts = [melody(key, 0, length) for key, length in zip(KEYS, (8, 13, 20), strict=True)]
         logits, states = prefill(model, prompts)
     start = time.perf_counter()
     tokens, logits, states = generate(

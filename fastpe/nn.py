@@ -96,6 +96,7 @@ class CausalLinearAttention(nn.Module):
         x: Tensor,
         positions: Tensor | None = None,
         *,
+        key_padding_mask: Tensor | None = None,
         initial_state: LinearAttentionState | None = None,
         output_final_state: bool = False,
     ) -> Tensor | tuple[Tensor, LinearAttentionState]:
@@ -104,6 +105,7 @@ class CausalLinearAttention(nn.Module):
         Args:
             x: [B, T, embed_dim].
             positions: Structure positions, [T], [B, T], [T, L] or [B, T, L]; default time.
+            key_padding_mask: [B, T], True at padding, see `causal_linear_attention`.
             initial_state: State after the tokens before these.
             output_final_state: Return the state after the last token too.
         Returns:
@@ -116,6 +118,7 @@ class CausalLinearAttention(nn.Module):
         o, state = causal_linear_attention(
             *self._project(x, 3),
             positions=positions,
+            key_padding_mask=key_padding_mask,
             initial_state=initial_state,
             output_final_state=True,
             **self._options(),

@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="pip install 'fastpe[transformers]'; 
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import fastpe
 from fastpe.integrations.transformers import StateCache, register
 
 register()
@@ -83,6 +84,23 @@ def test_options_of_register():
     phi_q, phi_k = oracle.content("relu", q), oracle.content("relu", k)
     weight = torch.einsum("bthd,bshd->bhts", phi_q, phi_k).tril()
     assert_within(o, torch.einsum("bhts,bshe->bthe", weight, v), 1e-12)
+
+
+def test_options_of_register_are_checked():
+    for options in ({"feature_map": "tanh"}, {"normalize": 2}, {"eps": -1}, {"backend": "tpu"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            register("never", **options)
+    assert "never" not in ALL_ATTENTION_FUNCTIONS
+
+
+def test_random_features_generate_from_a_state():
+    """Favor's state has noise and a stabiliser besides."""
+    register("fastpe-favor", feature_map=fastpe.Favor(32, seed=3))
+    model, x = _model(), _tokens(2, 7)
+    model.set_attn_implementation("fastpe-favor")
+    options = GREEDY | {"num_beams": 3}
+    wanted = model.generate(x, use_cache=False, **options)
+    assert torch.equal(model.generate(x, **options, **{CACHE: StateCache()}), wanted)
 
 
 def test_model_is_causal():

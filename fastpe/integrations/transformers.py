@@ -17,7 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..attention import LinearAttentionState, causal_linear_attention, linear_attention
+from ..feature_maps import FeatureMap, as_feature_map
+from ..validation import check_options
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
@@ -46,7 +49,7 @@ _NO_KEYS = (
 def register(
     name: str = "fastpe",
     *,
-    feature_map: str | nn.Module = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -63,11 +66,18 @@ def register(
 
     Args:
         name: Under which models ask for it.
-        feature_map: phi, as in `causal_linear_attention`.
+        feature_map: phi, as in `causal_linear_attention`; a module is that of every layer of every
+            model, and moves between devices and learns only where you see to it.
         normalize: As in `causal_linear_attention`.
         eps: Of the normaliser.
         backend: As in `causal_linear_attention`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as there.
     """
+    feature_map = as_feature_map(feature_map)
+    check_options(feature_map, normalize, eps, None)
+    backends.check_name(backend)
     options = {
         "feature_map": feature_map,
         "normalize": normalize,
@@ -140,10 +150,10 @@ class _StateLayer(CacheLayerMixin):
             self._select(batch.repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
-        # without an encoding all tensors of a state begin with the batch
         if self.state is not None:
-            self.state = LinearAttentionState(
-                *(x[rows.to(x.device)] if isinstance(x, Tensor) else x for x in self.state)
+            of_batch = {name: getattr(self.state, name) for name in ("s", "z", "length", "c")}
+            self.state = self.state._replace(
+                **{n: x[rows.to(x.device)] for n, x in of_batch.items() if isinstance(x, Tensor)}
             )
 
 
