@@ -62,7 +62,8 @@ def register(
 
     Models are refused, by ValueError in their forward, if they ask for what this cannot do:
     attention dropout in training, sliding windows, soft caps, sinks or biases of logits, packed
-    sequences, masks per query, static caches.
+    sequences, masks per query, static caches. When transformers is compiled it takes batches that
+    come without attention_mask and without cache for packed: give it the mask.
 
     Args:
         name: Under which models ask for it.
