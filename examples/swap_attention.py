@@ -74,18 +74,21 @@ class SwappedAttention(fastpe.nn.CausalLinearAttention):
         """Return y [B, T, embed_dim] and no weights."""
         if query is not key or key is not value:
             raise ValueError("query, key and value must be one tensor: this is self-attention")
-        if key_padding_mask is not None:
-            raise ValueError("key_padding_mask must be None")
         if not is_causal and not _is_causal(attn_mask, query.shape[1]):
             raise ValueError("attn_mask must be the causal one, or is_causal=True")
-        return super().forward(query), None
+        return super().forward(query, key_padding_mask=_hidden(key_padding_mask)), None
+
+
+def _hidden(mask: Tensor | None) -> Tensor | None:
+    # PyTorch hides what is True, or -inf in a mask of floats
+    return mask if mask is None or mask.dtype == torch.bool else mask == -torch.inf
 
 
 def _is_causal(mask: Tensor | None, length: int) -> bool:
     if mask is None:
         return False
-    hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
-    return torch.equal(hidden, torch.ones(length, length, dtype=torch.bool).triu(1).to(mask.device))
+    future = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    return torch.equal(_hidden(mask), future)
 
 
 def swap_(

@@ -48,6 +48,17 @@ def test_swap_keeps_weights_and_calls():
         assert_within(model(tokens)[:, :-1], before[:, :-1], 1e-12)
 
 
+def test_swap_keeps_padding():
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True).double()
+    model = nn.ModuleList([layer]).eval()
+    swap.swap_(model, fastpe.RoPE)
+    x, mask = torch.randn(2, 7, 8).double(), torch.ones(7, 7, dtype=torch.bool).triu(1)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    with torch.no_grad():
+        y = layer(x, src_mask=mask, src_key_padding_mask=padding)
+        assert_within(y[1, :4], layer(x[1:, :4], src_mask=mask[:4, :4])[0], 1e-12)
+
+
 def test_swap_refuses_what_is_not_causal_self_attention():
     layer = swap.SwappedAttention(nn.MultiheadAttention(8, 2, batch_first=True))
     x, y = torch.randn(2, 1, 5, 8)
