@@ -168,7 +168,7 @@ MISMATCHES = {
     "another seed": (
         (SPE, Q, K, V),
         (SineSPE(8, 3, seed=2), Q, K, V),
-        r"initial_state was made with another \(seed, step\) of noise than pos_encoding or feature_map has",
+        r"initial_state was made with another \(seed, step\) of noise than pos_encoding or fea",
     ),
     "another batch": (
         (None, Q, K, V),
