@@ -2,7 +2,7 @@
 
 from torch.serialization import add_safe_globals
 
-from . import nn
+from . import diagnostics, nn
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
@@ -10,10 +10,12 @@ from .attention import (
     linear_attention,
 )
 from .backends import available_backends
+from .banded import banded_attention
 from .config import show_config
-from .encodings import FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
+from .encodings import ConvSPE, FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
 from .favor import Favor
 from .feature_maps import DPFP, FeatureMap, Hedgehog, Taylor2
+from .published import load_spe_state_dict
 
 # torch.load with weights_only=True takes states
 add_safe_globals([LinearAttentionState])
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DPFP",
+    "ConvSPE",
     "FStripe",
     "Favor",
     "FeatureMap",
@@ -34,9 +37,12 @@ __all__ = [
     "Taylor2",
     "__version__",
     "available_backends",
+    "banded_attention",
     "causal_linear_attention",
     "causal_linear_attention_step",
+    "diagnostics",
     "linear_attention",
+    "load_spe_state_dict",
     "nn",
     "show_config",
 ]

@@ -14,6 +14,7 @@ from .feature_maps import FeatureMap, as_feature_map
 from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
     check_align,
+    check_band,
     check_encoding,
     check_feature_map,
     check_inputs,
@@ -90,6 +91,7 @@ def causal_linear_attention(
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
+    check_band(pos_encoding, feature_map, positions)
     check_align(align, q, k, cu_seqlens)
     tokens = check_packing(cu_seqlens, key_padding_mask, k)
     made_with = config(pos_encoding, feature_map, normalize)

@@ -171,6 +171,24 @@ def check_feature_map(
             raise ValueError(f"q must be on feature_map's {x.device}, got {q.device}")
 
 
+def check_band(
+    encoding: PositionalEncoding | None, feature_map: object, positions: Tensor | float | None
+) -> None:
+    """Check what attention by a band of lags needs: the linear kernel, and positions in a row."""
+    if encoding is None or not encoding.banded:
+        return
+    if feature_map != "identity":
+        raise ValueError(
+            "feature_map must be 'identity' with ConvSPE(num_realizations=None), which has no "
+            f"features, got {feature_map!r}"
+        )
+    if positions is not None:
+        raise ValueError(
+            "positions must be the default ones, 0, 1, 2, ... of each sequence, with "
+            "ConvSPE(num_realizations=None), got positions"
+        )
+
+
 def check_positions(
     positions: Tensor | float | None,
     encoding: PositionalEncoding | None,

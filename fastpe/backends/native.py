@@ -343,7 +343,13 @@ def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
 
 
 def philox_normal(
-    seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
+    seed: Tensor,
+    step: Tensor,
+    module: int,
+    kind: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
     out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
@@ -351,6 +357,7 @@ def philox_normal(
     args = PhiloxNormal(
         seed=int(seed) & (2**64 - 1),
         step=int(step) & (2**32 - 1),
+        first=first & (2**32 - 1),
         module=module,
         kind=kind,
         threads=torch.get_num_threads(),
