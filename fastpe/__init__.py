@@ -1,6 +1,6 @@
 """fastpe: causal attention of linear cost with real positional encodings."""
 
-from . import nn
+from . import distributed, nn
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
@@ -23,6 +23,7 @@ __all__ = [
     "available_backends",
     "causal_linear_attention",
     "causal_linear_attention_step",
+    "distributed",
     "nn",
     "show_config",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, distributed
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
@@ -94,6 +97,7 @@ class CausalLinearAttention(nn.Module):
         *,
         initial_state: LinearAttentionState | None = None,
         output_final_state: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, LinearAttentionState]:
         """Attend over a sequence, or over its continuation.
 
@@ -102,12 +106,17 @@ class CausalLinearAttention(nn.Module):
             positions: Structure positions, [T], [B, T], [T, L] or [B, T, L]; default time.
             initial_state: State after the tokens before these.
             output_final_state: Return the state after the last token too.
+            group: Ranks that hold consecutive slices of the sequence, x being this one's; see
+                `fastpe.distributed.causal_linear_attention`. Default: x is all of it.
         Returns:
             y: [B, T, embed_dim]; with output_final_state a pair of y and the state.
         """
         if initial_state is None and self.pos_encoding is not None:
             self.pos_encoding.maybe_resample_()
-        o, state = causal_linear_attention(
+        attend = causal_linear_attention
+        if group is not None:
+            attend = functools.partial(distributed.causal_linear_attention, group=group)
+        o, state = attend(
             *self._project(x, 3),
             positions=positions,
             initial_state=initial_state,
