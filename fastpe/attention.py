@@ -79,7 +79,8 @@ def causal_linear_attention(
     positions = check_positions(positions, pos_encoding, q, start)
     r = q.shape[-1] if pos_encoding is None else pos_encoding.feature_dim
     widths = q.shape[-1], r, v.shape[-1]
-    one_token = q.shape[1] == 1 and initial_state is not None
+    # a bool where T is a symbol too
+    one_token = bool(initial_state is not None and q.shape[1] == 1)
     backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
 
     inputs = q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state

@@ -179,13 +179,18 @@ def chunked(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return the same as `quadratic` in O(T): quadratic inside chunks, the state between them."""
-    length = q.shape[1]
-    size = min(chunk_size or 64, max(length, 1))
+    length, size = q.shape[1], chunk_size or 64
+    if torch.compiler.is_compiling() and length > 1:
+        # for any T, which may be a symbol, with two chunks at least: code for one is code of its own
+        chunks = length // size + 2
+    else:
+        size = min(size, max(length, 1))
+        chunks = -(-length // size)
     s, z = state if state is not None else empty_state(q, v, dq)
 
     def split(x: Tensor) -> Tensor:  # [B, N, C, H, .], zeros behind the end
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -length % size))
-        return x.unflatten(1, (x.shape[1] // size, size))
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * size - length))
+        return x.unflatten(1, (chunks, size))
 
     qc, kc, vc, dqc, dkc = (split(x) for x in (q, k, v, dq, dk))
     # the state before each chunk: [B, N + 1, H, R, E], the last one is final
