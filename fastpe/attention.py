@@ -199,7 +199,7 @@ def _attend(
         q = phase_features(q, positions, map_q, backend=backend)
         k = phase_features(k, positions, map_k, backend=backend)
     where = (None, None) if rotation is None else (positions, rotation.freq)
-    return causal_dot(q, k, v, *(state or (None, None)), *where, options=options)
+    return causal_dot(q, k, v, *(state or (None, None)), *where, None, options=options)
 
 
 def _encoded(encoding: PositionalEncoding, x: Tensor, positions: Tensor, side: str) -> Tensor:
