@@ -225,7 +225,7 @@ def chunked(
     length, heads = q.shape[1], q.shape[2]
     states = max(k.shape[2], v.shape[2])
     if torch.compiler.is_compiling() and length > 1:
-        # for any T, which may be a symbol; two chunks at least, since code for one is code of its own
+        # for any T, which may be a symbol: at least two chunks, as code for one is code of its own
         size = chunk_size or 64
         chunks = length // size + 2
     else:
