@@ -76,6 +76,7 @@ typedef struct {
 typedef struct {
   uint64_t seed;
   uint32_t step, module, kind;
+  uint32_t first;  // row of the counter that row 0 is
   int32_t threads, isa, dtype;
   int64_t hd, rows, r;
   void *out;

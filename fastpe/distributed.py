@@ -23,16 +23,18 @@ from torch import Tensor
 
 from . import attention, backends
 from .encodings import PositionalEncoding
+from .feature_maps import FeatureMap, as_feature_map
 from .maps import SineMap
 from .ops import phase_features
+from .packing import Packing
+from .scan import Setting
+from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
-    LinearAttentionState,
     check_encoding,
+    check_feature_map,
     check_inputs,
     check_options,
     check_positions,
-    check_state,
-    config,
 )
 
 
@@ -44,7 +46,7 @@ def causal_linear_attention(
     group: dist.ProcessGroup | None = None,
     pos_encoding: PositionalEncoding | None = None,
     positions: Tensor | None = None,
-    feature_map: str = "elu1",
+    feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
     initial_state: LinearAttentionState | None = None,
@@ -63,13 +65,15 @@ def causal_linear_attention(
 
     All ranks call this, with slices that differ in length alone (which may be 0), and then call
     backward. The gradients are those of the sum of all ranks' losses. Of what is the same on every
-    rank, the parameters of pos_encoding and initial_state, a rank gets its own share: the gradient
+    rank, the parameters of pos_encoding and
+    feature_map and initial_state, a rank gets its own share: the gradient
     is their sum over the group.
 
     Args:
         q: Queries of this rank's slice, [B, T_rank, H, D].
-        k: Keys, [B, T_rank, H, D].
-        v: Values, [B, T_rank, H, E].
+        k: Keys, [B, T_rank, Hk, D].
+        v: Values, [B, T_rank, Hk, E].
+        pos_encoding: As there, but no ConvSPE, whose features reach over the ends of slices.
         group: Ranks in the order of their slices, default all; its backend must serve q's device.
         positions: Of this slice; by default they go on over the ranks.
         initial_state: State before the whole sequence, the same on every rank.
@@ -82,30 +86,45 @@ def causal_linear_attention(
             seed and step). What one rank alone refuses leaves the others waiting.
     """
     check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
+    if pos_encoding is not None and pos_encoding.banded:
+        raise ValueError("pos_encoding must be one whose features stand alone, got ConvSPE")
     made_with = config(pos_encoding, feature_map, normalize)
     noise = None if pos_encoding is None else pos_encoding.noise_key
+    learned = [] if pos_encoding is None else pos_encoding.map_inputs()
+    if isinstance(feature_map, FeatureMap):
+        noise = feature_map.state_noise(noise)
+        learned = [*learned, *feature_map.parameters()]
+    setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
-        check_state(initial_state, q, v, pos_encoding, normalize, made_with, noise)
-    r = q.shape[-1] if pos_encoding is None else pos_encoding.feature_dim
-    backend = backends.resolve(backend, q.device, q.dtype, (q.shape[-1], r, v.shape[-1]))
+        sizes = q.shape[0], q.shape[2] if setting.per_head else k.shape[2]
+        check_state(initial_state, q, v, sizes, setting, made_with, noise)
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
+    backend = backends.resolve(backend, q.device, q.dtype, widths)
     start = 0 if initial_state is None else initial_state.length
-    learned = () if pos_encoding is None else pos_encoding.map_inputs()
     has_gradient = torch.is_grad_enabled() and any(map(_learns, (k, v, positions, *learned)))
-    given = made_with, eps, q.dtype, start, initial_state is None, output_final_state
+    given = made_with, eps, q.dtype, initial_state is None, output_final_state
     # hash() of text is another number in every process
     text = int.from_bytes(repr(given).encode(), "big") % (2**61 - 1)
+    # of the encoding, of the feature map, or of both
+    key = torch.zeros(4, dtype=torch.int64, device=q.device)
+    if noise is not None:
+        key[: len(noise)] = noise
     same = {
-        "B, H, D and E": [q.shape[0], *q.shape[2:], v.shape[-1]],
+        "B, H, D, Hk and E": [q.shape[0], *q.shape[2:], *v.shape[2:]],
         "dtypes and options": [text],
         "whether keys, values, positions or parameters require grad": [has_gradient],
-        "the noise of pos_encoding, its seed and step": [0, 0] if noise is None else noise,
+        "the noise of pos_encoding and feature_map, seed and step": key,
     }
     lengths = _agree(q.shape[1], same, q.device, group)
     rank = dist.get_rank(group)
-    positions = check_positions(positions, pos_encoding, q, start + sum(lengths[:rank]))
-    q, k, pos_encoding, positions = _encode(q, k, pos_encoding, positions, backend)
+    here, t = start + sum(lengths[:rank]), q.shape[1]
+    positions = check_positions(positions, pos_encoding, q, t, here, Packing())
+    if isinstance(feature_map, str) and q.shape == k.shape:
+        q, k, pos_encoding, positions = _encode(q, k, pos_encoding, positions, backend)
     attend = functools.partial(
         attention.causal_linear_attention,
         pos_encoding=pos_encoding,
@@ -191,7 +210,7 @@ def _exchange(
     own: LinearAttentionState, initial: LinearAttentionState | None, group: dist.ProcessGroup | None
 ) -> tuple[LinearAttentionState, LinearAttentionState]:
     """Return the states before this rank's slice and after those of all."""
-    names = [name for name in ("s", "z", "c") if getattr(own, name, None) is not None]
+    names = [name for name in ("s", "z", "c") if getattr(own, name) is not None]
     mine = [getattr(own, name) for name in names]
     parts = _AllGather.apply(torch.cat([x.flatten() for x in mine]), group)
     parts = parts.split([x.numel() for x in mine], dim=1)

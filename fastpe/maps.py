@@ -49,6 +49,11 @@ class SineMap(NamedTuple):
     pool: bool
 
     @property
+    def exact(self) -> bool:
+        """Whether all D J rows are kept as they are."""
+        return self.noise is None and not self.pool
+
+    @property
     def rows(self) -> int:
         """J, the rows that one component gives."""
         return 2 * self.gain.shape[-1] + (self.gate is not None)
@@ -59,3 +64,17 @@ class SineMap(NamedTuple):
         if self.noise is not None:
             return self.noise.shape[-1]
         return self.rows if self.pool else self.rows * self.gain.shape[1]
+
+
+class Band(NamedTuple):
+    """Weigh keys by content and lag, up to a largest lag: exact ConvSPE for the linear kernel.
+
+    The weight of key n for query m is sum_d q_d k_d (kernel_d[m - n] + gate_d^2).
+
+    Attributes:
+        kernel: [H, D, kappa], of lags 0 .. kappa - 1; float64.
+        gate: [H, D], the part that ignores position, or None; float64.
+    """
+
+    kernel: Tensor
+    gate: Tensor | None

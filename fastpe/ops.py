@@ -121,8 +121,8 @@ class CausalDot(torch.autograd.Function):
     """o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after.
 
     q is [B, T, H, D]; k and v have a divisor of H heads each, which neighbours of q's heads share.
-    With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i to
-    before the second; there are S states, and tokens of no sequence get zeros.
+    With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i
+    to before the second; there are S states, and tokens of no sequence get zeros.
     """
 
     @staticmethod
@@ -298,7 +298,7 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             "fastpe's kernels have no second derivative: "
-            "use backend='reference' for double backward"
+            "use backend='reference' for double backward, and no ConvSPE"
         )
 
 
@@ -308,16 +308,16 @@ def _first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Ten
 
 
 @_op(
-    "philox_normal(Tensor seed, Tensor step, int module, int kind, int[] shape, ScalarType dtype) "
-    "-> Tensor",
-    lambda seed, step, module, kind, shape, dtype: seed.new_empty(shape, dtype=dtype),
+    "philox_normal(Tensor seed, Tensor step, int module, int kind, int[] shape, ScalarType dtype, "
+    "int first=0) -> Tensor",
+    lambda seed, step, module, kind, shape, dtype, first=0: seed.new_empty(shape, dtype=dtype),
 )
-def philox_normal(seed, step, module, kind, shape, dtype):
+def philox_normal(seed, step, module, kind, shape, dtype, first=0):
     """Return the numbers of `noise.philox_normal`, by a kernel where there is one."""
     backend = {"cpu": "cpu", "cuda": "triton"}.get(seed.device.type)
     if backend and backends.unavailable(backend) is None:
-        return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype)
-    return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype)
+        return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype, first)
+    return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype, first)
 
 
 @_op("count_forward(Tensor(a!) step) -> ()", lambda step: None)

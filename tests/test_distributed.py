@@ -122,7 +122,7 @@ def test_what_is_sent_does_not_depend_on_the_length(ranks, native_kernels, make)
     encoding = make(8, 3)
     r, rz = (8, 8) if encoding is None else (encoding.feature_dim, encoding.norm_dim)
     state = 2 * 3 * (r * 6 + rz)
-    wanted = {"all_gather": [9, state], "all_to_all_single": [state]}
+    wanted = {"all_gather": [12, state], "all_to_all_single": [state]}
     for lengths in ((5, 3), (500, 300)):
         assert ranks(2, _count, lengths, encoding, native_kernels) == [wanted] * 2
 
@@ -174,8 +174,11 @@ def _refused(group, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("noise", "noise of pos_encoding, its seed and step must be the same on every rank"),
-        ("b", "B, H, D and E must be the same on every rank, got"),
+        (
+            "noise",
+            "noise of pos_encoding and feature_map, seed and step must be the same on every rank",
+        ),
+        ("b", "B, H, D, Hk and E must be the same on every rank, got"),
         ("dtype", "dtypes and options must"),
         ("eps", "dtypes and options must"),
         ("feature_map", "dtypes and options must"),

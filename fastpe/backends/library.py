@@ -63,7 +63,7 @@ class PhiloxNormal(Structure):
 
     _fields_ = _fields(
         (c_uint64, "seed"),
-        (c_uint32, "step module kind"),
+        (c_uint32, "step module kind first"),
         (c_int32, "threads isa dtype"),
         (c_int64, "hd rows r"),
         (c_void_p, "out"),

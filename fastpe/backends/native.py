@@ -165,7 +165,10 @@ def causal_dot_backward(
     grad_o = grads[0].resolve_neg()
     grad_s, grad_z = (contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
-    args, wide, none = scan.args, torch.float64, q.new_empty(0)
+    args, wide = scan.args, torch.float64
+
+    def none() -> Tensor:
+        return q.new_empty(0)
 
     def of_tokens(i: int, x: Tensor) -> Tensor:
         # of each head of q: those that share keys or values are added behind
@@ -175,10 +178,11 @@ def causal_dot_backward(
     def of_states(x: Tensor) -> Tensor:
         return scan.empty(scan.counts[0], h, *x.shape[2:])
 
-    dq, dk, dv = (of_tokens(i, x) if needs[i] else none for i, x in enumerate((q, k, v)))
-    ds0, dz0 = (of_states(x) if need else none for x, need in zip((s0, z0), needs[3:5], strict=True))
-    dpositions = scan.by_token(b, h, t, args.L, dtype=wide) if needs[5] else none
-    dfreq = none
+    dq, dk, dv = (of_tokens(i, x) if needs[i] else none() for i, x in enumerate((q, k, v)))
+    ds0 = of_states(s0) if needs[3] else none()
+    dz0 = of_states(z0) if needs[4] else none()
+    dpositions = scan.by_token(b, h, t, args.L, dtype=wide) if needs[5] else none()
+    dfreq = none()
     if needs[6]:
         dfreq = empty(scan.counts[0], h, args.W, args.L, dtype=wide, device=q.device)
     args.o, args.den, args.grad_o = strided(o), _pointer(den), strided(grad_o)
@@ -339,7 +343,13 @@ def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
 
 
 def philox_normal(
-    seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
+    seed: Tensor,
+    step: Tensor,
+    module: int,
+    kind: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
     out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
@@ -347,6 +357,7 @@ def philox_normal(
     args = PhiloxNormal(
         seed=int(seed) & (2**64 - 1),
         step=int(step) & (2**32 - 1),
+        first=first & (2**32 - 1),
         module=module,
         kind=kind,
         threads=torch.get_num_threads(),

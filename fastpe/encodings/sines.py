@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_positive
 from ..maps import SineMap
 from ..noise import GATE, SINE
-from ..ops import count_forward, philox_normal
-from .base import PositionalEncoding, check_positive
+from ..ops import philox_normal
+from ..resampling import Resampled
+from .base import PositionalEncoding
 
 
-class SineEncoding(PositionalEncoding):
+class SineEncoding(Resampled, PositionalEncoding):
     """K sines per component, f = sigmoid(freqs)/2 cycles per unit, lambda = softplus(gains).
 
-    With num_realizations the sines are projected by Gaussian noise to R features. The noise is a
+    With num_realizations the sines are projected by noise to R features, Gaussian or with columns
+    that are orthogonal, in blocks of as many as there are rows, M = D (2 K + gate). The noise is a
     function of (seed, step), both in the state dict: fixed in evaluation, and in training redrawn
     by the layer at every `resample`-th forward.
 
@@ -32,6 +35,7 @@ class SineEncoding(PositionalEncoding):
         mean_over: Denominator of the sum over sines, 2 K in SPE, K in F-StrIPE.
         resample: "forward", "never", or n for every n-th training forward.
         seed: Of the noise; default drawn from torch's generator.
+        noise: "gaussian" or "orthogonal".
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
         unit_gains: lambda = 1 and offsets 0, not learned.
     """
@@ -49,6 +53,7 @@ class SineEncoding(PositionalEncoding):
         mean_over: int,
         resample: str | int,
         seed: int | None,
+        noise: str,
         scale: str,
         unit_gains: bool = False,
     ) -> None:
@@ -56,24 +61,21 @@ class SineEncoding(PositionalEncoding):
         check_positive("num_sines", num_sines)
         if num_realizations is not None:
             check_positive("num_realizations", num_realizations)
-        if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
-            raise ValueError(f"seed must be an int of 64 bits, got {seed!r}")
         flags = {"pool": pool, "gated": gated, "unit_gains": unit_gains}
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         if num_heads is None:
             raise ValueError("num_heads must be a positive int, got None")
-        every = {"forward": 1, "never": 0}.get(resample, resample)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0 or resample == 0:
-            raise ValueError(
-                f"resample must be 'forward', 'never' or a positive int, got {resample!r}"
-            )
+        if noise not in ("gaussian", "orthogonal"):
+            raise ValueError(f"noise must be 'gaussian' or 'orthogonal', got {noise!r}")
+        if noise != "gaussian" and num_realizations is None:
+            raise ValueError(f"noise must be 'gaussian' without num_realizations, got {noise!r}")
         if scale not in ("matched", "paper"):
             raise ValueError(f"scale must be 'matched' or 'paper', got {scale!r}")
         self.num_sines, self.num_realizations, self.pool = num_sines, num_realizations, pool
         self.gated, self.scale, self.unit_gains = gated, scale, unit_gains
-        self.resample, self._every, self._mean_over = resample, every, mean_over
+        self._mean_over, self.noise = mean_over, noise
         shape = (num_heads, head_dim, num_sines)
         self.freqs = nn.Parameter(torch.empty(*shape, num_levels))
         if not unit_gains:
@@ -81,17 +83,7 @@ class SineEncoding(PositionalEncoding):
             self.gains = nn.Parameter(torch.empty(shape))
         if gated:
             self.gate = nn.Parameter(torch.empty(num_heads, head_dim))
-        self.module_id = 0
-        if num_realizations is not None:
-            seed = _random_int() if seed is None else seed
-            self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
-            # counts training forwards; the noise changes with step // every
-            self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
-        # {token: (step, whether a backward has asked for it)}
-        self._steps_drawn: dict[int, tuple[Tensor | None, bool]] = {}
-        self._newest: Tensor | None = None
-        self._cache: tuple | None = None
-        self._key: tuple | None = None
+        self._init_noise(resample, seed, random=num_realizations is not None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,6 +132,7 @@ class SineEncoding(PositionalEncoding):
             scale = (r * d) ** -0.25 if noisy else (r / d) ** 0.25
         else:
             scale = r**-0.5 if noisy else 1.0
+        dtype = torch.promote_types(self._sines().freqs.dtype, torch.float32)
         gate = None
         if self.gated:
             # sqrt(g) and sqrt(1 - g) through logarithms: their slopes stay finite when g saturates
@@ -151,103 +144,17 @@ class SineEncoding(PositionalEncoding):
             offset=None,
             gain=gain * scale,
             gate=gate,
-            noise=self._noise() if noisy else None,
+            noise=self._noise(dtype) if noisy else None,
             pool=self.pool,
         )
         return for_k._replace(offset=offset), for_k
 
     # noise
 
-    @property
-    def noise_key(self) -> Tensor | None:
-        """The (seed, step) in use, int64 [2]; None without noise."""
-        source = self._sines()
-        if source.num_realizations is None:
-            return None
-        every = max(source._every, 1)
-        if torch.compiler.is_compiling():
-            return torch.stack((source.seed, source.step // every))
-        # one tensor as long as the noise lasts: a state that has it needs no look at its values
-        stamp = _stamp(source.seed), _stamp(source.step)
-        if source._key is None or source._key[0] != stamp:
-            with torch.inference_mode(False):
-                source._key = stamp, torch.stack((source.seed, source.step // every))
-        return source._key[1]
+    def _noise_source(self) -> SineEncoding:
+        return self._sines()
 
-    def resample_(self) -> None:
-        """Draw new noise (and go on from there)."""
-        source = self._sines()
-        if source.num_realizations is None:
-            return
-        every = max(source._every, 1)
-        source.step.copy_((source.step // every + 1) * every)
-
-    def maybe_resample_(self) -> None:
-        """Count a training forward, which redraws the noise where `resample` says so."""
-        source = self._sines()
-        if not self.training or not source._every or source.num_realizations is None:
-            return
-        if torch.compiler.is_compiling():
-            if source is self:
-                count_forward(self.step)
-            return
-        # activation checkpointing restores torch's generator before it runs a forward again: the
-        # token is then the same, and tells which noise to use again
-        token = _random_int()
-        if torch._C._current_graph_task_id() != -1:
-            step, _ = self._steps_drawn.get(token, (None, True))
-            source._reuse(step)
-            self._steps_drawn[token] = step, True
-            return
-        if source._newest is not None:
-            source._restore()  # the last backward failed before it could
-        if source is self:
-            self.step.add_(1)
-        # a copy, since a look at its value would wait for the card that it is on
-        step = source.step.clone()
-        before, used = self._steps_drawn.get(token, (step, True))
-        # None: which of two forwards from the same state of the generator it was, is not known
-        self._steps_drawn[token] = step if used or torch.equal(before, step) else None, False
-        if len(self._steps_drawn) > 1024:
-            del self._steps_drawn[next(iter(self._steps_drawn))]
-
-    def _reuse(self, step: Tensor | None) -> None:
-        if step is None:
-            raise RuntimeError(
-                "a forward was run again inside backward with another state of torch's generator, "
-                "or with one that several forwards began with, so its noise is lost: use "
-                "checkpoint(..., preserve_rng_state=True), and seed the generator once"
-            )
-        if self._newest is None:
-            # in use again when this backward is done
-            self._newest = self.step.clone()
-            torch.autograd.Variable._execution_engine.queue_callback(self._restore)
-        self.step.copy_(step)
-
-    def _restore(self) -> None:
-        self.step.copy_(self._newest)
-        self._newest = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Return what is copied and pickled: not what can be made again."""
-        made = {"_cache": None, "_key": None, "_steps_drawn": {}, "_newest": None}
-        return super().__getstate__() | made
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._steps_drawn.clear()
-
-    def _noise(self) -> Tensor:  # [H, D, J, R], the gate's noise in the last row
-        dtype = torch.promote_types(self._sines().freqs.dtype, torch.float32)
-        if torch.compiler.is_compiling():
-            return self._draw(dtype)
-        key = self.noise_key
-        if self._cache is None or self._cache[0] is not key or self._cache[1].dtype != dtype:
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache = key, self._draw(dtype)
-        return self._cache[1]
-
-    def _draw(self, dtype: torch.dtype) -> Tensor:
+    def _draw(self, dtype: torch.dtype) -> Tensor:  # [H, D, J, R], the gate's noise in the last row
         seed, step = self.noise_key
         h, d, r = self.num_heads, self.head_dim, self.num_realizations
 
@@ -255,12 +162,24 @@ class SineEncoding(PositionalEncoding):
             z = philox_normal(seed, step, module_id, kind, (h * d, rows, r), dtype)
             return z.view(h, d, rows, r)
 
-        rows = draw(self._sines().module_id, SINE, 2 * self.num_sines)
-        if not self.gated:
-            return rows
-        return torch.cat((rows, draw(self.module_id, GATE, 1)), dim=2)
+        source, orthogonal = self._sines(), self.noise == "orthogonal"
+        z = draw(source.module_id, SINE, 2 * self.num_sines)
+        if self.gated:
+            # columns are orthogonal with the gate's part, so codes in common need it in common
+            gate = draw((source if orthogonal else self).module_id, GATE, 1)
+            z = torch.cat((z, gate), dim=2)
+        return _orthogonal(z) if orthogonal else z
 
     # closed form
+
+    def power(self, side: str) -> Tensor:
+        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64."""
+        gain = self._lambda_offset()[0].detach().cpu()
+        p = (gain**2).sum(-1) / self._mean_over
+        if self.gated:
+            g = self.gate.detach().cpu().double().sigmoid()
+            p = (1 - g) * p + g
+        return p
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
         """Return C, [..., H, D, D]: diagonal but for pooled features.
@@ -293,16 +212,15 @@ class SineEncoding(PositionalEncoding):
             f"{self.head_dim}, {self.num_heads}, num_levels={self.num_levels}, "
             f"num_sines={self.num_sines}, num_realizations={self.num_realizations}, "
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
-            f"scale={self.scale!r}"
+            f"noise={self.noise!r}, scale={self.scale!r}"
         )
 
 
-def _random_int() -> int:
-    return int(torch.randint(2**62, (), device="cpu"))
-
-
-def _stamp(x: Tensor) -> object:
-    # the value of a scalar; where a look at it would wait, or is not possible, what tells a change
-    if type(x) is Tensor and x.device.type == "cpu" and not torch._C._len_torch_dispatch_stack():
-        return x.item()
-    return id(x), None if x.is_inference() else x._version
+def _orthogonal(z: Tensor) -> Tensor:  # of Gaussian [H, D, J, R], the same shape
+    # the factor Q of a Gaussian matrix is uniform once the signs of R's diagonal are moved to it
+    rows = z.shape[1] * z.shape[2]
+    blocks = []
+    for block in z.flatten(1, 2).double().split(rows, dim=-1):
+        q, r = torch.linalg.qr(block)
+        blocks.append(q * r.diagonal(dim1=-2, dim2=-1).sgn()[:, None])
+    return (rows**0.5 * torch.cat(blocks, -1)).to(z.dtype).view_as(z)
