@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import encodings
-from helpers import Problem, assert_within, make_inputs
+from helpers import Problem, assert_within, leaf, make_inputs
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from fastpe import FStripe, SineSPE
+import fastpe
+from fastpe import Favor, FStripe, SineSPE
 from fastpe.distributed import _merge, causal_linear_attention
 from fastpe.nn import CausalLinearAttention
 
@@ -86,6 +87,40 @@ def test_options(ranks, either, make, options):
 @pytest.mark.parametrize("make", encodings("none", "rope", "sinespe"))
 def test_narrow_dtypes(ranks, either, make, dtype):
     _check(ranks, 2, Problem(make(8, 2), dtype), either)
+
+
+def _like_whole(group, feature_map, encoding, heads, backend):
+    """Compare a slice and its gradients with those of one process."""
+    inputs = make_inputs(2, 37, 2, 8, 6)
+    inputs = inputs[0], *(x[:, :, :heads] for x in inputs[1:])
+    options = {"feature_map": feature_map, "pos_encoding": encoding, "backend": backend}
+    whole, leaves = ([leaf(x) for x in inputs] for _ in range(2))
+    here = slice(*_ends(group))
+    o, end = fastpe.causal_linear_attention(*whole, output_final_state=True, **options)
+    part, final = causal_linear_attention(
+        *(x[:, here] for x in leaves), group=group, output_final_state=True, **options
+    )
+    assert_within(part, o[:, here], 1e-11)
+    for name in ("s", "z", "c"):
+        if getattr(end, name) is not None:
+            assert_within(getattr(final, name), getattr(end, name), 1e-11, name)
+    wanted = torch.autograd.grad(o.square().sum(), whole)
+    found = torch.autograd.grad(part.square().sum(), leaves)
+    for actual, expected in zip(found, wanted, strict=True):
+        dist.all_reduce(actual, group=group)
+        assert_within(actual, expected, 1e-11, "gradient")
+
+
+@pytest.mark.parametrize("feature_map", [lambda: Favor(8, seed=1), lambda: "taylor2"])
+@pytest.mark.parametrize("make", encodings("none", "rope-before"))
+def test_feature_maps_that_are_modules(ranks, either, make, feature_map):
+    ranks(4, _like_whole, feature_map(), make(8, 2), 2, either)
+
+
+@pytest.mark.parametrize("make", encodings("none", "rope", "sinespe"))
+def test_heads_that_share_keys(ranks, either, make):
+    encoding = make(8, 2)
+    ranks(2, _like_whole, "elu1", encoding and encoding.double(), 1, either)
 
 
 def _count(group, lengths, encoding, backend):
