@@ -60,14 +60,14 @@ def causal_linear_attention(
     of its own tokens, gathers those of all ranks, and attends from the sum of those before it. So
     the scan is done twice; the features of SPE and F-StrIPE are made once.
 
-    A rank sends B H (R E + Rz) numbers to each other rank, in the backward as many, and first of
-    all eight integers, for which the host waits.
+    A rank sends its state, B H (R E + Rz) numbers (and c with Favor), to each other rank, in the
+    backward as many, and first of all twelve integers, for which the host waits (and where
+    torch.compile cuts its graph).
 
     All ranks call this, with slices that differ in length alone (which may be 0), and then call
     backward. The gradients are those of the sum of all ranks' losses. Of what is the same on every
-    rank, the parameters of pos_encoding and
-    feature_map and initial_state, a rank gets its own share: the gradient
-    is their sum over the group.
+    rank, initial_state and the parameters of pos_encoding and feature_map, a rank gets its own
+    share: the gradient is their sum over the group.
 
     Args:
         q: Queries of this rank's slice, [B, T_rank, H, D].

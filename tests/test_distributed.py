@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 import fastpe
-from fastpe import Favor, FStripe, SineSPE
+from fastpe import ConvSPE, Favor, FStripe, SineSPE
 from fastpe.distributed import _merge, causal_linear_attention
 from fastpe.nn import CausalLinearAttention
 
@@ -244,6 +244,12 @@ def test_broadcast_buffers_agree(ranks):
 def test_needs_a_process_group():
     with pytest.raises(ValueError, match="init_process_group"):
         causal_linear_attention(*make_inputs(2, 4, 3, 8, 6))
+
+
+def test_convspe_is_refused():
+    encoding = ConvSPE(8, 3, num_realizations=8)
+    with pytest.raises(ValueError, match="pos_encoding must be one whose features stand alone"):
+        causal_linear_attention(*make_inputs(2, 4, 3, 8, 6), pos_encoding=encoding.double())
 
 
 # the layer
