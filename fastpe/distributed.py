@@ -73,7 +73,7 @@ def causal_linear_attention(
         q: Queries of this rank's slice, [B, T_rank, H, D].
         k: Keys, [B, T_rank, Hk, D].
         v: Values, [B, T_rank, Hk, E].
-        pos_encoding: As there, but no ConvSPE, whose features reach over the ends of slices.
+        pos_encoding: As there, but no ConvSPE without noise: it has no features.
         group: Ranks in the order of their slices, default all; its backend must serve q's device.
         positions: Of this slice; by default they go on over the ranks.
         initial_state: State before the whole sequence, the same on every rank.
@@ -91,7 +91,7 @@ def causal_linear_attention(
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
     if pos_encoding is not None and pos_encoding.banded:
-        raise ValueError("pos_encoding must be one whose features stand alone, got ConvSPE")
+        raise ValueError("pos_encoding must have features, got ConvSPE without noise")
     made_with = config(pos_encoding, feature_map, normalize)
     noise = None if pos_encoding is None else pos_encoding.noise_key
     learned = [] if pos_encoding is None else pos_encoding.map_inputs()

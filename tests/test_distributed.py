@@ -123,6 +123,11 @@ def test_heads_that_share_keys(ranks, either, make):
     ranks(2, _like_whole, "elu1", encoding and encoding.double(), 1, either)
 
 
+def test_convspe(ranks, either):
+    encoding = ConvSPE(8, 2, kernel_size=5, num_realizations=8, seed=1).double()
+    ranks(4, _like_whole, "elu1", encoding, 2, either)
+
+
 def _count(group, lengths, encoding, backend):
     """Return numbers that a rank sends, by collective, in a forward and a backward."""
     rank, sent = dist.get_rank(group), {}
@@ -246,9 +251,9 @@ def test_needs_a_process_group():
         causal_linear_attention(*make_inputs(2, 4, 3, 8, 6))
 
 
-def test_convspe_is_refused():
-    encoding = ConvSPE(8, 3, num_realizations=8)
-    with pytest.raises(ValueError, match="pos_encoding must be one whose features stand alone"):
+def test_encodings_without_features_are_refused():
+    encoding = ConvSPE(8, 3, num_realizations=None)
+    with pytest.raises(ValueError, match="pos_encoding must have features"):
         causal_linear_attention(*make_inputs(2, 4, 3, 8, 6), pos_encoding=encoding.double())
 
 
