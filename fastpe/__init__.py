@@ -2,7 +2,7 @@
 
 from torch.serialization import add_safe_globals
 
-from . import diagnostics, nn
+from . import diagnostics, distributed, nn
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
@@ -41,6 +41,7 @@ __all__ = [
     "causal_linear_attention",
     "causal_linear_attention_step",
     "diagnostics",
+    "distributed",
     "linear_attention",
     "load_spe_state_dict",
     "nn",

@@ -107,7 +107,8 @@ def causal_linear_attention(
     longest = max(q.shape[1], k.shape[1])
     positions = check_positions(positions, pos_encoding, q, longest, start, tokens)
     widths = kernel_widths(q, v, pos_encoding, feature_map)
-    one_token = q.shape[1] == 1 and initial_state is not None
+    # a bool where T is a symbol too
+    one_token = bool(initial_state is not None and q.shape[1] == 1)
     backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
     setting, state = setting._replace(backend=backend), None
     if initial_state is not None:

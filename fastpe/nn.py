@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, distributed
 from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .checks import check_positive
 from .encodings import PositionalEncoding
@@ -158,6 +159,7 @@ class CausalLinearAttention(_Attention):
         key_padding_mask: Tensor | None = None,
         initial_state: LinearAttentionState | None = None,
         output_final_state: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, LinearAttentionState]:
         """Attend over sequences, or over their continuation.
 
@@ -168,20 +170,31 @@ class CausalLinearAttention(_Attention):
             key_padding_mask: [B, T], True at padding, which changes nothing.
             initial_state: State after the tokens before these.
             output_final_state: Return the state after the last token too.
+            group: Ranks that hold consecutive slices of the sequence, x being this one's; see
+                `fastpe.distributed.causal_linear_attention`. Default: x is all of it.
         Returns:
             y: [B, T, embed_dim]; with output_final_state a pair of y and the state.
         """
         if initial_state is None:
             self._resample()
-        o, state = causal_linear_attention(
-            *self._project(x, 3),
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            key_padding_mask=key_padding_mask,
-            initial_state=initial_state,
-            output_final_state=True,
+        options = {
+            "positions": positions,
+            "initial_state": initial_state,
+            "output_final_state": True,
             **self._options(),
-        )
+        }
+        if group is None:
+            options |= {"cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
+            o, state = causal_linear_attention(*self._project(x, 3), **options)
+        else:
+            for name, given in (("cu_seqlens", cu_seqlens), ("key_padding_mask", key_padding_mask)):
+                if given is not None:
+                    raise ValueError(
+                        f"{name} must be None with group: ranks hold one sequence a row"
+                    )
+            o, state = distributed.causal_linear_attention(
+                *self._project(x, 3), group=group, **options
+            )
         y = self.out_proj(o.flatten(-2))
         return (y, state) if output_final_state else y
 

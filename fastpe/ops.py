@@ -154,6 +154,7 @@ def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, T
     if _plain(tensors):
         o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
         return o, s, z
+    _refuse_transforms()
     return CausalDot.apply(*tensors, options)
 
 
@@ -191,6 +192,16 @@ def observed() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def _refuse_transforms() -> None:
+    # torch would name a Function and a method that it lacks
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "fastpe's kernels are not for torch.func (grad, vjp, jvp, vmap): use "
+            "backend='reference' there"
+        )
 
 
 def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -272,6 +283,7 @@ def phase_features(
     """
     if _plain((x, positions, *sines[:-1])):
         return backends.load(backend).phase_features(x, positions, sines, group)
+    _refuse_transforms()
     return PhaseFeatures.apply(x, positions, *sines, group, backend)
 
 

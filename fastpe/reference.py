@@ -224,13 +224,19 @@ def chunked(
     """
     length, heads = q.shape[1], q.shape[2]
     states = max(k.shape[2], v.shape[2])
-    size = min(chunk_size or 64, max(length, 1))
+    if torch.compiler.is_compiling() and length > 1:
+        # for any T, which may be a symbol: at least two chunks, as code for one is code of its own
+        size = chunk_size or 64
+        chunks = length // size + 2
+    else:
+        size = min(chunk_size or 64, max(length, 1))
+        chunks = -(-length // size)
     k, v, dk = (spread(x, heads) for x in (k, v, dk))
     s, z = empty_state(q, v, dq) if state is None else (spread(x, heads, 1) for x in state)
 
     def split(x: Tensor) -> Tensor:  # [B, N, C, H, .], zeros behind the end
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -length % size))
-        return x.unflatten(1, (x.shape[1] // size, size))
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * size - length))
+        return x.unflatten(1, (chunks, size))
 
     qc, kc, vc, dqc, dkc = (split(x) for x in (q, k, v, dq, dk))
     # the state before each chunk: [B, N + 1, H, R, E], the last one is final

@@ -12,6 +12,7 @@ import gpu
 import pytest
 import torch
 from helpers import Fade
+from ranks import Ranks
 
 # before any kernel is imported
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -304,6 +305,16 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that run a function as ranks of a group: ranks(size, function, *args)."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    workers = Ranks()
+    yield workers
+    workers.close()
 
 
 @pytest.fixture
