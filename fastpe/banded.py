@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .maps import Band
+from .checks import shape
+from .encodings import PositionalEncoding
 from .ops import ScanOptions, _first_order, _op, _plain, causal_dot, compute_dtype
-from .validation import check_inputs, check_options, shape
+from .validation import check_inputs, check_options
 
 # numbers of a temporary, so that it stays in a cache
 _ROOM = 2**18
@@ -145,6 +146,8 @@ def banded_attention(
     """
     check_inputs(q, k, v)
     check_options("identity", normalize, eps, None)
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
     b, _, h, d = q.shape
     kernel = weight_kernel
     if not isinstance(kernel, Tensor) or kernel.ndim != 3 or kernel.shape[:2] != (h, d):
@@ -185,20 +188,21 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    band: Band,
-    *,
+    encoding: PositionalEncoding,
+    state: tuple[Tensor, Tensor] | None,
     normalize: bool | str,
     eps: float,
-    state: tuple[Tensor, Tensor] | None,
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o and the final s and z of attention by a `Band`.
+    """Return o and the final s and z of attention by an encoding whose map is a `Band`.
 
     s [B, H, (D +) kappa - 1, E] has the gate's sum over all keys, then the last values;
     z [B, H, (D +) (kappa - 1) D] the gate's sum of keys, then the last keys.
     """
+    band, _ = encoding.position_maps(q.device)
     dtype, (q, k, v) = v.dtype, (x.to(compute_dtype(x)) for x in (q, k, v))
+    k, v = (reference.spread(x, q.shape[2]) for x in (k, v))
     rows = 0 if band.gate is None else q.shape[-1]
     window = gate_state = None
     if state is not None:
@@ -237,4 +241,4 @@ def _linear(
         chunk=chunk_size or 0,
         backend=backend,
     )
-    return causal_dot(q, k, v, *(state or (None, None)), None, None, options=options)[:2]
+    return causal_dot(q, k, v, *(state or (None, None)), None, None, None, options=options)[:2]

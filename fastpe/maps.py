@@ -49,6 +49,11 @@ class SineMap(NamedTuple):
     pool: bool
 
     @property
+    def exact(self) -> bool:
+        """Whether all D J rows are kept as they are."""
+        return self.noise is None and not self.pool
+
+    @property
     def rows(self) -> int:
         """J, the rows that one component gives."""
         return 2 * self.gain.shape[-1] + (self.gate is not None)

@@ -11,9 +11,10 @@ from .attention import (
     causal_linear_attention,
     causal_linear_attention_step,
 )
+from .checks import check_positive
 from .encodings import PositionalEncoding
-from .encodings.base import check_positive
-from .validation import check_options
+from .feature_maps import FeatureMap, as_feature_map
+from .validation import check_options, check_order
 
 
 class CausalLinearAttention(nn.Module):
@@ -29,7 +30,8 @@ class CausalLinearAttention(nn.Module):
         value_dim: Width of all values together, H E; default embed_dim.
         pos_encoding: A `fastpe` encoding for (D, H), or None. A random one redraws its noise at
             each training forward that starts a sequence, as its `resample` says.
-        feature_map: "elu1", "relu", "exp" or "identity".
+        feature_map: Name or module, see `causal_linear_attention`. A random one redraws its noise
+            as the encoding does.
         normalize: True, False or "abs", see `causal_linear_attention`.
         eps: Of the normaliser.
         backend: "auto", "cpu" or "reference".
@@ -48,7 +50,7 @@ class CausalLinearAttention(nn.Module):
         bias: bool = True,
         value_dim: int | None = None,
         pos_encoding: PositionalEncoding | None = None,
-        feature_map: str = "elu1",
+        feature_map: str | FeatureMap = "elu1",
         normalize: bool | str = True,
         eps: float = 1e-6,
         backend: str = "auto",
@@ -69,7 +71,9 @@ class CausalLinearAttention(nn.Module):
                 "pos_encoding must be a fastpe.PositionalEncoding, "
                 f"got {type(pos_encoding).__name__}"
             )
+        feature_map = as_feature_map(feature_map)
         check_options(feature_map, normalize, eps, None)
+        check_order(feature_map, pos_encoding)
         backends.check_name(backend)
         head_dim = embed_dim // num_heads
         if pos_encoding is not None and (
@@ -105,8 +109,10 @@ class CausalLinearAttention(nn.Module):
         Returns:
             y: [B, T, embed_dim]; with output_final_state a pair of y and the state.
         """
-        if initial_state is None and self.pos_encoding is not None:
-            self.pos_encoding.maybe_resample_()
+        if initial_state is None:
+            for part in (self.pos_encoding, self.feature_map):
+                if isinstance(part, (PositionalEncoding, FeatureMap)):
+                    part.maybe_resample_()
         o, state = causal_linear_attention(
             *self._project(x, 3),
             positions=positions,

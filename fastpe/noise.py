@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-SINE, GATE, CONV = 0, 1, 2  # kinds of noise, each with its own key
+SINE, GATE, CONV, OMEGA = 0, 1, 2, 3  # kinds of noise, each with its own key
 
 _MASK = 0xFFFFFFFF
 
@@ -40,7 +40,7 @@ def philox_normal(
         seed: int64 scalar tensor; all 64 bits are used.
         step: int64 scalar tensor, its low 32 bits are used.
         module: which of the modules that share a seed, 0 .. 2^29 - 1.
-        kind: SINE, GATE or CONV.
+        kind: SINE, GATE, CONV or OMEGA.
         shape: (HD, J, R).
         dtype: of the result; float64 and float32 are computed in float64.
         first: row to begin with, of either sign; its low 32 bits are used.
@@ -64,3 +64,17 @@ def philox_normal(
         radius, angle = (-2 * u0.log()).sqrt(), 2 * math.pi * u1
         lanes += [radius * angle.cos(), radius * angle.sin()]
     return torch.stack(lanes, -1).flatten(-2)[..., : shape[2]].to(dtype)
+
+
+def orthogonalized(z: Tensor) -> Tensor:
+    """Return Gaussian columns [..., F, M] made orthogonal in blocks of F, of the same lengths.
+
+    The directions become uniform (Haar) frames, a function of z's directions alone, on which the
+    lengths do not depend: each column is still Gaussian (Yu et al. 2016, arXiv 1610.09072).
+    """
+    blocks = []
+    for block in z.split(z.shape[-2], dim=-1):
+        q, r = torch.linalg.qr(block)
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(z.dtype)
+        blocks.append(q * signs[..., None, :])
+    return torch.cat(blocks, -1) * z.norm(dim=-2, keepdim=True)

@@ -25,7 +25,7 @@ def _scan_arguments(backend, *, dtype=torch.float32, normalize="sum", rotation=N
         freq = torch.rand(3, 4, 1, dtype=torch.float64)
         where = (torch.arange(9.0, dtype=torch.float64)[None, :, None], freq)
     options = ("elu1", normalize, 1e-6, True, rotation == "pool", first, 1.0, 0, backend)
-    return (q, k, v, s0, z0, *where, *options)
+    return (q, k, v, s0, z0, *where, None, *options)
 
 
 SCANS = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..checks import check_positive
 from ..maps import Rotation, SineMap
 from ..ops import observed
 
@@ -28,6 +29,8 @@ class PositionalEncoding(nn.Module):
 
     # whether positions other than integers are refused
     integer_positions = False
+    # whether `make_maps` returns a Band, and there are no features
+    banded = False
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
     _signature: str | None = None
@@ -46,6 +49,8 @@ class PositionalEncoding(nn.Module):
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.num_levels = num_levels
+        # whether heads encode in ways of their own: they can then share keys, but no state
+        self.per_head = num_heads is not None
 
     @property
     def feature_dim(self) -> int:
@@ -58,7 +63,7 @@ class PositionalEncoding(nn.Module):
         return self.feature_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz of a state, `causal_linear_attention` says of which."""
+        """Return R and Rz of a state, without a feature map that changes them."""
         return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(
@@ -137,12 +142,6 @@ class PositionalEncoding(nn.Module):
         if self._signature is None:
             self._signature = f"{type(self).__name__}({self.extra_repr()})"
         return self._signature
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise ValueError unless a value is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
 def _readable(x: Tensor) -> bool:

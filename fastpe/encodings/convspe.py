@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_positive
 from ..conv import Filter, conv_features
 from ..maps import Band
 from ..noise import GATE
 from ..ops import philox_normal
 from ..resampling import Resampled
-from .base import PositionalEncoding, check_positive
+from .base import PositionalEncoding
 
 
 class ConvSPE(Resampled, PositionalEncoding):
@@ -29,8 +30,8 @@ class ConvSPE(Resampled, PositionalEncoding):
         num_heads: H.
         kernel_size: kappa.
         num_realizations: R; None takes the expectation itself for the weight of a key, without
-            noise, in time proportional to kappa for each token. It needs
-            feature_map="identity" and the default positions.
+            noise, in time proportional to kappa for each token: for causal attention with
+            feature_map="identity", the default positions and no padding.
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
         seed: Of the noise; default drawn from torch's generator.
@@ -93,6 +94,11 @@ class ConvSPE(Resampled, PositionalEncoding):
         if self.num_realizations is not None:
             return super().state_widths(normalize)
         return self.feature_dim, self.norm_dim
+
+    @property
+    def banded(self) -> bool:
+        """Whether attention is to a band of lags, without features."""
+        return self.num_realizations is None
 
     def _filters(self) -> ConvSPE:
         # the module that holds filters and noise; another one where they are shared

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..maps import Rotation
-from .base import PositionalEncoding, check_positive
+from .base import PositionalEncoding
 
 
 class RoPE(PositionalEncoding):

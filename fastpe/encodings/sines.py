@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_positive
 from ..maps import SineMap
 from ..noise import GATE, SINE
 from ..ops import philox_normal
 from ..resampling import Resampled
-from .base import PositionalEncoding, check_positive
+from .base import PositionalEncoding
 
 
 class SineEncoding(Resampled, PositionalEncoding):
