@@ -14,7 +14,7 @@ from .feature_maps import FeatureMap, as_feature_map
 from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
     check_align,
-    check_banded,
+    check_band,
     check_encoding,
     check_feature_map,
     check_inputs,
@@ -55,7 +55,7 @@ def causal_linear_attention(
             an encoding has parameters of its own for each of H heads, each has its own features
             of these keys.
         v: Values, [B, T, Hk, E].
-        pos_encoding: RoPE, RoPEPool, SineSPE, ConvSPE, FStripe or your own; default none.
+        pos_encoding: RoPE, RoPEPool, SineSPE, FStripe or one of your own; default none.
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
             numbers, in any order; default 0, 1, 2, ... of each sequence, continued from
             initial_state. Where k is longer than q (or shorter), those of the longer one.
@@ -91,9 +91,8 @@ def causal_linear_attention(
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
+    check_band(pos_encoding, feature_map, positions)
     check_align(align, q, k, cu_seqlens)
-    given = {"positions": positions, "key_padding_mask": key_padding_mask, "align": align}
-    check_banded(pos_encoding, feature_map, **given)
     tokens = check_packing(cu_seqlens, key_padding_mask, k)
     made_with = config(pos_encoding, feature_map, normalize)
     noise = None if pos_encoding is None else pos_encoding.noise_key
@@ -173,8 +172,6 @@ def linear_attention(
     check_options(feature_map, normalize, eps, None)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
-    if pos_encoding is not None and pos_encoding.banded:
-        raise ValueError("pos_encoding must have features here: give num_realizations to ConvSPE")
     if key_cu_seqlens is None:
         key_cu_seqlens = cu_seqlens
     of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import reference
 from .checks import shape
-from .encodings import PositionalEncoding
+from .maps import Band
 from .ops import ScanOptions, _first_order, _op, _plain, causal_dot, compute_dtype
 from .validation import check_inputs, check_options
 
@@ -188,21 +188,20 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    encoding: PositionalEncoding,
-    state: tuple[Tensor, Tensor] | None,
+    band: Band,
+    *,
     normalize: bool | str,
     eps: float,
+    state: tuple[Tensor, Tensor] | None,
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o and the final s and z of attention by an encoding whose map is a `Band`.
+    """Return o and the final s and z of attention by a `Band`.
 
     s [B, H, (D +) kappa - 1, E] has the gate's sum over all keys, then the last values;
     z [B, H, (D +) (kappa - 1) D] the gate's sum of keys, then the last keys.
     """
-    band, _ = encoding.position_maps(q.device)
     dtype, (q, k, v) = v.dtype, (x.to(compute_dtype(x)) for x in (q, k, v))
-    k, v = (reference.spread(x, q.shape[2]) for x in (k, v))
     rows = 0 if band.gate is None else q.shape[-1]
     window = gate_state = None
     if state is not None:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-SINE, GATE, CONV, OMEGA = 0, 1, 2, 3  # kinds of noise, each with its own key
+SINE, GATE, CONV, OMEGA = range(4)  # kinds of noise, each with its own key
 
 _MASK = 0xFFFFFFFF
 

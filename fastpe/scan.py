@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import banded, log_scan, reference
+from .checks import shape
 from .encoded import encoded
 from .encodings import PositionalEncoding
 from .favor import Favor, favor_attention
@@ -65,13 +66,15 @@ def attend(
         setting: Everything else that is asked for.
         packing: Which tokens are of which sequence.
     """
+    by_lag = setting.encoding is not None and setting.encoding.banded
     favor = isinstance(setting.feature_map, Favor)
-    band = setting.encoding is not None and setting.encoding.banded
-    if packing.cu_seqlens is not None and (favor or band or setting.backend == "reference"):
+    if by_lag and packing.padding is not None:
+        return _without_padding(q, k, v, state, setting, packing.padding)
+    alone = favor or by_lag or setting.backend == "reference"
+    if packing.cu_seqlens is not None and alone:
         return _one_by_one(q, k, v, positions, state, setting, packing.cu_seqlens)
-    if band:
-        encoding, _, *options = setting
-        return banded.attend(q, k, v, encoding, state, *options)
+    if by_lag:
+        return _attend_banded(q, k, v, state, setting)
     if favor:
         return _attend_favor(q, k, v, positions, state, setting, packing.padding)
     if setting.backend == "reference":
@@ -214,6 +217,35 @@ def _log_features(
     return b if padding is None else b.masked_fill(padding[..., None, None], -torch.inf)
 
 
+def _attend_banded(
+    q: Tensor, k: Tensor, v: Tensor, state: State | None, setting: Setting
+) -> tuple[Tensor, ...]:
+    band, _ = setting.encoding.position_maps(q.device)
+    k, v = (reference.spread(x, q.shape[2]) for x in (k, v))
+    return banded.attend(
+        *(q, k, v, band),
+        normalize=setting.normalize,
+        eps=setting.eps,
+        state=state,
+        chunk_size=setting.chunk_size,
+        backend=setting.backend,
+    )
+
+
+def _without_padding(
+    q: Tensor, k: Tensor, v: Tensor, state: State | None, setting: Setting, padding: Tensor
+) -> tuple[Tensor, ...]:
+    # packed, by a look at where the padding is
+    kept = ~padding
+    bounds = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    o, *state = attend(
+        *(x[kept][None] for x in (q, k, v)), None, state, setting, Packing(cu_seqlens=bounds)
+    )
+    return o.new_zeros(*padding.shape, *o.shape[2:]).masked_scatter(
+        kept[..., None, None], o
+    ), *state
+
+
 def _one_by_one(
     q: Tensor,
     k: Tensor,
@@ -331,6 +363,11 @@ def features(
     unless each head makes features in its own way.
     """
     encoding, psi = setting.encoding, setting.feature_map
+    if encoding is not None and encoding.banded:
+        raise ValueError(
+            "pos_encoding must have features here, to attend both ways or to other tokens, got "
+            f"{encoding.signature}"
+        )
     if setting.backend == "reference" or isinstance(psi, FeatureMap):
         x = x.to(compute_dtype(x))
     maps = None if encoding is None else encoding.position_maps(x.device)
@@ -405,6 +442,5 @@ def _mapped(feature_map: FeatureMap, x: Tensor) -> Tensor:
 def _checked(y: Tensor, x: Tensor, width: int, name: str) -> Tensor:
     wanted = (*x.shape[:-1], width)
     if not isinstance(y, Tensor) or tuple(y.shape) != wanted or y.device != x.device:
-        came = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"{name} must return {wanted} on {x.device}, got {came}")
+        raise ValueError(f"{name} must return {wanted} on {x.device}, got {shape(y)}")
     return y.to(x.dtype)

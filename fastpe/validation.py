@@ -171,10 +171,10 @@ def check_feature_map(
             raise ValueError(f"q must be on feature_map's {x.device}, got {q.device}")
 
 
-def check_banded(
-    encoding: PositionalEncoding | None, feature_map: str | FeatureMap, **given: object
+def check_band(
+    encoding: PositionalEncoding | None, feature_map: object, positions: Tensor | float | None
 ) -> None:
-    """Refuse what attention to a band of lags cannot do, and arguments that are given."""
+    """Check what attention by a band of lags needs: the linear kernel, and positions in a row."""
     if encoding is None or not encoding.banded:
         return
     if feature_map != "identity":
@@ -182,12 +182,11 @@ def check_banded(
             "feature_map must be 'identity' with ConvSPE(num_realizations=None), which has no "
             f"features, got {feature_map!r}"
         )
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} must be None with ConvSPE(num_realizations=None), whose keys are "
-                f"weighed by how many tokens lie between, got {type(value).__name__}"
-            )
+    if positions is not None:
+        raise ValueError(
+            "positions must be the default ones, 0, 1, 2, ... of each sequence, with "
+            "ConvSPE(num_realizations=None), got positions"
+        )
 
 
 def check_positions(

@@ -254,6 +254,23 @@ def test_packed_sequences(backend):
     assert state.length.tolist() == list(lengths)
 
 
+def test_padding(backend):
+    """Padding does not count as a token between others, whatever it holds."""
+    encoding, kept = _encoding(), torch.ones(B, T, dtype=torch.bool)
+    kept[0, 4:7] = kept[1, :2] = kept[1, -1] = False
+    inputs = [x.masked_fill(~kept[..., None, None], torch.nan) for x in _inputs().values()]
+    options = {"normalize": "abs", "eps": 0.4, "output_final_state": True, "backend": backend}
+    with torch.no_grad():
+        o, state = _attend(encoding, *inputs, key_padding_mask=~kept, **options)
+        assert (o[~kept] == 0).all()
+        for i in range(B):
+            alone, end = _attend(encoding, *(x[i : i + 1, kept[i]] for x in inputs), **options)
+            assert_within(o[i][kept[i]], alone[0], 1e-12)
+            assert_within(state.s[i], end.s[0], 1e-12)
+            assert_within(state.z[i], end.z[0], 1e-12)
+    assert state.length.tolist() == kept.sum(1).tolist()
+
+
 def test_features_in_expectation():
     """The mean over noise of ConvSPE's linear attention is the exact one, within 5 sigma."""
     exact = _encoding()
@@ -292,9 +309,7 @@ def test_layer_compiles_and_decodes(compiled):
     ("options", "message"),
     [
         ({"feature_map": "elu1"}, "feature_map must be 'identity' with ConvSPE.*got 'elu1'"),
-        ({"positions": torch.arange(T)}, "positions must be None with ConvSPE.* got Tensor"),
-        ({"key_padding_mask": torch.zeros(B, T).bool()}, "key_padding_mask must be None with Conv"),
-        ({"align": "end"}, "align must be None with ConvSPE.* got str"),
+        ({"positions": torch.arange(T)}, "positions must be the default ones"),
     ],
 )
 def test_what_the_exact_form_cannot_do(options, message):

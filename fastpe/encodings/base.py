@@ -29,7 +29,7 @@ class PositionalEncoding(nn.Module):
 
     # whether positions other than integers are refused
     integer_positions = False
-    # whether `make_maps` returns a Band, and there are no features
+    # whether it is attention to a band of lags, without features
     banded = False
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
@@ -63,7 +63,7 @@ class PositionalEncoding(nn.Module):
         return self.feature_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz of a state, without a feature map that changes them."""
+        """Return R and Rz of a state, unless a feature map changes them."""
         return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(

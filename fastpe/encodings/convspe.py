@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_positive
 from ..conv import Filter, conv_features
 from ..maps import Band
 from ..noise import GATE
 from ..ops import philox_normal
 from ..resampling import Resampled
-from .base import PositionalEncoding
+from .base import PositionalEncoding, check_positive
 
 
 class ConvSPE(Resampled, PositionalEncoding):
@@ -32,7 +31,7 @@ class ConvSPE(Resampled, PositionalEncoding):
         kernel_size: kappa.
         num_realizations: R; None takes the expectation itself for the weight of a key, without
             noise, in time proportional to kappa for each token: for causal attention with
-            feature_map="identity", the default positions and no padding.
+            feature_map="identity" and the default positions.
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
         seed: Of the noise; default drawn from torch's generator.
@@ -98,7 +97,7 @@ class ConvSPE(Resampled, PositionalEncoding):
 
     @property
     def banded(self) -> bool:
-        """Whether attention is to a band of lags, without features."""
+        """Whether it is exact, attention to a band of lags, and has no features."""
         return self.num_realizations is None
 
     def _filters(self) -> ConvSPE:
