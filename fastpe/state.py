@@ -122,6 +122,9 @@ def kernel_widths(
 ) -> tuple[int, int, int]:
     """Return the largest D, R and E that a kernel is to take."""
     d, r = q.shape[-1], feature_widths(q, encoding, feature_map, True)[0]
+    if encoding is not None and encoding.banded:
+        # the part of the gate, which adds up weights as one more value
+        return d, d, v.shape[-1] + 1
     if isinstance(feature_map, FeatureMap):
         # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
         # exact sines

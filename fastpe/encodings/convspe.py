@@ -21,15 +21,16 @@ class ConvSPE(Resampled, PositionalEncoding):
     weight_q and weight_k [H, D, kappa]. R random features have the expected products
     q^T diag(C(lag)) k / sqrt(D) up to sqrt(R), C_d(lag) = (1 - g_d) P_d(lag) + g_d with
     P_d(lag) = sum_j weight_q[d, j] weight_k[d, j + lag], zero from kappa on. The gate [H, D] has
-    the PyTorch package's sign: g = 1 switches position off. Positions are integers. Features have
-    no second derivative.
+    the PyTorch package's sign: g = 1 switches position off. Positions are integers, which are
+    looked at: on a GPU features wait for it. They have no second derivative. Noise is drawn for
+    each position, for a single token too: decoding is slow, num_realizations=None is not.
 
     Args:
         head_dim: Size D of queries and keys.
         num_heads: H.
         kernel_size: kappa.
         num_realizations: R; None takes the expectation itself for the weight of a key, without
-            noise, in time proportional to kappa for each token. It needs
+            noise, in time proportional to kappa for each token: for causal attention with
             feature_map="identity" and the default positions.
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
