@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastpe
 from fastpe import Favor, FStripe, RoPE, SineSPE, noise
+from fastpe.favor import _level, favor_attention
 from fastpe.log_scan import divided, log_scan
 from fastpe.nn import CausalLinearAttention
 
@@ -199,6 +200,27 @@ def test_scan_of_logarithms(scale):
     num, den, end = log_scan(a[:, 20:], b[:, 20:], v[:, 20:], first[2])
     assert_within(divided(num, den), _brute(a, b, v)[:, 20:], 1e-13 * scale)
     assert_within(end[1], state[1], 1e-13 * scale)
+
+
+@pytest.mark.parametrize("growth", [39, 41], ids=["level", "steep"])
+def test_largest_growth_that_is_level(native_kernels, growth):
+    """In float32, on either side of the bound: late keys outgrow the first by e^40."""
+    a, b, v = make_inputs(B, T, H, D, E)
+    # half of the features grow; queries see them when they have outgrown the others
+    ramp = torch.linspace(0, growth, T, dtype=torch.float64)[:, None, None] * (torch.arange(D) < 4)
+    b = b.clamp(-0.4, 0.4) + ramp
+    a = a - 0.7 * growth * (torch.arange(D) < 4)
+    inputs = [leaf(x, torch.float32) for x in (a, b, v)]
+    assert _level(inputs[1], None, native_kernels) == (growth < 40)
+    o = favor_attention(*inputs, None, None, native_kernels)[0]
+    wide = [leaf(x, torch.float64) for x in inputs]
+    wanted = _brute(*wide)
+    # what rounding makes of exponents of this size
+    tolerance = 4 * growth * torch.finfo(torch.float32).eps
+    assert_within(o, wanted, tolerance)
+    found = torch.autograd.grad(o.sin().sum(), inputs)
+    for g, exact in zip(found, torch.autograd.grad(wanted.sin().sum(), wide), strict=True):
+        assert_within(g, exact, 4 * tolerance)
 
 
 @pytest.mark.parametrize("scale", [1, 200])
