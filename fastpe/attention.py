@@ -91,7 +91,8 @@ def causal_linear_attention(
     positions = check_positions(positions, pos_encoding, q, start)
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     one_token = q.shape[1] == 1 and initial_state is not None
-    backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
+    dtype = compute_dtype(q) if isinstance(feature_map, FeatureMap) else q.dtype
+    backend = backends.resolve(backend, q.device, dtype, widths, one_token)
 
     inputs = q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state
     # arithmetic is float32 at least, whatever autocast makes of matrix products
