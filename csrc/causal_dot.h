@@ -28,7 +28,7 @@ class Scan {
   static int64_t heads_at_once(const FastpeCausalDot &args) {
     const int64_t features = args.pool ? args.W : args.D;
     const int64_t fit = (int64_t(512) << 10) / int64_t(sizeof(S)) / larger<int64_t>(features * args.E, 1);
-    const int64_t share = (args.B * args.H + args.threads - 1) / larger<int64_t>(args.threads, 1);
+    const int64_t share = (args.S * args.H + args.threads - 1) / larger<int64_t>(args.threads, 1);
     return larger<int64_t>(1, smaller(smaller<int64_t>(kHeads, fit), smaller(share, args.H)));
   }
 
@@ -51,7 +51,7 @@ class Scan {
         psi_(args.grad_o.data ? lc_ * ld_ : 1),
         c_transposed_(args.grad_o.data ? ld_ * lc_ : 1),
         state_transposed_(args.grad_o.data ? state_size() : 1),
-        states_(stepping() ? 1 : at_once_ * state_size()),
+        states_(stepping(args.T) && args.Hs == args.H ? 1 : at_once_ * state_size()),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),
@@ -60,17 +60,17 @@ class Scan {
         by_token_(args.grad_o.data ? 2 * at_once_ * args.T : 1),
         grad_freq_(larger<int64_t>(at_once_ * args.W * args.L, 1)) {}
 
-  // heads [begin, end) of sequence b, at most heads_at_once
-  void forward(int64_t b, int64_t begin, int64_t end) {
-    enter(b, begin, end);
-    if (stepping())
+  // heads [begin, end) of sequence s, at most heads_at_once
+  void forward(int64_t s, int64_t begin, int64_t end) {
+    enter(s, begin, end);
+    if (stepping(length_))
       for (int64_t i = 0; i < count_; ++i) step(heads_[i]);
     else
       run<kForward>();
   }
 
-  void backward(int64_t b, int64_t begin, int64_t end) {
-    enter(b, begin, end);
+  void backward(int64_t s, int64_t begin, int64_t end) {
+    enter(s, begin, end);
     bool positional = args_.grad_freq || args_.grad_positions;
     prepared_ = args_.grad_q.data || positional;
     if (prepared_) run<kGradQ>();
@@ -87,23 +87,31 @@ class Scan {
   static constexpr int64_t kHeads = 8;
 
   struct Head {
-    int64_t h, index;  // index: b H + h
+    // index: s H + h; state_index: that of the state it shares; first: of its first token in [B, H, T]
+    int64_t h, index, state_index, first;
+    bool owner;  // the first of those that share the state
     Rows<S> q, k, v, o, grad_o, grad_q, grad_k, grad_v;
     S *state, *running, *compensation, *inverse, *delta;
     double *grad_freq;
   };
 
-  void enter(int64_t b, int64_t begin, int64_t end) {
-    const int64_t d = args_.D, e = args_.E;
-    batch_ = b, count_ = end - begin;
+  void enter(int64_t s, int64_t begin, int64_t end) {
+    const int64_t d = args_.D, e = args_.E, b = args_.ranges ? 0 : s;
+    const int64_t first = args_.ranges ? args_.ranges[2 * s] : 0;
+    batch_ = b, first_ = first, count_ = end - begin;
+    length_ = args_.ranges ? args_.ranges[2 * s + 1] - first : args_.T;
     for (int64_t i = 0; i < count_; ++i) {
       Head &x = heads_[i];
-      const int64_t h = begin + i;
-      x.h = h, x.index = b * args_.H + h;
-      x.q = Rows<S>(args_.q, b, h, d), x.k = Rows<S>(args_.k, b, h, d);
-      x.v = Rows<S>(args_.v, b, h, e), x.o = Rows<S>(args_.o, b, h, e);
-      x.grad_q = Rows<S>(args_.grad_q, b, h, d), x.grad_k = Rows<S>(args_.grad_k, b, h, d);
-      x.grad_v = Rows<S>(args_.grad_v, b, h, e), x.grad_o = Rows<S>(args_.grad_o, b, h, e);
+      const int64_t h = begin + i, group = args_.H / args_.Hs;
+      const int64_t of_k = h / (args_.H / args_.Hk), of_v = h / (args_.H / args_.Hv);
+      x.h = h, x.index = s * args_.H + h, x.state_index = s * args_.Hs + h / group;
+      x.owner = h % group == 0, x.first = (b * args_.H + h) * args_.T + first;
+      x.q = Rows<S>(args_.q, b, h, d, first), x.k = Rows<S>(args_.k, b, of_k, d, first);
+      x.v = Rows<S>(args_.v, b, of_v, e, first), x.o = Rows<S>(args_.o, b, h, e, first);
+      x.grad_q = Rows<S>(args_.grad_q, b, h, d, first);
+      x.grad_k = Rows<S>(args_.grad_k, b, h, d, first);
+      x.grad_v = Rows<S>(args_.grad_v, b, h, e, first);
+      x.grad_o = Rows<S>(args_.grad_o, b, h, e, first);
       x.state = states_ + i * state_size();
       x.running = sums_ + 2 * i * ld_, x.compensation = x.running + ld_;
       x.inverse = by_token_ + 2 * i * args_.T, x.delta = x.inverse + args_.T;
@@ -113,7 +121,7 @@ class Scan {
   }
 
   // one token after a state: no tiles are needed
-  bool stepping() const { return args_.T == 1 && args_.s0 && !args_.grad_o.data; }
+  bool stepping(int64_t length) const { return length == 1 && args_.s0 && !args_.grad_o.data; }
   // [R, padded E] or [E, padded R], and a whole number of rows to transpose it by
   int64_t state_size() const { return padded<S>(features_) * padded<S>(args_.E); }
   bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
@@ -131,7 +139,7 @@ class Scan {
   void prepare_gradient(const Head &x, int64_t t) {
     x.inverse[t] = 1, x.delta[t] = 0;
     if (!normalizes()) return;
-    S sign, den = ((const S *)args_.den)[x.index * args_.T + t];
+    S sign, den = ((const S *)args_.den)[x.first + t];
     x.inverse[t] = 1 / divisor(den, &sign);
     const S *g = x.grad_o.get(t, row_), *o = x.o.get(t, row_ + ld_);
     x.delta[t] = -sign * dot(g, o, args_.E) * x.inverse[t];
@@ -149,16 +157,16 @@ class Scan {
     const int64_t inner = role == kForward ? features_ : args_.E;
     const int64_t outer = role == kForward ? args_.E : features_;
     for (int64_t i = 0; i < count_; ++i)
-      get_state(heads_[i], back ? args_.grad_s : args_.s0, back ? args_.grad_z : args_.z0, inner,
-                outer, role != kForward);
+      get_state(heads_[i], back ? args_.grad_s : args_.s0, back ? args_.grad_z : args_.z0,
+                !back || heads_[i].owner, inner, outer, role != kForward);
 
-    for (int64_t first = 0; first < args_.T; first += chunk_) {
-      const int64_t n = smaller(chunk_, args_.T - first);
-      begin_ = back ? args_.T - 1 - first : first;
+    for (int64_t first = 0; first < length_; first += chunk_) {
+      const int64_t n = smaller(chunk_, length_ - first);
+      begin_ = back ? length_ - 1 - first : first;
       step_ = back ? -1 : 1;
       for (int64_t i = 0; i < count_; ++i) {
         if (map_.rotates() && (i == 0 || args_.Hf > 1))
-          map_.prepare(batch_, heads_[i].h, begin_, step_, n, rotation_, ld_);
+          map_.prepare(batch_, heads_[i].h, first_ + begin_, step_, n, rotation_, ld_);
         load_tiles<role>(heads_[i], n);
         // what is read next is fetched meanwhile
         const bool last = i + 1 == count_;
@@ -174,15 +182,17 @@ class Scan {
       }
     }
     for (int64_t i = 0; i < count_; ++i) {
-      if (role == kForward) put_state(heads_[i], args_.s, args_.z, false);
-      if (role == kGradKV) put_state(heads_[i], args_.grad_s0, args_.grad_z0, true);
+      if (role == kForward && heads_[i].owner)
+        put_state(heads_[i], args_.s, args_.z, heads_[i].state_index, false);
+      if (role == kGradKV)
+        put_state(heads_[i], args_.grad_s0, args_.grad_z0, heads_[i].index, true);
     }
   }
 
   template <Role role>
   void prefetch(const Head &head, int64_t i) const {
-    if (i >= args_.T) return;
-    const int64_t t = role == kGradKV ? args_.T - 1 - i : i;
+    if (i >= length_) return;
+    const int64_t t = role == kGradKV ? length_ - 1 - i : i;
     if (role != kGradQ) head.q.prefetch(t);
     head.k.prefetch(t), head.v.prefetch(t);
     if (role != kForward) head.grad_o.prefetch(t);
@@ -256,11 +266,12 @@ class Scan {
   // one token after a state: read it once, write it once
   void step(const Head &head) {
     begin_ = 0, step_ = 1;
-    if (map_.rotates()) map_.prepare(batch_, head.h, 0, 1, 1, rotation_, ld_);
+    if (map_.rotates()) map_.prepare(batch_, head.h, first_, 1, 1, rotation_, ld_);
     load_tiles<kForward>(head, 1);
     const int64_t e = args_.E, size = features_ * e;
-    const S *s0 = (const S *)args_.s0 + head.index * size;
-    S *s = (S *)args_.s + head.index * size;
+    const S *s0 = (const S *)args_.s0 + head.state_index * size;
+    // the others of its group make the same
+    S *s = head.owner ? (S *)args_.s + head.state_index * size : (S *)states_;
     int64_t j = 0;
     for (; j + 4 * kLanes<S> <= e; j += 4 * kLanes<S>) step_columns<4>(s0 + j, s + j, j);
     for (; j + kLanes<S> <= e; j += kLanes<S>) step_columns<1>(s0 + j, s + j, j);
@@ -273,13 +284,13 @@ class Scan {
     }
     if (normalizes()) {
       const int64_t width = norm_width();
-      const S *z0 = (const S *)args_.z0 + head.index * width;
+      const S *z0 = (const S *)args_.z0 + head.state_index * width;
       memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
       memcpy(head.running, z0, sizeof(S) * size_t(width));
     }
     finish<kForward>(head, 1);
-    if (normalizes())
-      memcpy((S *)args_.z + head.index * norm_width(), head.running,
+    if (normalizes() && head.owner)
+      memcpy((S *)args_.z + head.state_index * norm_width(), head.running,
              sizeof(S) * size_t(norm_width()));
   }
 
@@ -323,7 +334,7 @@ class Scan {
         if (normalizes()) {
           S sign, den = dot((map_.split() ? norm_a_ : a_) + at, norm + at, norm_width());
           S inverse = 1 / divisor(den, &sign);
-          if (args_.den) ((S *)args_.den)[head.index * args_.T + t] = den;
+          if (args_.den) ((S *)args_.den)[head.first + t] = den;
           for (int64_t j = 0; j < args_.E; j += kLanes<S>)
             store(out + j, load(out + j) * inverse);
         }
@@ -346,9 +357,9 @@ class Scan {
 
   // turn_gradient [W]: by the angles, in radians
   void add_positional(const Head &head, int64_t t, const S *turn_gradient, bool add) {
-    const double *p = map_.position(batch_, t), *freq = map_.freq(head.h);
+    const double *p = map_.position(batch_, first_ + t), *freq = map_.freq(head.h);
     double *by_position =
-        args_.grad_positions ? args_.grad_positions + (head.index * args_.T + t) * args_.L : nullptr;
+        args_.grad_positions ? args_.grad_positions + (head.first + t) * args_.L : nullptr;
     for (int64_t l = 0; l < args_.L; ++l) {
       double total = 0;
       for (int64_t w = 0; w < args_.W; ++w) {
@@ -360,31 +371,32 @@ class Scan {
   }
 
   // the state [rows, padded columns] from a contiguous [rows, columns] or its transpose, and the
-  // running sum; zero from null
-  void get_state(const Head &head, const void *s, const void *z, int64_t rows, int64_t columns,
-                 bool transposed) {
+  // running sum; zero from null, or where it is not this head's
+  void get_state(const Head &head, const void *s, const void *z, bool wanted, int64_t rows,
+                 int64_t columns, bool transposed) {
     const int64_t ld = padded<S>(columns);
     memset((void *)head.state, 0, sizeof(S) * size_t(state_size()));
     memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
-    const S *x = (const S *)s + head.index * rows * columns;
+    if (!wanted) return;
+    const S *x = (const S *)s + head.state_index * rows * columns;
     for (int64_t i = 0; s && i < rows; ++i) {
       if (!transposed) memcpy(head.state + i * ld, x + i * columns, sizeof(S) * size_t(columns));
       for (int64_t j = 0; transposed && j < columns; ++j) head.state[i * ld + j] = x[j * rows + i];
     }
     if (!z || !normalizes()) return;
     const int64_t width = norm_width();
-    memcpy(head.running, (const S *)z + head.index * width, sizeof(S) * size_t(width));
+    memcpy(head.running, (const S *)z + head.state_index * width, sizeof(S) * size_t(width));
   }
   // to a contiguous [R, E], transposed if the state is [E, R]
-  void put_state(const Head &head, void *s, void *z, bool transposed) {
+  void put_state(const Head &head, void *s, void *z, int64_t index, bool transposed) {
     const int64_t width = norm_width(), e = args_.E;
     const int64_t ld = padded<S>(transposed ? features_ : e);
-    S *out = (S *)s + head.index * features_ * e;
+    S *out = (S *)s + index * features_ * e;
     for (int64_t i = 0; s && i < features_; ++i) {
       if (!transposed) memcpy(out + i * e, head.state + i * ld, sizeof(S) * size_t(e));
       for (int64_t j = 0; transposed && j < e; ++j) out[i * e + j] = head.state[j * ld + i];
     }
-    if (z) memcpy((S *)z + head.index * width, head.running, sizeof(S) * size_t(width));
+    if (z) memcpy((S *)z + index * width, head.running, sizeof(S) * size_t(width));
   }
 
   const FastpeCausalDot &args_;
@@ -395,7 +407,8 @@ class Scan {
   Scratch<S> rotation_, sums_, row_, by_token_;
   Scratch<double> grad_freq_;
   Head heads_[kHeads];
-  int64_t batch_ = 0, count_ = 0, begin_ = 0, step_ = 1;
+  // of the sequence: its batch row, first token and length; of the chunk: its first token, and direction
+  int64_t batch_ = 0, first_ = 0, length_ = 0, count_ = 0, begin_ = 0, step_ = 1;
   bool prepared_ = false;
 };
 

@@ -86,10 +86,10 @@ class CodedSines {
     }
   }
 
-  // features as the tensor has them into blocks of cosines and sines
-  void read_features(const FastpeTensor &y, int64_t b, int64_t t, S *out) {
-    if (args_.noise) return at_.read(y, args_.R, b, t, out);
-    const S *row = Rows<S>(y, b, h_, args_.R).get(t, row_);
+  // gradients by features into blocks of cosines and sines
+  void read_features(int64_t b, int64_t t, S *out) {
+    if (args_.noise) return at_.read_grad(b, t, out);
+    const S *row = Rows<S>(args_.grad_y, b, h_, args_.R).get(t, row_);
     for (int64_t j = 0; j < args_.K; ++j) out[j] = row[2 * j], out[at_.kp + j] = row[2 * j + 1];
   }
   void write_features(int64_t b, int64_t t, const S *y) {
@@ -103,7 +103,7 @@ class CodedSines {
     const int64_t total = at_.token_count(u);
     if (keep_) {
       return at_.tokens(u, 0, total, [&](int64_t, int64_t b, int64_t t) {
-        at_.read(args_.x, args_.D, b, t, x_);
+        at_.read_x(b, t, x_);
         keep_rows(p, x_, row_);
         Rows<S>(args_.y, b, h_, args_.R).put(t, row_);
       });
@@ -111,7 +111,7 @@ class CodedSines {
     for (int64_t i = 0; i < total; i += kTokens) {
       const int64_t end = smaller(total, i + kTokens);
       at_.tokens(u, i, end, [&](int64_t n, int64_t b, int64_t t) {
-        at_.read(args_.x, args_.D, b, t, x_ + n * at_.ldx);
+        at_.read_x(b, t, x_ + n * at_.ldx);
       });
       Product<S> product = {args_.D, x_, at_.ldx, 1, code_ + p * at_.ldx * width_, width_};
       multiply<S>(end - i, width_, &product, 1, false, y_, width_);
@@ -140,7 +140,7 @@ class CodedSines {
     const int64_t total = at_.token_count(u);
     if (keep_) {
       return at_.tokens(u, 0, total, [&](int64_t, int64_t b, int64_t t) {
-        at_.read(args_.x, args_.D, b, t, x_);
+        at_.read_x(b, t, x_);
         keep_rows_adjoint(p, Rows<S>(args_.grad_y, b, h_, args_.R).get(t, row_));
         if (args_.grad_x.data) Rows<S>(args_.grad_x, b, h_, args_.D).put(t, grad_x_);
         if (args_.grad_positions) {
@@ -164,8 +164,8 @@ class CodedSines {
     for (int64_t i = 0; i < total; i += kTokens) {
       const int64_t end = smaller(total, i + kTokens), n = end - i;
       at_.tokens(u, i, end, [&](int64_t k, int64_t b, int64_t t) {
-        at_.read(args_.x, args_.D, b, t, x_ + k * at_.ldx);
-        read_features(args_.grad_y, b, t, y_ + k * width_);
+        at_.read_x(b, t, x_ + k * at_.ldx);
+        read_features(b, t, y_ + k * width_);
       });
       if (args_.grad_x.data) {
         if (many) {

@@ -15,7 +15,7 @@ void causal_dot(const FastpeCausalDot &args, bool backward) {
   {
     Scan<S> scan(args);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < args.B * groups; ++i) {
+    for (int64_t i = 0; i < args.S * groups; ++i) {
       const int64_t begin = i % groups * heads, end = smaller(args.H, begin + heads);
       backward ? scan.backward(i / groups, begin, end) : scan.forward(i / groups, begin, end);
     }

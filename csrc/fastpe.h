@@ -22,10 +22,13 @@ typedef struct {
 } FastpeTensor;
 
 // Causal linear attention with its feature map, rotation and normaliser, and its gradient.
-// Scratch, states and parameter gradients are contiguous in the arithmetic type: double if the
+// Head h of q reads the head h / (H / Hk) of k and h / (H / Hv) of v, and has the state
+// h / (H / Hs). With ranges, B is 1, and sequence i has the tokens [ranges[i][0], ranges[i][1]);
+// else S is B. Scratch, states and parameter gradients are contiguous in the arithmetic type: double if the
 // inputs are, else float; null where absent. Parameters and their gradients are double.
 typedef struct {
-  int64_t B, T, H, D, E;
+  int64_t B, T, H, D, E, S, Hk, Hv, Hs;
+  const int64_t *ranges;  // [S, 2] or null
   int32_t chunk, threads, isa;
   int32_t feature_map, normalize;
   double eps;
@@ -36,22 +39,22 @@ typedef struct {
   const double *freq, *positions;
   FastpeTensor q, k, v, o;
   void *den;               // [B, H, T], the sum of weights before eps; null if not wanted
-  const void *s0, *z0;     // [B, H, R, E], [B, H, Rz]
+  const void *s0, *z0;     // [S, Hs, R, E], [S, Hs, Rz]
   void *s, *z;             // final state
   // gradient; `grad_o` and what follows are read or written by causal_dot_backward only
-  FastpeTensor grad_o, grad_q, grad_k, grad_v;
+  FastpeTensor grad_o, grad_q, grad_k, grad_v;  // H heads each: those of keys that share are to be added
   const void *grad_s, *grad_z;
-  void *grad_s0, *grad_z0;
-  double *grad_freq;       // [B, H, W, L]
-  double *grad_positions;  // [B, H, T, L]
+  void *grad_s0, *grad_z0;  // [S, H, R, E], [S, H, Rz]
+  double *grad_freq;        // [S, H, W, L]
+  double *grad_positions;   // [B, H, T, L]
   // CUDA only
   void *stream;
   void *scratch;           // [2, B, H, T], for a gradient with a normaliser
 } FastpeCausalDot;
 
-// Features of SPE and F-StrIPE, and their gradient.
+// Features of SPE and F-StrIPE, and their gradient. Head h reads the head h / (H / Hx) of x.
 typedef struct {
-  int64_t B, T, H, D, K, J, R, L, Bp;
+  int64_t B, T, H, D, K, J, R, L, Bp, Hx;
   int32_t threads, isa, pool, group;
   const double *positions;  // [Bp, T, L]
   const double *freq;       // [H, D, K, L], cycles
@@ -60,7 +63,7 @@ typedef struct {
   const double *gate;       // [H, D]
   const void *noise;        // [H, D, J, R], arithmetic type
   FastpeTensor x, y;
-  FastpeTensor grad_y, grad_x;
+  FastpeTensor grad_y, grad_x;  // H heads each
   double *grad_freq, *grad_offset, *grad_gain, *grad_gate;  // shapes as above
   double *grad_positions;                                   // [B, H, T, L]
   // CUDA only
@@ -73,6 +76,7 @@ typedef struct {
 typedef struct {
   uint64_t seed;
   uint32_t step, module, kind;
+  uint32_t first;  // row of the counter that row 0 is
   int32_t threads, isa, dtype;
   int64_t hd, rows, r;
   void *out;

@@ -18,6 +18,7 @@ class FeatureMap {
   int64_t width() const { return args_.pool ? args_.W : args_.D; }
 
   const double *freq(int64_t h) const { return args_.freq + (args_.Hf == 1 ? 0 : h) * args_.W * args_.L; }
+  // [L], of the token t of batch row b
   const double *position(int64_t b, int64_t t) const {
     return args_.positions + ((args_.Bp == 1 ? 0 : b) * args_.T + t) * args_.L;
   }

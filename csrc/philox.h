@@ -22,7 +22,7 @@ void normal_row(const FastpePhiloxNormal &args, int64_t hd, int64_t row) {
   const uint32_t k1 = uint32_t(args.seed >> 32) ^ (args.module << 3 | args.kind);
   S *out = (S *)args.out + (hd * args.rows + row) * args.r;
   for (int64_t r = 0; r < args.r; r += 4) {
-    uint32_t c[4] = {uint32_t(r >> 2), uint32_t(row), uint32_t(hd), args.step};
+    uint32_t c[4] = {uint32_t(r >> 2), args.first + uint32_t(row), uint32_t(hd), args.step};
     philox(c, k0, k1);
     for (int64_t lane = 0; lane < smaller<int64_t>(4, args.r - r); ++lane) {
       const double u0 = unit(c[lane & 2]), u1 = unit(c[(lane & 2) + 1]);

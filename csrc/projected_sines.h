@@ -45,8 +45,8 @@ class ProjectedSines {
       at_.make_rows(u, n);
       for (int64_t p = 0; p < n; ++p)
         at_.tokens(u + p, 0, 1, [&](int64_t, int64_t b, int64_t t) {
-          at_.read(args_.x, args_.D, b, t, x_ + p * at_.ldx);
-          if (args_.grad_y.data) at_.read(args_.grad_y, args_.R, b, t, y_ + p * width_);
+          at_.read_x(b, t, x_ + p * at_.ldx);
+          if (args_.grad_y.data) at_.read_grad(b, t, y_ + p * width_);
         });
       args_.grad_y.data ? backward(u, n, partial) : forward(u, n);
     }

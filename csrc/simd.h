@@ -224,9 +224,10 @@ struct Rows {
   int dtype = FASTPE_F32;
 
   Rows() = default;
-  Rows(const FastpeTensor &x, int64_t b, int64_t h, int64_t width_)
+  // from token `first` on
+  Rows(const FastpeTensor &x, int64_t b, int64_t h, int64_t width_, int64_t first = 0)
       : row(x.stride[1]), column(x.stride[3]), width(width_), dtype(x.dtype) {
-    if (x.data) base = (char *)x.data + (b * x.stride[0] + h * x.stride[2]) * size();
+    if (x.data) base = (char *)x.data + (b * x.stride[0] + first * row + h * x.stride[2]) * size();
   }
   int64_t size() const { return dtype == FASTPE_F64 ? 8 : dtype == FASTPE_F32 ? 4 : 2; }
   explicit operator bool() const { return base != nullptr; }

@@ -104,9 +104,12 @@ class SineBlock {
     return (groups_.end(u) - groups_.begin(u)) * (args_.Bp == 1 ? args_.B : 1);
   }
 
-  void read(const FastpeTensor &x, int64_t width, int64_t b, int64_t t, S *out) {
-    const S *row = Rows<S>(x, b, head_, width).get(t, space_);
-    for (int64_t j = 0; j < width; j += kLanes<S>) store(out + j, load(row + j));
+  void read_x(int64_t b, int64_t t, S *out) {
+    read(Rows<S>(args_.x, b, head_ / (args_.H / args_.Hx), args_.D), t, out);
+  }
+  // gradients by features, [R]
+  void read_grad(int64_t b, int64_t t, S *out) {
+    read(Rows<S>(args_.grad_y, b, head_, args_.R), t, out);
   }
 
   double &grad_position(int64_t b, int64_t t, int64_t l) const {
@@ -114,6 +117,11 @@ class SineBlock {
   }
 
  private:
+  void read(const Rows<S> &x, int64_t t, S *out) {
+    const S *row = x.get(t, space_);
+    for (int64_t j = 0; j < x.width; j += kLanes<S>) store(out + j, load(row + j));
+  }
+
   // whether the positions are first + p step; then makes step_cos_ and step_sin_ for that step
   bool evenly_spaced(int64_t u, int64_t n) {
     if (n < 3) return false;

@@ -53,26 +53,6 @@ def encodings(piece: music.Piece) -> dict[str, tuple[fastpe.PositionalEncoding, 
     return made
 
 
-def closed_form(encoding: fastpe.PositionalEncoding, positions: Tensor) -> Tensor:
-    """Return 1^T C 1 / D for all pairs of positions, [T, T]."""
-    rows = [encoding.kernel(p[None], positions)[..., 0, :, :] for p in positions]
-    return torch.stack([row.sum((-2, -1)) for row in rows]) / HEAD_DIM
-
-
-def estimate(encoding: fastpe.PositionalEncoding, positions: Tensor, draws: int = 16) -> Tensor:
-    """Return the same from the features of ones, the mean over draws of the noise."""
-    length, total = len(positions), 0
-    where = positions.double().view(1, length, -1)
-    scale = (encoding.feature_dim / HEAD_DIM) ** 0.5
-    x = torch.ones(1, length, 1, HEAD_DIM)
-    draws = 1 if encoding.noise_key is None else draws
-    for _ in range(draws):
-        q, k = (encoding.features(x, where, side)[0, :, 0] for side in "qk")
-        total = total + (q @ k.T).double()
-        encoding.maybe_resample_()
-    return total / draws / HEAD_DIM / scale
-
-
 def main() -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,14 +66,11 @@ def main() -> None:
     figure, axes = plt.subplots(2, len(cases), figsize=(2.4 * len(cases), 5.4))
     with torch.no_grad():
         for column, (title, (encoding, positions)) in zip(axes.T, cases.items(), strict=True):
-            exact, random = closed_form(encoding, positions), estimate(encoding, positions)
+            exact, random = fastpe.diagnostics.plot_kernel(encoding, positions, column)
             error = (random - exact).norm() / exact.norm()
             print(f"{title.replace(chr(10), ', '):32} estimate off by {error:.1%}")
-            limit = exact.abs().max()
-            for axis, values in zip(column, (exact, random), strict=True):
-                axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
-                axis.set_xticks([])
-                axis.set_yticks([])
+            for axis in column:
+                axis.set(xlabel=None, ylabel=None, xticks=[], yticks=[])
             column[0].set_title(title, fontsize=10)
     axes[0, 0].set_ylabel("closed form\n(query position)", fontsize=10)
     axes[1, 0].set_ylabel("from features\n(query position)", fontsize=10)

@@ -1,21 +1,25 @@
-"""fastpe: causal attention of linear cost with real positional encodings."""
+"""fastpe: attention of linear cost with real positional encodings."""
 
-from . import nn
+from . import diagnostics, nn
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
     causal_linear_attention_step,
+    linear_attention,
 )
 from .backends import available_backends
+from .banded import banded_attention
 from .config import show_config
-from .encodings import FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
+from .encodings import ConvSPE, FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
 from .favor import Favor
 from .feature_maps import DPFP, FeatureMap, Hedgehog, Taylor2
+from .published import load_spe_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DPFP",
+    "ConvSPE",
     "FStripe",
     "Favor",
     "FeatureMap",
@@ -28,8 +32,12 @@ __all__ = [
     "Taylor2",
     "__version__",
     "available_backends",
+    "banded_attention",
     "causal_linear_attention",
     "causal_linear_attention_step",
+    "diagnostics",
+    "linear_attention",
+    "load_spe_state_dict",
     "nn",
     "show_config",
 ]

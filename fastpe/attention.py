@@ -1,32 +1,29 @@
-"""Causal linear attention with positional encodings: the public functions."""
+"""Linear attention with positional encodings: the public functions."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch import Tensor
 
-from . import backends, reference
-from .encoded import encoded
+from . import backends, packing, scan
+from .checks import shape
 from .encodings import PositionalEncoding
-from .favor import Favor, favor_attention
 from .feature_maps import FeatureMap, as_feature_map
-from .maps import Rotation, SineMap
-from .ops import ScanOptions, causal_dot, compute_dtype, phase_features, step
+from .ops import compute_dtype
+from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
-    LinearAttentionState,
+    check_align,
+    check_band,
     check_encoding,
     check_feature_map,
     check_inputs,
     check_options,
+    check_packing,
     check_positions,
-    check_state,
     check_step_positions,
-    config,
-    kernel_widths,
-    shape,
 )
-
-_NORMALIZE = {False: "none", True: "sum", "abs": "abs"}
 
 
 def causal_linear_attention(
@@ -39,6 +36,9 @@ def causal_linear_attention(
     feature_map: str | FeatureMap = "elu1",
     normalize: bool | str = True,
     eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    align: str | None = None,
     initial_state: LinearAttentionState | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
@@ -52,11 +52,14 @@ def causal_linear_attention(
 
     Args:
         q: Queries, [B, T, H, D], any strides; float32, float64, bfloat16 or float16.
-        k: Keys, [B, T, H, D].
-        v: Values, [B, T, H, E].
+        k: Keys, [B, T, Hk, D]; Hk divides H, and H / Hk neighbours share a head of k and v. Where
+            an encoding has parameters of its own for each of H heads, each has its own features
+            of these keys.
+        v: Values, [B, T, Hk, E].
         pos_encoding: RoPE, RoPEPool, SineSPE, FStripe or one of your own; default none.
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
-            numbers, in any order; default 0, 1, 2, ... continued from initial_state.
+            numbers, in any order; default 0, 1, 2, ... of each sequence, continued from
+            initial_state. Where k is longer than q (or shorter), those of the longer one.
         feature_map: "elu1", "relu", "exp", "identity", "dpfp", "taylor2", or a module: Favor, DPFP,
             Taylor2, Hedgehog, or a FeatureMap of your own. Modules see encoded queries and keys, so
             RoPE and RoPEPool need apply="before" with them.
@@ -64,6 +67,13 @@ def causal_linear_attention(
             not feature_map="identity"; "abs" divides by max(|sum|, eps); False does not divide.
             Favor needs True, and no eps.
         eps: Added to the sum of weights, or its least magnitude with "abs".
+        cu_seqlens: Packed sequences: int32 or int64 [S + 1] from 0 to T, with B = 1; sequence i has
+            the tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1. The result is that of each alone.
+        key_padding_mask: [B, T of k], True at padding, on any side. It is as if these tokens were
+            not there: they change nothing, whatever they hold, and their outputs are 0.
+        align: Which query stands at which key where their numbers differ: "end", the last at the
+            last (decoding with all keys at hand), or "start", the first at the first (as
+            scaled_dot_product_attention's is_causal has it). Must then be given.
         initial_state: State after the tokens before these, from the same configuration.
         output_final_state: Return the state after the last token too.
         chunk_size: Tokens that are handled together; changes speed and rounding only. Default:
@@ -71,7 +81,8 @@ def causal_linear_attention(
         backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and says so
             once.
     Returns:
-        o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state.
+        o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state, of S or B
+            sequences, and of Hk heads, or H where each encodes in its own way.
     Raises:
         ValueError, TypeError: an argument is not as above.
         RuntimeError: the backend asked for cannot run here.
@@ -81,30 +92,123 @@ def causal_linear_attention(
     check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
+    check_band(pos_encoding, feature_map, positions)
+    check_align(align, q, k, cu_seqlens)
+    tokens = check_packing(cu_seqlens, key_padding_mask, k)
     made_with = config(pos_encoding, feature_map, normalize)
     noise = None if pos_encoding is None else pos_encoding.noise_key
     if isinstance(feature_map, FeatureMap):
         noise = feature_map.state_noise(noise)
+    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
-        check_state(initial_state, q, v, pos_encoding, feature_map, normalize, made_with, noise)
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = sequences, q.shape[2] if setting.per_head else k.shape[2]
+        check_state(initial_state, q, v, sizes, setting, made_with, noise)
     start = 0 if initial_state is None else initial_state.length
-    positions = check_positions(positions, pos_encoding, q, start)
+    longest = max(q.shape[1], k.shape[1])
+    positions = check_positions(positions, pos_encoding, q, longest, start, tokens)
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     one_token = q.shape[1] == 1 and initial_state is not None
+    # maps that are modules work in the dtype of arithmetic
     dtype = compute_dtype(q) if isinstance(feature_map, FeatureMap) else q.dtype
     backend = backends.resolve(backend, q.device, dtype, widths, one_token)
-
-    inputs = q, k, v, positions, pos_encoding, feature_map, normalize, eps, initial_state
-    # arithmetic is float32 at least, whatever autocast makes of matrix products
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            o, s, z, *c = _attend(*inputs, chunk_size, backend)
-    else:
-        o, s, z, *c = _attend(*inputs, chunk_size, backend)
+    setting, state = setting._replace(backend=backend), None
+    if initial_state is not None:
+        state = initial_state.s, initial_state.z
+        state = state if initial_state.c is None else (*state, initial_state.c)
+    with _full_precision(q.device):
+        if q.shape[1] == k.shape[1]:
+            o, *state = scan.attend(q, k, v, positions, state, setting, tokens)
+        else:
+            o, *state = scan.attend_aligned(q, k, v, positions, state, setting, tokens, align)
     if not output_final_state:
         return o
-    return o, LinearAttentionState(s, z, start + q.shape[1], made_with, noise, *c)
+    length = start + tokens.lengths(k.shape[1])
+    return o, LinearAttentionState(*state[:2], length, made_with, noise, *state[2:])
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pos_encoding: PositionalEncoding | None = None,
+    positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    feature_map: str | FeatureMap = "elu1",
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    key_cu_seqlens: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query to every key, in O(T): for encoders and between sequences.
+
+    o_m = sum_n (phi_m . psi_n) v_n / (sum_n phi_m . psi_n + eps), with the features of
+    `causal_linear_attention`, whose arguments these are where not said otherwise. There is nothing
+    to scan: the sums over keys and their products with queries are matrix products of PyTorch's,
+    in the dtype of arithmetic, of features that are stored.
+
+    Args:
+        q: Queries, [B, Tq, H, D].
+        k: Keys, [B, Tk, Hk, D].
+        v: Values, [B, Tk, Hk, E].
+        positions: Of the queries, default 0, 1, 2, ...
+        key_positions: Of the keys; default those of the queries if there are as many, else
+            0, 1, 2, ...
+        cu_seqlens: Packed sequences of queries, [S + 1] from 0 to Tq, with B = 1; their longest is
+            looked up, for which a GPU is waited for.
+        key_cu_seqlens: Of the keys; default cu_seqlens.
+        query_padding_mask: [B, Tq], True at padding: their outputs are 0.
+        key_padding_mask: [B, Tk], True at padding.
+        backend: Of the features.
+    Returns:
+        o: [B, Tq, H, E] in v's dtype.
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
+    check_options(feature_map, normalize, eps, None)
+    check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
+    if key_cu_seqlens is None:
+        key_cu_seqlens = cu_seqlens
+    of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
+    of_k = check_packing(key_cu_seqlens, key_padding_mask, k, name="key_cu_seqlens")
+    if (cu_seqlens is None) != (key_cu_seqlens is None) or (
+        cu_seqlens is not None and cu_seqlens.shape != key_cu_seqlens.shape
+    ):
+        raise ValueError("cu_seqlens and key_cu_seqlens must be of as many sequences")
+    if key_positions is None and k.shape[1] == q.shape[1]:
+        key_positions = positions
+    at_q = check_positions(positions, pos_encoding, q, q.shape[1], 0, of_q)
+    at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
+    backend = backends.resolve(backend, q.device, q.dtype, widths)
+    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, None, backend)
+    heads = q.shape[2]
+    with _full_precision(q.device):
+        if cu_seqlens is None:
+            state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
+            o = scan.readout(packing.blank(q, query_padding_mask), at_q, state, setting)
+            return packing.blank(o, query_padding_mask).to(v.dtype)
+        pad_q, pad_k = packing.Padded(cu_seqlens), packing.Padded(key_cu_seqlens)
+        k, v, at_k = (None if x is None else pad_k.split(x) for x in (k, v, at_k))
+        q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
+        state = scan.absorb(k, v, at_k, None, setting, pad_k.padding, heads)
+        return pad_q.join(scan.readout(q, at_q, state, setting)).to(v.dtype)
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep arithmetic in float32 at least, whatever autocast makes of matrix products."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def causal_linear_attention_step(
@@ -126,11 +230,11 @@ def causal_linear_attention_step(
 
     Args:
         q: Query, [B, H, D].
-        k: Key, [B, H, D].
-        v: Value, [B, H, E].
+        k: Key, [B, Hk, D].
+        v: Value, [B, Hk, E].
         state: State after the tokens before; it is not changed.
         positions: A number or [B], for an encoding of L levels [L] or [B, L]; default
-            state.length.
+            state.length, which may differ from sequence to sequence.
     Returns:
         o: [B, H, E] in v's dtype.
         state: State after this token.
@@ -156,104 +260,3 @@ def causal_linear_attention_step(
         backend=backend,
     )
     return o.squeeze(1), state
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor | None,
-    encoding: PositionalEncoding | None,
-    feature_map: str | FeatureMap,
-    normalize: bool | str,
-    eps: float,
-    state: LinearAttentionState | None,
-    chunk_size: int | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Return o and the final s and z, for Favor c: features by the encoding's maps, the scan."""
-    dtype = v.dtype
-    if backend == "reference" or isinstance(feature_map, FeatureMap):
-        q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
-    maps = None if encoding is None else encoding.position_maps(q.device)
-    if encoding is not None and maps is None:
-        q, k = (_encoded(encoding, x, positions, side) for x, side in ((q, "q"), (k, "k")))
-    map_q, map_k = maps or (None, None)
-    if isinstance(feature_map, FeatureMap):
-        sides = (q, positions, map_q, backend), (k, positions, map_k, backend)
-        o, *final = _attend_mapped(*sides, v, feature_map, normalize, eps, state, chunk_size)
-        return o.to(dtype), *final
-    state = None if state is None else (state.s, state.z)
-    if backend == "reference":
-        # everything by reference.py: differentiable any number of times
-        q, dq = reference.features(q, positions, map_q, feature_map)
-        k, dk = reference.features(k, positions, map_k, feature_map)
-        if not normalize:
-            dq, dk = dq[..., :0], dk[..., :0]
-        options = {"normalize": normalize, "eps": eps, "state": state, "chunk_size": chunk_size}
-        o, (s, z) = reference.chunked(q, k, v, dq, dk, **options)
-        return o.to(dtype), s, z
-    # rotations are fused into the scan; everything else makes features first
-    rotation = map_q if isinstance(map_q, Rotation) else None
-    options = ScanOptions(
-        feature_map=feature_map,
-        normalize=_NORMALIZE[normalize],
-        eps=float(eps),
-        interleaved=rotation is not None and rotation.interleaved,
-        pool=rotation is not None and rotation.pool,
-        map_first=rotation is None or rotation.map_first,
-        scale=1.0 if rotation is None else rotation.scale,
-        chunk=chunk_size or 0,
-        backend=backend,
-    )
-    if q.shape[1] == 1 and state is not None:
-        done = step(q, k, v, *state, positions=positions, maps=maps, options=options)
-        if done is not None:
-            return done
-    if isinstance(map_q, SineMap):
-        q = phase_features(q, positions, map_q, backend=backend)
-        k = phase_features(k, positions, map_k, backend=backend)
-    where = (None, None) if rotation is None else (positions, rotation.freq)
-    return causal_dot(q, k, v, *(state or (None, None)), *where, options=options)
-
-
-def _attend_mapped(
-    side_q: tuple,
-    side_k: tuple,
-    v: Tensor,
-    feature_map: FeatureMap,
-    normalize: bool | str,
-    eps: float,
-    state: LinearAttentionState | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, ...]:
-    """Return the same for features by a module; a side is the arguments of `encoded`."""
-    backend = side_q[-1]
-    if isinstance(feature_map, Favor):
-        # what all features of a query have in common cancels
-        a, _ = feature_map.exponents(*side_q)
-        b, half_square = feature_map.exponents(*side_k)
-        before = None if state is None else (state.s, state.z, state.c)
-        return favor_attention(a, b - half_square, v, before, chunk_size, backend)
-    q, k = (_mapped(feature_map, encoded(*side)) for side in (side_q, side_k))
-    return _attend(q, k, v, None, None, "identity", normalize, eps, state, chunk_size, backend)
-
-
-def _mapped(feature_map: FeatureMap, x: Tensor) -> Tensor:
-    # features of a map that may not be ours: what the kernels rely on is checked
-    y = feature_map(x)
-    wanted = (*x.shape[:-1], feature_map.feature_dim(x.shape[-1]))
-    if not isinstance(y, Tensor) or tuple(y.shape) != wanted or y.device != x.device:
-        raise ValueError(f"feature_map must return {wanted} on {x.device}, got {shape(y)}")
-    return y.to(x.dtype)
-
-
-def _encoded(encoding: PositionalEncoding, x: Tensor, positions: Tensor, side: str) -> Tensor:
-    # features of an encoding that is not ours: what the kernels rely on is checked
-    y = encoding.features(x, positions, side)
-    wanted = (*x.shape[:-1], encoding.feature_dim)
-    if not isinstance(y, Tensor) or tuple(y.shape) != wanted or y.device != x.device:
-        raise ValueError(
-            f"pos_encoding.features must return {wanted} on {x.device}, got {shape(y)}"
-        )
-    return y.to(x.dtype)

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 
 def check_positive(name: str, value: object) -> None:
     """Raise ValueError unless a value is a positive int."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def shape(x: object) -> str:
+    """Return the shape of a tensor, or the type of anything else, for a message."""
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def require(condition: Tensor, message: str, wait: bool = True) -> None:
+    """Raise ValueError unless a condition holds; wait: for a GPU too, to have a look.
+
+    Compiled code, and a GPU that is not waited for, raise RuntimeError where they find it.
+    """
+    # compiled code cannot stop to look: it raises RuntimeError where it is run
+    blind = not wait and condition.device.type != "cpu"
+    if blind or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)

@@ -12,6 +12,7 @@ from .log_scan import State, divided, log_scan
 from .maps import Rotation, SineMap
 from .noise import OMEGA, orthogonalized
 from .ops import ScanOptions, causal_dot, observed, philox_normal
+from .reference import spread
 from .resampling import Resampled
 
 # features up to e^40 of the first key's: sums over 10^6 tokens stay finite in float32, and a query
@@ -142,14 +143,14 @@ def favor_attention(
     Args:
         a: Logarithms of the queries' features, up to one term for all of a query, [B, T, H, R].
         b: Logarithms of the keys' features, [B, T, H, R]; -inf for a masked key.
-        v: Values, [B, T, H, E], of the same dtype.
+        v: Values, [B, T, Hk, E], of the same dtype; Hk divides H.
         state: s, z and c of the tokens before.
         chunk_size: Tokens that are handled together.
         backend: Of the scan.
     """
     if _level(b, state, backend):
         return _level_scan(a, b, v, state, chunk_size, backend)
-    num, den, state = log_scan(a, b, v, state, chunk_size)
+    num, den, state = log_scan(a, b, spread(v, a.shape[2]), state, chunk_size)
     return divided(num, den), *state
 
 
@@ -194,7 +195,7 @@ def _level_scan(
     if state is not None:
         decay = (state[2].detach() - c0).exp()
         before = state[0] * decay[..., None], state[1] * decay
-    o, s, z = causal_dot(phi, psi, v, *before, None, None, options=options)
+    o, s, z = causal_dot(phi, psi, v, *before, None, None, None, options=options)
     growth = b.detach().amax(1).clamp(min=0)
     decay = (-growth).exp()
     return o, s * decay[..., None], z * decay, c0 + growth

@@ -115,3 +115,34 @@ def _finite(x: Tensor) -> Tensor:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def absorb(b: Tensor, v: Tensor, state: State | None = None) -> State:
+    """Return the state after keys alone: s [B, H, R, E], z and c [B, H, R].
+
+    Args:
+        b: Logarithms of the keys' features, [B, T, H, R].
+        v: Values, [B, T, H, E].
+        state: Before these keys.
+    """
+    top = b.detach().amax(1) if b.shape[1] else torch.full_like(b.sum(1), -torch.inf)
+    psi = (b - _finite(top)[:, None]).exp()
+    new = torch.einsum("bthr,bthe->bhre", psi, v), psi.sum(1), top
+    return new if state is None else combine(state, new)
+
+
+def combine(first: State, second: State) -> State:
+    """Return the state of the tokens of both."""
+    c = torch.maximum(first[2], second[2]).detach()
+    decays = [(x[2].detach() - _finite(c)).exp() for x in (first, second)]
+    pairs = list(zip((first, second), decays, strict=True))
+    return sum(s * d[..., None] for (s, _, _), d in pairs), sum(z * d for (_, z, _), d in pairs), c
+
+
+def readout(a: Tensor, state: State) -> Tensor:
+    """Return what queries see of a state, [B, T, H, E]; a as in `log_scan`."""
+    s, z, c = state
+    a = a + c.detach()[:, None]
+    phi = (a - _finite(a.detach().amax(-1, keepdim=True))).exp()
+    num = torch.einsum("bthr,bhre->bthe", phi, s)
+    return divided(num, torch.einsum("bthr,bhr->bth", phi, z))

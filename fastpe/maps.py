@@ -64,3 +64,17 @@ class SineMap(NamedTuple):
         if self.noise is not None:
             return self.noise.shape[-1]
         return self.rows if self.pool else self.rows * self.gain.shape[1]
+
+
+class Band(NamedTuple):
+    """Weigh keys by content and lag, up to a largest lag: exact ConvSPE for the linear kernel.
+
+    The weight of key n for query m is sum_d q_d k_d (kernel_d[m - n] + gate_d^2).
+
+    Attributes:
+        kernel: [H, D, kappa], of lags 0 .. kappa - 1; float64.
+        gate: [H, D], the part that ignores position, or None; float64.
+    """
+
+    kernel: Tensor
+    gate: Tensor | None

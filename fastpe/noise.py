@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-SINE, GATE, OMEGA = 0, 1, 3  # kinds of noise, each with its own key
+SINE, GATE, CONV, OMEGA = range(4)  # kinds of noise, each with its own key
 
 _MASK = 0xFFFFFFFF
 
@@ -30,18 +30,20 @@ def philox_normal(
     kind: int,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] for the key (seed, module, kind) and the step.
 
-    Number (hd, j, r) is lane r mod 4 of counter (r // 4, j, hd, step), see MATH section 9.
+    Number (hd, j, r) is lane r mod 4 of counter (r // 4, first + j, hd, step), see MATH section 9.
 
     Args:
         seed: int64 scalar tensor; all 64 bits are used.
         step: int64 scalar tensor, its low 32 bits are used.
         module: which of the modules that share a seed, 0 .. 2^29 - 1.
-        kind: SINE, GATE or OMEGA.
+        kind: SINE, GATE, CONV or OMEGA.
         shape: (HD, J, R).
         dtype: of the result; float64 and float32 are computed in float64.
+        first: row to begin with, of either sign; its low 32 bits are used.
     """
     device = seed.device
     hd, j, blocks = shape[0], shape[1], -(-shape[2] // 4)
@@ -49,7 +51,7 @@ def philox_normal(
     k1 = ((seed >> 32) & _MASK) ^ ((module << 3 | kind) & _MASK)
     c = [
         torch.arange(blocks, device=device).expand(hd, j, blocks),
-        torch.arange(j, device=device)[:, None].expand(hd, j, blocks),
+        (torch.arange(first, first + j, device=device) & _MASK)[:, None].expand(hd, j, blocks),
         torch.arange(hd, device=device)[:, None, None].expand(hd, j, blocks),
         (step & _MASK).expand(hd, j, blocks),
     ]

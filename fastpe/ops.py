@@ -58,6 +58,7 @@ class ScanOptions(NamedTuple):
 
 _SCAN_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? s0, Tensor? z0, Tensor? positions, Tensor? freq, "
+    "Tensor? ranges, "
     "str feature_map, str normalize, float eps, bool interleaved, bool pool, bool map_first, "
     "float scale, int chunk, str backend"
 )
@@ -68,22 +69,32 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _causal_dot_fake(q, k, v, s0, z0, positions, freq, *options):
+def state_heads(q: Tensor, k: Tensor, v: Tensor, freq: Tensor | None) -> int:
+    """Return how many states the heads of q have: they share one if they share keys and values.
+
+    Not if each rotates the keys by frequencies of its own.
+    """
+    heads = max(k.shape[2], v.shape[2])
+    return heads if freq is None or freq.shape[0] == 1 else q.shape[2]
+
+
+def _causal_dot_fake(q, k, v, s0, z0, positions, freq, ranges, *options):
     options = ScanOptions(*options)
     b, t, h, d = q.shape
+    sequences, states = b if ranges is None else ranges.shape[0], state_heads(q, k, v, freq)
     r, rz = options.widths(d)
-    dtype = compute_dtype(q)
+    dtype, e = compute_dtype(q), v.shape[-1]
     return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
+        v.new_empty((b, t, h, e)),
         q.new_empty((b, h, t if rz else 0), dtype=dtype),
-        q.new_empty((b, h, r, v.shape[-1]), dtype=dtype),
-        q.new_empty((b, h, rz), dtype=dtype),
+        q.new_empty((sequences, states, r, e), dtype=dtype),
+        q.new_empty((sequences, states, rz), dtype=dtype),
     )
 
 
 @_op(f"causal_dot({_SCAN_INPUTS}) -> (Tensor o, Tensor den, Tensor s, Tensor z)", _causal_dot_fake)
 def _causal_dot(*args):
-    return backends.load(args[-1]).causal_dot(*args[:7], ScanOptions(*args[7:]))
+    return backends.load(args[-1]).causal_dot(*args[:8], ScanOptions(*args[8:]))
 
 
 def _causal_dot_backward_fake(grad_o, grad_s, grad_z, q, k, v, s0, z0, positions, freq, *rest):
@@ -102,18 +113,23 @@ def _causal_dot_backward_fake(grad_o, grad_s, grad_z, q, k, v, s0, z0, positions
     _causal_dot_backward_fake,
 )
 def _causal_dot_backward(*args):
-    grads, inputs, options, saved = args[:3], args[3:10], ScanOptions(*args[10:19]), args[19:]
+    grads, inputs, options, saved = args[:3], args[3:11], ScanOptions(*args[11:20]), args[20:]
     return backends.load(options.backend).causal_dot_backward(grads, inputs, options, *saved)
 
 
 class CausalDot(torch.autograd.Function):
-    """o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after."""
+    """o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after.
+
+    q is [B, T, H, D]; k and v have a divisor of H heads each, which neighbours of q's heads share.
+    With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i
+    to before the second; there are S states, and tokens of no sequence get zeros.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, s0, z0, positions, freq, options):
-        """Return o [B, T, H, E] and the final state s [B, H, R, E], z [B, H, Rz]."""
-        o, den, s, z = _causal_dot(q, k, v, s0, z0, positions, freq, *options)
-        ctx.save_for_backward(q, k, v, s0, z0, positions, freq, o, den)
+    def forward(ctx, q, k, v, s0, z0, positions, freq, ranges, options):
+        """Return o [B, T, H, E] and the final state s [S, Hs, R, E], z [S, Hs, Rz]."""
+        o, den, s, z = _causal_dot(q, k, v, s0, z0, positions, freq, ranges, *options)
+        ctx.save_for_backward(q, k, v, s0, z0, positions, freq, ranges, o, den)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return o, s, z
@@ -125,11 +141,16 @@ class CausalDot(torch.autograd.Function):
         if grad_o is None:
             grad_o = torch.zeros_like(o)
         args = (grad_o, grad_s, grad_z, *inputs, *ctx.options, o, den)
-        return *_first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None
+        return *_first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None, None
 
 
 def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply `CausalDot`; without its bookkeeping where nothing is recorded."""
+    """Apply `CausalDot`; without its bookkeeping where nothing is recorded.
+
+    Args:
+        tensors: q, k, v, s0, z0, positions, freq, ranges.
+        options: Of the scan.
+    """
     if _plain(tensors):
         o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
         return o, s, z
@@ -192,7 +213,7 @@ _SINE_INPUTS = (
 
 def _phase_features_fake(x, positions, freq, offset, gain, gate, z, pool, group, backend):
     sines = SineMap(freq, offset, gain, gate, z, pool)
-    return x.new_empty((*x.shape[:-1], sines.feature_dim))
+    return x.new_empty((*x.shape[:2], freq.shape[0], sines.feature_dim))
 
 
 @_op(f"phase_features({_SINE_INPUTS}) -> Tensor", _phase_features_fake)
@@ -227,7 +248,7 @@ class PhaseFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, positions, freq, offset, gain, gate, z, pool, group, backend):
-        """Return the features, [B, T, H, R]."""
+        """Return the features, [B, T, H, R], H of freq; neighbours may share a head of x."""
         y = _phase_features(x, positions, freq, offset, gain, gate, z, pool, group, backend)
         ctx.save_for_backward(x, positions, freq, offset, gain, gate, z)
         ctx.options = pool, group, backend
@@ -265,7 +286,7 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             "fastpe's kernels have no second derivative: "
-            "use backend='reference' for double backward"
+            "use backend='reference' for double backward, and no ConvSPE"
         )
 
 
@@ -275,16 +296,16 @@ def _first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Ten
 
 
 @_op(
-    "philox_normal(Tensor seed, Tensor step, int module, int kind, int[] shape, ScalarType dtype) "
-    "-> Tensor",
-    lambda seed, step, module, kind, shape, dtype: seed.new_empty(shape, dtype=dtype),
+    "philox_normal(Tensor seed, Tensor step, int module, int kind, int[] shape, ScalarType dtype, "
+    "int first=0) -> Tensor",
+    lambda seed, step, module, kind, shape, dtype, first=0: seed.new_empty(shape, dtype=dtype),
 )
-def philox_normal(seed, step, module, kind, shape, dtype):
+def philox_normal(seed, step, module, kind, shape, dtype, first=0):
     """Return the numbers of `noise.philox_normal`, by a kernel where there is one."""
     backend = {"cpu": "cpu", "cuda": "triton"}.get(seed.device.type)
     if backend and backends.unavailable(backend) is None:
-        return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype)
-    return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype)
+        return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype, first)
+    return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype, first)
 
 
 @_op("count_forward(Tensor(a!) step) -> ()", lambda step: None)

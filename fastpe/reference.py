@@ -29,6 +29,12 @@ def phases(positions: Tensor, freq: Tensor) -> Tensor:
     return 2 * math.pi * (turns - turns.detach().round())
 
 
+def spread(x: Tensor, heads: int, dim: int = 2) -> Tensor:
+    """Return x with `heads` heads at `dim`: each repeated for the neighbours that share it."""
+    times = heads // max(x.shape[dim], 1)
+    return x if times <= 1 else x.repeat_interleave(times, dim)
+
+
 def rotate(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
     """Return x rotated pair by pair (RoPE), or the sum of each rotated pair (RoPEPool).
 
@@ -37,6 +43,7 @@ def rotate(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
     """
     angle = phases(positions, rotation.freq)  # [B or 1, T, H or 1, W]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x = spread(x, rotation.freq.shape[0])
     width = rotation.freq.shape[1]
     head, rest = x[..., : 2 * width], x[..., 2 * width :]
     if rotation.interleaved:
@@ -67,7 +74,7 @@ def sine_features(x: Tensor, positions: Tensor, sines: SineMap) -> Tensor:
     if sines.gate is not None:
         gate = sines.gate[..., None].to(x.dtype)
         rows = torch.cat((rows, gate.expand(*rows.shape[:-1], 1)), dim=-1)
-    rows = x[..., None] * rows
+    rows = spread(x, sines.freq.shape[0])[..., None] * rows
     if sines.noise is not None:
         return torch.einsum("bthdj,hdjr->bthr", rows, sines.noise.to(x.dtype))
     return rows.sum(-2) if sines.pool else rows.flatten(-2)
@@ -79,7 +86,10 @@ def features(
     encoding: Rotation | SineMap | None,
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the features of x for the numerator and for the normaliser (often the same)."""
+    """Return the features of x for the numerator and for the normaliser (often the same).
+
+    A map with parameters for more heads than x has gives features of each.
+    """
     psi = FEATURE_MAPS[feature_map]
     if isinstance(encoding, Rotation):
         if encoding.map_first:
@@ -110,6 +120,36 @@ def empty_state(q: Tensor, v: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
     """Return the state before the first token: s [B, H, R, E] and z [B, H, Rz], zeros."""
     b, _, h, r = q.shape
     return q.new_zeros(b, h, r, v.shape[-1]), q.new_zeros(b, h, dq.shape[-1])
+
+
+def absorb(k: Tensor, v: Tensor, dk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return the state of keys and values alone: s [B, heads, R, E] and z [B, heads, Rz].
+
+    Args:
+        k: Features of the keys for the numerator, [B, T, Hk, R]; Hk divides heads.
+        v: Values, [B, T, Hv, E].
+        dk: Features of the keys for the normaliser, [B, T, Hz, Rz].
+        heads: Number of states.
+    """
+    s = torch.einsum("bthr,bthe->bhre", spread(k, heads), spread(v, heads))
+    return s, spread(dk.sum(1), heads, 1)
+
+
+def readout(
+    q: Tensor, dq: Tensor, s: Tensor, z: Tensor, *, normalize: bool | str = True, eps: float = 1e-6
+) -> Tensor:
+    """Return what queries see of a state: q s / (dq z + eps), [B, T, H, E].
+
+    Args:
+        q: Features of the queries for the numerator, [B, T, H, R].
+        dq: Features of the queries for the normaliser, [B, T, H, Rz].
+        s: [B, Hs, R, E]; Hs divides H.
+        z: [B, Hs, Rz].
+    """
+    q, dq = (x.unflatten(2, (s.shape[1], -1)) for x in (q, dq))
+    num = torch.einsum("bthgr,bhre->bthge", q, s).flatten(2, 3)
+    den = torch.einsum("bthgr,bhr->bthg", dq, z).flatten(2, 3)
+    return normalized(num, den, normalize, eps)
 
 
 def quadratic(
@@ -178,10 +218,15 @@ def chunked(
     state: tuple[Tensor, Tensor] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the same as `quadratic` in O(T): quadratic inside chunks, the state between them."""
-    length = q.shape[1]
+    """Return the same as `quadratic` in O(T): quadratic inside chunks, the state between them.
+
+    Neighbours of q's H heads may share those of k, dk and v; the state then has the most of these.
+    """
+    length, heads = q.shape[1], q.shape[2]
+    states = max(k.shape[2], v.shape[2])
     size = min(chunk_size or 64, max(length, 1))
-    s, z = state if state is not None else empty_state(q, v, dq)
+    k, v, dk = (spread(x, heads) for x in (k, v, dk))
+    s, z = empty_state(q, v, dq) if state is None else (spread(x, heads, 1) for x in state)
 
     def split(x: Tensor) -> Tensor:  # [B, N, C, H, .], zeros behind the end
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -length % size))
@@ -196,4 +241,5 @@ def chunked(
     num = num + torch.einsum("bnchr,bnhre->bnche", qc, s[:, :-1])
     den = (dqc * (dkc.cumsum(2) + z[:, :-1, None])).sum(-1)
     num, den = num.flatten(1, 2)[:, :length], den.flatten(1, 2)[:, :length]
-    return normalized(num, den, normalize, eps), (s[:, -1], z[:, -1])
+    final = (x[:, -1, :: max(heads // max(states, 1), 1)] for x in (s, z))
+    return normalized(num, den, normalize, eps), tuple(final)

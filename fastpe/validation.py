@@ -1,17 +1,17 @@
-"""The state, and the checks of arguments: everything behind them assumes what they establish."""
+"""Checks of arguments: everything behind them assumes what they establish."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import require, shape
 from .encodings import PositionalEncoding
 from .favor import Favor
 from .feature_maps import FEATURE_MAPS, WIDE_MAPS, FeatureMap
-from .ops import compute_dtype
+from .packing import Packing
 
 # up to here float64 holds every integer
 _LARGEST_POSITION = 2.0**53
@@ -19,51 +19,33 @@ _FINITE = "positions must be finite, at most 2^53 in size"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class LinearAttentionState(NamedTuple):
-    """What the tokens so far leave behind: constant in size, enough to go on.
-
-    Attributes:
-        s: sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs).
-        z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
-        length: Number of tokens so far; default positions continue from it.
-        config: The configuration it belongs to; another one refuses it.
-        noise: The noise key of a random encoding, of a random feature map, int64 [2], or of both,
-            [4]; else None.
-        c: With Favor, what s and z are relative to: the sums are s exp(c) and z exp(c), [B, H, R].
-    """
-
-    s: Tensor
-    z: Tensor
-    length: int
-    config: str
-    noise: Tensor | None
-    c: Tensor | None = None
-
-
-def shape(x: object) -> str:
-    """Return the shape of a tensor, or the type of anything else, for a message."""
-    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+_SHAPES = {"q": "[B, T, H, D]", "k": "[B, T, Hk, D]", "v": "[B, T, Hk, E]"}
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check that q and k are [B, T, H, D] and v [B, T, H, E], of one dtype on one device."""
+    """Check that q is [B, T, H, D], k [B, Tk, Hk, D], v [B, Tk, Hk, E], of one dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 4:
-            width = "E" if name == "v" else "D"
-            raise ValueError(f"{name} must be [B, T, H, {width}], got {shape(x)}")
+            raise ValueError(f"{name} must be {_SHAPES[name]}, got {shape(x)}")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != q.shape[:3]:
+    (b, _, h, d), heads = q.shape, k.shape[2]
+    if k.shape[0] != b or k.shape[3] != d:
         raise ValueError(
-            f"v must be [B, T, H, E] with B, T, H of q = {tuple(q.shape[:3])}, got {tuple(v.shape)}"
+            f"k must be [B, T, Hk, D] with B = {b} and D = {d} of q, got {tuple(k.shape)}"
+        )
+    if heads != h and (not heads or h % heads):
+        raise ValueError(f"k must have a divisor of q's {h} heads, got {heads}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v must be [B, T, Hk, E] with B, T, Hk of k = {tuple(k.shape[:3])}, "
+            f"got {tuple(v.shape)}"
         )
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"head dims must be positive, got D = {q.shape[-1]}, E = {v.shape[-1]}")
@@ -117,6 +99,55 @@ def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
             raise ValueError(f"q must be on pos_encoding's {x.device}, got {q.device}")
 
 
+def check_align(align: str | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Check that where q stands beside k is said if they differ in length."""
+    if align not in (None, "start", "end"):
+        raise ValueError(f"align must be 'end' or 'start', got {align!r}")
+    if q.shape[1] == k.shape[1]:
+        return
+    lengths = f"{k.shape[1]} keys for {q.shape[1]} queries"
+    if align is None:
+        raise ValueError(
+            f"align must be 'end' or 'start' with {lengths}: which query stands at which key?"
+        )
+    if cu_seqlens is not None:
+        raise ValueError(f"k must have as many tokens as q with cu_seqlens, got {lengths}")
+
+
+def check_packing(
+    cu_seqlens: Tensor | None,
+    padding: Tensor | None,
+    x: Tensor,
+    mask: str = "key_padding_mask",
+    name: str = "cu_seqlens",
+) -> Packing:
+    """Return which tokens of x [B, T, ., .] are of which sequence."""
+    b, t = x.shape[:2]
+    if padding is not None:
+        if cu_seqlens is not None:
+            raise ValueError(f"{name} and {mask} must not be given both: packed has no padding")
+        if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
+            came = padding.dtype if isinstance(padding, Tensor) else type(padding).__name__
+            raise TypeError(f"{mask} must be a bool tensor, True at padding, got {came}")
+        if tuple(padding.shape) != (b, t):
+            raise ValueError(f"{mask} must be [B, T] = ({b}, {t}), got {shape(padding)}")
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"{name} must be an int32 or int64 tensor, got {came}")
+        if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
+            raise ValueError(f"{name} must be [S + 1], got {shape(cu_seqlens)}")
+        if b != 1:
+            raise ValueError(f"{name} needs sequences packed in one row, B = 1, got B = {b}")
+    for given, what in ((padding, mask), (cu_seqlens, name)):
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{what} must be on the device of q, {x.device}, got {given.device}")
+    if cu_seqlens is not None:
+        ordered = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == t)
+        require(ordered, f"{name} must rise from 0 to T = {t}", wait=False)
+    return Packing(cu_seqlens, padding)
+
+
 def check_order(feature_map: str | FeatureMap, encoding: PositionalEncoding | None) -> None:
     """Check that the encoding does not come after a map that is a module."""
     if isinstance(feature_map, FeatureMap) and getattr(encoding, "apply_order", "") == "after":
@@ -140,62 +171,57 @@ def check_feature_map(
             raise ValueError(f"q must be on feature_map's {x.device}, got {q.device}")
 
 
-def feature_widths(
-    q: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
-) -> tuple[int, int]:
-    """Return the features of the numerator and of the normaliser."""
-    r, rz = (q.shape[-1],) * 2 if encoding is None else (encoding.feature_dim, encoding.norm_dim)
-    if isinstance(feature_map, FeatureMap):
-        r = rz = feature_map.feature_dim(r)
-    return r, rz
-
-
-def kernel_widths(
-    q: Tensor, v: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
-) -> tuple[int, int, int]:
-    """Return the largest D, R and E that a kernel is to take."""
-    d, r = q.shape[-1], feature_widths(q, encoding, feature_map)[0]
-    if isinstance(feature_map, FeatureMap):
-        # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
-        # exact sines
-        exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
-        made = encoding is not None and not (exact and isinstance(feature_map, Favor))
-        d = max(d, r, encoding.feature_dim if made else 0)
-    return d, r, v.shape[-1]
+def check_band(
+    encoding: PositionalEncoding | None, feature_map: object, positions: Tensor | float | None
+) -> None:
+    """Check what attention by a band of lags needs: the linear kernel, and positions in a row."""
+    if encoding is None or not encoding.banded:
+        return
+    if feature_map != "identity":
+        raise ValueError(
+            "feature_map must be 'identity' with ConvSPE(num_realizations=None), which has no "
+            f"features, got {feature_map!r}"
+        )
+    if positions is not None:
+        raise ValueError(
+            "positions must be the default ones, 0, 1, 2, ... of each sequence, with "
+            "ConvSPE(num_realizations=None), got positions"
+        )
 
 
 def check_positions(
-    positions: Tensor | float | None, encoding: PositionalEncoding | None, q: Tensor, start: int
+    positions: Tensor | float | None,
+    encoding: PositionalEncoding | None,
+    q: Tensor,
+    t: int,
+    start: int | Tensor,
+    packing: Packing,
+    name: str = "positions",
 ) -> Tensor | None:
-    """Return the positions as [B or 1, T, L] in float64; from `start` on by default.
+    """Return the positions of t tokens as [B or 1, T, L] in float64; from `start` on by default.
 
     A number stands for the one position of one token.
     """
-    b, t = q.shape[:2]
+    b = q.shape[0]
     if encoding is None:
         if positions is not None:
-            raise ValueError("positions must be None without pos_encoding, got positions")
+            raise ValueError(f"{name} must be None without pos_encoding, got {name}")
         return None
     levels = encoding.num_levels
     if positions is None:
         if levels > 1:
-            raise ValueError(f"positions must be given for a pos_encoding of {levels} levels")
-        if t == 1:
-            return torch.full((1, 1, 1), start, dtype=torch.float64, device=q.device)
-        steps = torch.arange(start, start + t, dtype=torch.float64, device=q.device)
-        return steps.view(1, t, 1)
+            raise ValueError(f"{name} must be given for a pos_encoding of {levels} levels")
+        return packing.default_positions(start, t, q.device)
     if type(positions) in (int, float) and t == 1:
         if not abs(positions) <= _LARGEST_POSITION:
             raise ValueError(f"{_FINITE}, got {str(positions)[:20]}")
         return torch.full((1, 1, 1), positions, dtype=torch.float64, device=q.device)
     if not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be a tensor, got {type(positions).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
     if positions.is_complex() or positions.dtype == torch.bool:
-        raise TypeError(f"positions must be integers or floats, got {positions.dtype}")
+        raise TypeError(f"{name} must be integers or floats, got {positions.dtype}")
     if positions.device != q.device:
-        raise ValueError(
-            f"positions must be on the device of q, {q.device}, got {positions.device}"
-        )
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {positions.device}")
     came = tuple(positions.shape)
     if levels == 1 and came in ((t,), (b, t), (1, t)):
         positions = positions[..., None]
@@ -204,20 +230,12 @@ def check_positions(
     if tuple(positions.shape) not in ((b, t, levels), (1, t, levels)):
         allowed = f"[{t}], [{b}, {t}], " if levels == 1 else ""
         raise ValueError(
-            f"positions must be {allowed}[{t}, {levels}] or [{b}, {t}, {levels}], got {came}"
+            f"{name} must be {allowed}[{t}, {levels}] or [{b}, {t}, {levels}], got {came}"
         )
     positions = positions.double()
     if positions.device.type == "cpu":  # on another device the look would wait for it
-        _require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
+        require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
     return positions
-
-
-def _require(condition: Tensor, message: str) -> None:
-    # compiled code cannot stop to look: it raises RuntimeError where it is run
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message)
 
 
 def check_step_positions(
@@ -237,59 +255,3 @@ def check_step_positions(
             f"positions must be one position of {levels} level(s), or [B] of them, got shape {came}"
         )
     return positions.unsqueeze(1 if batched else 0) if isinstance(positions, Tensor) else positions
-
-
-def config(
-    encoding: PositionalEncoding | None, feature_map: str | FeatureMap, normalize: bool | str
-) -> str:
-    """Return the configuration that a state belongs to, as text."""
-    name = "no encoding" if encoding is None else encoding.signature
-    psi = feature_map.signature if isinstance(feature_map, FeatureMap) else repr(feature_map)
-    return f"{name}, feature_map={psi}, normalize={normalize!r}"
-
-
-def check_state(
-    state: LinearAttentionState,
-    q: Tensor,
-    v: Tensor,
-    encoding: PositionalEncoding | None,
-    feature_map: str | FeatureMap,
-    normalize: bool | str,
-    expected: str,
-    noise: Tensor | None,
-) -> None:
-    """Check that a state comes from the configuration `expected`, with this noise key."""
-    if not isinstance(state, LinearAttentionState):
-        raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
-    if state.config != expected:
-        raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
-    b, _, h, _ = q.shape
-    r, rz = feature_widths(q, encoding, feature_map)
-    rz = rz if normalize else 0
-    if isinstance(state.length, bool) or not isinstance(state.length, (int, torch.SymInt)):
-        raise TypeError(f"initial_state.length must be an int, got {type(state.length).__name__}")
-    tensors = [("s", state.s, (b, h, r, v.shape[-1])), ("z", state.z, (b, h, rz))]
-    if isinstance(feature_map, Favor):
-        tensors.append(("c", state.c, (b, h, r)))
-    for name, x, size in tensors:
-        if not isinstance(x, Tensor) or tuple(x.shape) != size:
-            raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
-        if x.device != q.device or x.dtype != compute_dtype(q):
-            raise ValueError(
-                f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
-                f"got {x.dtype} on {x.device}"
-            )
-    if noise is state.noise:
-        return
-    if noise is None or not isinstance(state.noise, Tensor) or state.noise.shape != noise.shape:
-        raise ValueError(
-            "initial_state.noise must be the noise_key of pos_encoding and feature_map, "
-            f"{noise}, got {state.noise}"
-        )
-    _require(
-        (noise == state.noise.to(noise.device)).all(),
-        "initial_state was made with another (seed, step) of noise than pos_encoding or "
-        "feature_map has now: "
-        "noise stays for a whole sequence, in training too; layers that have one encoding in "
-        "common need its share()",
-    )

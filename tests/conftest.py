@@ -57,7 +57,8 @@ def _factory(kind, **options):
     return make
 
 
-RoPE, RoPEPool, SineSPE, FStripe = fastpe.RoPE, fastpe.RoPEPool, fastpe.SineSPE, fastpe.FStripe
+ConvSPE, SineSPE, FStripe = fastpe.ConvSPE, fastpe.SineSPE, fastpe.FStripe
+RoPE, RoPEPool = fastpe.RoPE, fastpe.RoPEPool
 _spe = functools.partial(_factory, SineSPE, num_sines=3)
 _fstripe = functools.partial(_factory, FStripe, num_sines=3)
 
@@ -74,6 +75,7 @@ ENCODINGS = [
     pytest.param(_spe(num_realizations=14), id="sinespe"),
     pytest.param(_spe(num_realizations=16, gated=False), id="sinespe-ungated"),
     pytest.param(_spe(num_realizations=None), id="sinespe-exact"),
+    pytest.param(_factory(ConvSPE, kernel_size=5, num_realizations=14), id="convspe"),
     pytest.param(_fstripe(), id="fstripe-pooled"),
     pytest.param(_fstripe(pool=False, gated=True), id="fstripe-unpooled"),
     pytest.param(_fstripe(num_realizations=12, gated=True), id="fstripe-sff"),
@@ -136,6 +138,7 @@ _INTERPRETED = _THOROUGH | {
     "test_negative_views",
     "test_odd_width",
     "test_parameters_in_any_layout",
+    "test_rows_from_any_on",
     "test_second_derivative_is_never_dropped",
     "test_shapes_of_positions",
     "test_split_and_resume",

@@ -63,12 +63,13 @@ def make_inputs(b, t, h, d, e, dtype=torch.float64, seed=0, device="cpu"):
 
 
 def make_positions(encoding, b, t, seed=0, device="cpu"):
-    """Return structure positions [B, T, L]: real, repeated, unordered, of both signs."""
+    """Return structure positions [B, T, L]: repeated, unordered, of both signs, real if allowed."""
     if encoding is None:
         return None
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-20, 60, (b, t, encoding.num_levels), generator=generator)
-    return labels.to(device).double() / 2
+    labels = labels.to(device).double() / 2
+    return labels.round() if encoding.integer_positions else labels
 
 
 def make_state(encoding, b, h, d, e, dtype, device="cpu", **options):

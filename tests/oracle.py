@@ -30,18 +30,19 @@ def philox(counter, key):
 
 @functools.cache
 def normal(seed, step, module, kind, hd, rows, r):
-    """Standard normal numbers [hd, rows, r] in float64."""
+    """Standard normal numbers [hd, rows, r] in float64; rows: how many, or a range of them."""
+    rows = range(rows) if isinstance(rows, int) else rows
     key = seed & (2**32 - 1), (seed >> 32 & (2**32 - 1)) ^ (module << 3 | kind)
-    out = torch.empty(hd, rows, -(-r // 4), 4, dtype=torch.float64)
+    out = torch.empty(hd, len(rows), -(-r // 4), 4, dtype=torch.float64)
     for i in range(hd):
-        for j in range(rows):
+        for at, j in enumerate(rows):
             for block in range(out.shape[2]):
-                words = philox((block, j, i, step), key)
+                words = philox((block, j % 2**32, i, step), key)
                 u0, u1, u2, u3 = (((x >> 9) + 0.5) * 2.0**-23 for x in words)
                 a, b = math.sqrt(-2 * math.log(u0)), math.sqrt(-2 * math.log(u2))
                 z = (a * math.cos(TURN * u1), a * math.sin(TURN * u1))
                 z += (b * math.cos(TURN * u3), b * math.sin(TURN * u3))
-                out[i, j, block] = torch.tensor(z, dtype=torch.float64)
+                out[i, at, block] = torch.tensor(z, dtype=torch.float64)
     return out.flatten(-2)[..., :r].clone()
 
 
@@ -108,6 +109,25 @@ def sine_features(encoding, params, x, positions, side, form):
     return torch.einsum("bthj,hjr->bthr", out, z.flatten(1, 2).to(x.dtype))
 
 
+def conv_features(encoding, params, x, positions, side):
+    """MATH section 2.2: the code of every token, filtered from the noise around its position."""
+    h, d, taps = params["weight_q"].shape
+    r, dtype = encoding.num_realizations, params["weight_q"].dtype
+    at = positions[..., 0].long().cpu()
+    low = int(at.min()) if at.numel() else 0
+    rows = range(low, int(at.max()) + taps) if at.numel() else range(taps)
+    key = encoding.noise_key.tolist()
+    z = normal(*key, 0, 2, h * d, rows, r).view(h, d, len(rows), r).to(x.device, dtype)
+    code = torch.stack([z[:, :, s - low : s - low + taps] for s in at.flatten().tolist()])
+    code = torch.einsum("hdj,nhdjr->nhdr", params[f"weight_{side}"], code)
+    if encoding.gated:
+        gate = torch.sigmoid(params["gate"])[..., None]
+        eps = normal(*key, getattr(encoding, "module_id", 0), 1, h * d, 1, r).view(h, d, r)
+        code = (1 - gate).sqrt() * code + gate.sqrt() * eps.to(x.device, dtype)
+    code = (r * d) ** -0.25 * code.view(*at.shape, h, d, r)
+    return (x[..., None] * code.to(x.dtype)).sum(3)
+
+
 def encode(encoding, params, x, positions, side, form="direct"):
     """Return the features of x before any feature map; positions [B or 1, T, L] in float64."""
     if encoding is None:
@@ -116,6 +136,8 @@ def encode(encoding, params, x, positions, side, form="direct"):
         return rope_features(encoding, params, x, positions)
     if hasattr(encoding, "num_sines"):
         return sine_features(encoding, params, x, positions, side, form)
+    if hasattr(encoding, "kernel_size"):
+        return conv_features(encoding, params, x, positions, side)
     return encoding.oracle(params, x, positions, side)
 
 

@@ -226,7 +226,7 @@ def test_split_denominator(kernels, make):
     case = problem(make, shape=(2, 23, 2), state=False)
     rotation = case.encoding.position_maps()[0]
     o, den, s, z = torch.ops.fastpe.causal_dot(
-        *(case.q, case.k, case.v, None, None, case.positions, rotation.freq),
+        *(case.q, case.k, case.v, None, None, case.positions, rotation.freq, None),
         *("elu1", "sum", 1e-6, rotation.interleaved, rotation.pool, True, rotation.scale),
         *(0, kernels),
     )

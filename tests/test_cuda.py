@@ -41,7 +41,7 @@ def test_normalizer_is_not_rounded(cuda_host, dtype, monkeypatch):
     monkeypatch.setitem(native.libraries, "cpu", cuda_host)
     q, k, v = make_inputs(2, 150, 2, 20, 12, dtype)
     options = ScanOptions("elu1", "sum", 1e-6, False, False, True, 1.0, 0, "cpu")
-    _, den, _, z = torch.ops.fastpe.causal_dot(q, k, v, None, None, None, None, *options)
+    _, den, _, z = torch.ops.fastpe.causal_dot(q, k, v, None, None, None, None, None, *options)
     psi = [torch.where(x > 0, x + 1, x.exp()) for x in (q.double(), k.double())]
     assert_within(z, psi[1].sum(1), 1e-6)
     assert_within(den, torch.einsum("bthd,bthd->bht", psi[0], psi[1].cumsum(1)), 1e-6)

@@ -12,7 +12,7 @@ from helpers import assert_within, leaf, make_inputs, make_positions
 import fastpe
 from fastpe import FStripe, RoPE, RoPEPool, SineSPE, causal_linear_attention
 
-NOISY = ("sinespe", "sinespe-ungated", "fstripe-sff")
+NOISY = ("sinespe", "sinespe-ungated", "fstripe-sff", "convspe")
 EXACT = [p for p in encodings("-none") if p.id not in NOISY]
 SINES = [p for p in encodings("-none") if p.id.startswith(("sinespe", "fstripe"))]
 # relative in every product of features, MATH section 5b

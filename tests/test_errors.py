@@ -25,6 +25,10 @@ def _attend(backend="reference", **changes):
     return causal_linear_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
 
 
+MASK, CU = torch.zeros(2, 5, dtype=torch.bool), torch.tensor([0, 2, 5])
+PACKED = {"q": Q[:1], "k": K[:1], "v": V[:1], "cu_seqlens": CU}
+
+
 def _with(values):
     positions = torch.arange(5.0)
     positions[2] = values
@@ -37,12 +41,13 @@ BAD = [
     ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
     ({"v": 3.0}, TypeError, "v must be a tensor, got float"),
     ({"q": Q[0]}, ValueError, r"q must be \[B, T, H, D\], got shape \(5, 3, 8\)"),
-    ({"v": V[..., None]}, ValueError, r"v must be \[B, T, H, E\]"),
-    ({"k": K[:1]}, ValueError, r"k must have the shape of q, \(2, 5, 3, 8\), got \(1, 5, 3, 8\)"),
-    ({"k": K[:, :4]}, ValueError, "k must have the shape of q"),
-    ({"k": K[:, :, :1]}, ValueError, "k must have the shape of q"),
-    ({"k": K[..., :7]}, ValueError, "k must have the shape of q"),
-    ({"v": V[:, :4]}, ValueError, r"v must be \[B, T, H, E\] with B, T, H of q = \(2, 5, 3\)"),
+    ({"v": V[..., None]}, ValueError, r"v must be \[B, T, Hk, E\]"),
+    ({"k": K[:1]}, ValueError, r"k must be .* with B = 2 and D = 8 of q, got \(1, 5, 3, 8\)"),
+    ({"k": K[:, :, :2]}, ValueError, "k must have a divisor of q's 3 heads, got 2"),
+    ({"k": K[:, :, :0], "v": V[:, :, :0]}, ValueError, "k must have a divisor of q's 3 heads"),
+    ({"k": K[:, :, :1]}, ValueError, r"v must be .* with B, T, Hk of k = \(2, 5, 1\)"),
+    ({"k": K[..., :7]}, ValueError, "k must be .* D = 8"),
+    ({"v": V[:, :4]}, ValueError, r"v must be \[B, T, Hk, E\] with B, T, Hk of k = \(2, 5, 3\)"),
     ({"v": V[:1]}, ValueError, "v must be"),
     ({"v": V[:, :, :2]}, ValueError, "v must be"),
     ({"v": V[..., :0]}, ValueError, "E = 0"),
@@ -54,6 +59,31 @@ BAD = [
     ({"v": V.half()}, TypeError, "v must have the dtype of q"),
     ({"k": K.to("meta")}, ValueError, "k must be on the device of q, cpu, got meta"),
     ({"v": V.to("meta")}, ValueError, "v must be on the device of q"),
+    # sequences
+    ({"q": Q[:, :4]}, ValueError, "align must be 'end' or 'start' with 5 keys for 4 queries"),
+    ({"align": "top"}, ValueError, "align must be 'end' or 'start', got 'top'"),
+    ({"key_padding_mask": MASK, **PACKED}, ValueError, "must not be given both"),
+    ({"key_padding_mask": MASK.float()}, TypeError, "key_padding_mask must be a bool tensor"),
+    ({"key_padding_mask": [False]}, TypeError, "key_padding_mask must be a bool tensor, .* list"),
+    (
+        {"key_padding_mask": MASK[:, :4]},
+        ValueError,
+        r"key_padding_mask must be \[B, T\] = \(2, 5\)",
+    ),
+    ({"key_padding_mask": MASK.to("meta")}, ValueError, "key_padding_mask must be on the device"),
+    (
+        {"cu_seqlens": CU},
+        ValueError,
+        "cu_seqlens needs sequences packed in one row, B = 1, got B = 2",
+    ),
+    (PACKED | {"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
+    (PACKED | {"cu_seqlens": CU.float()}, TypeError, "cu_seqlens must be an int32 or int64"),
+    (PACKED | {"cu_seqlens": CU[None]}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
+    (PACKED | {"cu_seqlens": CU[:0]}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
+    (PACKED | {"cu_seqlens": CU + 1}, ValueError, "cu_seqlens must rise from 0 to T = 5"),
+    (PACKED | {"cu_seqlens": CU.flip(0)}, ValueError, "cu_seqlens must rise"),
+    (PACKED | {"cu_seqlens": CU[:-1]}, ValueError, "cu_seqlens must rise"),
+    (PACKED | {"q": Q[:1, :4], "align": "end"}, ValueError, "as many tokens as q with cu_seqlens"),
     # options
     ({"feature_map": "elu"}, ValueError, "feature_map must be one of 'elu1', 'relu', 'exp'"),
     ({"feature_map": None}, ValueError, "feature_map must be one of"),

@@ -13,16 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from fastpe import FStripe, SineSPE, backends, causal_linear_attention, noise
 from fastpe.nn import CausalLinearAttention
 
-NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff")
+NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff", "convspe")
 
 
-def _by_kernel(backend, seed, step, module, kind, shape, dtype=torch.float64):
+def _by_kernel(backend, seed, step, module, kind, shape, dtype=torch.float64, first=0):
     key = torch.tensor(seed), torch.tensor(step), module, kind
-    return backends.load(backend).philox_normal(*key, shape, dtype)
+    return backends.load(backend).philox_normal(*key, shape, dtype, first)
 
 
-def _python(seed, step, module, kind, shape, dtype=torch.float64):
-    return noise.philox_normal(torch.tensor(seed), torch.tensor(step), module, kind, shape, dtype)
+def _python(seed, step, module, kind, shape, dtype=torch.float64, first=0):
+    key = torch.tensor(seed), torch.tensor(step), module, kind
+    return noise.philox_normal(*key, shape, dtype, first)
 
 
 @pytest.fixture
@@ -60,6 +61,15 @@ def test_prefix_stable(draw):
     for shape in ((6, 7, 1), (6, 7, 32), (6, 3, 33), (2, 7, 33), (1, 1, 5)):
         part = draw(9, 2, 0, 0, shape)
         assert torch.equal(part, whole[: shape[0], : shape[1], : shape[2]])
+
+
+@pytest.mark.parametrize("first", [0, 3, -2, 2**32 - 2, 2**40 + 5, -(2**31)])
+def test_rows_from_any_on(draw, first):
+    """The row of the counter is the index modulo 2^32, of either sign."""
+    rows = [draw(9, 2, 0, noise.CONV, (3, 1, 6), first=first + j) for j in range(4)]
+    assert torch.equal(draw(9, 2, 0, noise.CONV, (3, 4, 6), first=first), torch.cat(rows, 1))
+    wanted = oracle.normal(9, 2, 0, noise.CONV, 3, range(first, first + 4), 6)
+    assert_within(torch.cat(rows, 1), wanted, 1e-14)
 
 
 def test_kernels_are_the_same_to_rounding(kernels):

@@ -27,7 +27,8 @@ class CausalDot(Structure):
     """FastpeCausalDot."""
 
     _fields_ = _fields(
-        (c_int64, "B T H D E"),
+        (c_int64, "B T H D E S Hk Hv Hs"),
+        (c_void_p, "ranges"),
         (c_int32, "chunk threads isa feature_map normalize"),
         (c_double, "eps"),
         (c_int32, "interleaved pool map_first"),
@@ -46,7 +47,7 @@ class PhaseFeatures(Structure):
     """FastpePhaseFeatures."""
 
     _fields_ = _fields(
-        (c_int64, "B T H D K J R L Bp"),
+        (c_int64, "B T H D K J R L Bp Hx"),
         (c_int32, "threads isa pool group"),
         (c_void_p, "positions freq offset gain gate noise"),
         (StridedTensor, "x y grad_y grad_x"),
@@ -62,7 +63,7 @@ class PhiloxNormal(Structure):
 
     _fields_ = _fields(
         (c_uint64, "seed"),
-        (c_uint32, "step module kind"),
+        (c_uint32, "step module kind first"),
         (c_int32, "threads isa dtype"),
         (c_int64, "hd rows r"),
         (c_void_p, "out"),

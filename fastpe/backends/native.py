@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..maps import Rotation, SineMap
-from ..ops import ScanOptions, compute_dtype
+from ..ops import ScanOptions, compute_dtype, state_heads
 from .library import (
     CPU,
     CUDA,
@@ -25,7 +25,7 @@ from .library import (
     libraries,
     strided,
 )
-from .tensors import contiguous, sum_to
+from .tensors import contiguous, sum_groups, sum_to
 
 __all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
 
@@ -70,10 +70,15 @@ def _pointer(x: Tensor | None) -> int | None:
 
 @functools.lru_cache(maxsize=1024)
 def _scan_arguments(
-    q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, options: ScanOptions
+    q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, counts: tuple, options: ScanOptions
 ) -> bytes:
-    """Return the arguments but for data, threads and code path: the same for every step."""
-    args = CausalDot(*q[0], v[0][-1], min(options.chunk, 2**30))
+    """Return the arguments but for data, threads and code path: the same for every step.
+
+    counts: of sequences and of the heads of states.
+    """
+    sequences, states = counts
+    args = CausalDot(*q[0], v[0][-1], sequences, k[0][2], v[0][2], states)
+    args.chunk = min(options.chunk, 2**30)
     args.feature_map = _FEATURE_MAPS[options.feature_map]
     args.normalize, args.eps = _NORMALIZE[options.normalize], options.eps
     args.interleaved, args.pool = options.interleaved, options.pool
@@ -87,30 +92,38 @@ class _Scan:
     """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
-        q, k, v, s0, z0, positions, freq = inputs
+        q, k, v, s0, z0, positions, freq, ranges = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         self.dtype, self.device = compute_dtype(q), q.device
         self.positions = contiguous(positions, torch.float64)
         self.freq = contiguous(freq, torch.float64)
         self.s0, self.z0 = contiguous(s0, self.dtype), contiguous(z0, self.dtype)
+        self.ranges = contiguous(ranges, torch.int64)
         rotation = ((0, 0, 0), 0) if freq is None else (freq.shape, positions.shape[0])
-        fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, options)
+        sequences = q.shape[0] if ranges is None else ranges.shape[0]
+        self.counts = sequences, state_heads(q, k, v, freq)
+        fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, self.counts, options)
         self.args = args = CausalDot.from_buffer_copy(fixed)
         args.threads, args.isa = torch.get_num_threads(), isa
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
+        args.ranges = _pointer(self.ranges)
 
     def empty(self, *shape: int) -> Tensor:
         """Return memory for what is in the dtype of arithmetic."""
         return empty(*shape, dtype=self.dtype, device=self.device)
 
+    def by_token(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for numbers of every token: zeros where some may be of no sequence."""
+        x = empty(*shape, dtype=dtype, device=self.device)
+        return x if self.ranges is None else x.zero_()
+
     def outputs(self, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return memory for o, s and z, which the arguments then point to."""
-        v, args, (r, rz) = self.inputs[2], self.args, widths
-        b, _, h, e = v.shape
-        o = empty(*v.shape, dtype=v.dtype, device=self.device)
-        s, z = self.empty(b, h, r, e), self.empty(b, h, rz)
+        (q, _, v), args, (r, rz) = self.inputs, self.args, widths
+        o = self.by_token(*q.shape[:3], v.shape[-1], dtype=v.dtype)
+        s, z = self.empty(*self.counts, r, v.shape[-1]), self.empty(*self.counts, rz)
         args.o, args.s, args.z = strided(o), _pointer(s), _pointer(z)
         return o, s, z
 
@@ -123,16 +136,17 @@ def causal_dot(
     z0: Tensor | None,
     positions: Tensor | None,
     freq: Tensor | None,
+    ranges: Tensor | None,
     options: ScanOptions,
     *,
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return o, den [B, H, T] (None unless to be saved) and the final state (`ops.CausalDot`)."""
-    scan = _Scan((q, k, v, s0, z0, positions, freq), options)
+    scan = _Scan((q, k, v, s0, z0, positions, freq, ranges), options)
     b, t, h, d = q.shape
     widths = options.widths(d)
     o, s, z = scan.outputs(widths)
-    den = scan.empty(b, h, t if widths[1] else 0) if save else None
+    den = scan.by_token(b, h, t if widths[1] else 0, dtype=scan.dtype) if save else None
     scan.args.den = _pointer(den)
     call("causal_dot", q.device, scan.args)
     return o, den, s, z
@@ -147,23 +161,30 @@ def causal_dot_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
-    scan, (q, *_, positions, freq) = _Scan(inputs, options), inputs
+    scan, (q, k, v, s0, z0, positions, freq, _) = _Scan(inputs, options), inputs
     grad_o = grads[0].resolve_neg()
     grad_s, grad_z = (contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
-    args = scan.args
+    args, wide = scan.args, torch.float64
 
-    def out(i: int, like: Tensor | None) -> Tensor:
-        if not needs[i]:
-            return q.new_empty(0)
-        return empty(*like.shape, dtype=like.dtype, device=q.device)
+    def none() -> Tensor:
+        return q.new_empty(0)
 
-    dq, dk, dv, ds0, dz0 = (out(i, x) for i, x in enumerate(inputs[:5]))
-    dpositions, dfreq = q.new_empty(0), q.new_empty(0)
-    if needs[5]:
-        dpositions = empty(b, h, t, args.L, dtype=torch.float64, device=q.device)
+    def of_tokens(i: int, x: Tensor) -> Tensor:
+        # of each head of q: those that share keys or values are added behind
+        alone = x.shape[2] == h
+        return scan.by_token(b, t, h, x.shape[-1], dtype=x.dtype if alone else scan.dtype)
+
+    def of_states(x: Tensor) -> Tensor:
+        return scan.empty(scan.counts[0], h, *x.shape[2:])
+
+    dq, dk, dv = (of_tokens(i, x) if needs[i] else none() for i, x in enumerate((q, k, v)))
+    ds0 = of_states(s0) if needs[3] else none()
+    dz0 = of_states(z0) if needs[4] else none()
+    dpositions = scan.by_token(b, h, t, args.L, dtype=wide) if needs[5] else none()
+    dfreq = none()
     if needs[6]:
-        dfreq = empty(b, h, args.W, args.L, dtype=torch.float64, device=q.device)
+        dfreq = empty(scan.counts[0], h, args.W, args.L, dtype=wide, device=q.device)
     args.o, args.den, args.grad_o = strided(o), _pointer(den), strided(grad_o)
     args.grad_s, args.grad_z = _pointer(grad_s), _pointer(grad_z)
     for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
@@ -178,6 +199,14 @@ def causal_dot_backward(
         dpositions = sum_to(dpositions.sum(1), positions)
     if needs[6]:
         dfreq = sum_to(dfreq.sum(0), freq)
+    if needs[1]:
+        dk = sum_groups(dk, 2, k.shape[2], k.dtype)
+    if needs[2]:
+        dv = sum_groups(dv, 2, v.shape[2], v.dtype)
+    if needs[3]:
+        ds0 = sum_groups(ds0, 1, scan.counts[1], ds0.dtype)
+    if needs[4]:
+        dz0 = sum_groups(dz0, 1, scan.counts[1], dz0.dtype)
     return dq, dk, dv, ds0, dz0, dpositions, dfreq
 
 
@@ -185,8 +214,9 @@ class _Sines:
     """Arguments common to the features and their gradient; holds on to the tensors behind them."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
-        b, t, h, d = x.shape
+        b, t, hx, d = x.shape
         self.x = x = x.resolve_neg()
+        self.shape = b, t, sines.gain.shape[0]
         wide = torch.float64
         self.tensors = (
             contiguous(positions, wide),
@@ -197,8 +227,8 @@ class _Sines:
             contiguous(sines.noise, compute_dtype(x)),
         )
         self.args = PhaseFeatures(
-            *(b, t, h, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
-            *(positions.shape[-1], positions.shape[0]),
+            *(*self.shape, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
+            *(positions.shape[-1], positions.shape[0], hx),
             *(torch.get_num_threads(), isa, sines.pool, group),
             *map(_pointer, self.tensors),
             strided(x),
@@ -206,8 +236,7 @@ class _Sines:
 
     def output(self) -> Tensor:
         """Return memory for the features, which the arguments then point to."""
-        shape = *self.x.shape[:-1], self.args.R
-        y = empty(*shape, dtype=self.x.dtype, device=self.x.device)
+        y = empty(*self.shape, self.args.R, dtype=self.x.dtype, device=self.x.device)
         self.args.y = strided(y)
         return y
 
@@ -230,11 +259,13 @@ def phase_features_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
     made, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
-    b, t, h, _ = x.shape
+    b, t, h = made.shape
     wide = {"dtype": torch.float64, "device": x.device}
     dx = x.new_empty(0)
     if needs[0]:
-        dx = empty(*x.shape, dtype=x.dtype, device=x.device)
+        # of each head of features: those that share a head of x are added behind
+        dtype = x.dtype if x.shape[2] == h else compute_dtype(x)
+        dx = empty(*made.shape, x.shape[-1], dtype=dtype, device=x.device)
     dpositions = x.new_empty(0)
     if needs[1]:
         dpositions = empty(b, h, t, positions.shape[-1], **wide)
@@ -258,6 +289,8 @@ def phase_features_backward(
             scratch = empty(slices, h, size, **wide)
             made.args.scratch = _pointer(scratch)
     call("phase_features_backward", x.device, made.args)
+    if needs[0]:
+        dx = sum_groups(dx, 2, x.shape[2], x.dtype)
     if needs[1]:
         dpositions = sum_to(dpositions.sum(1), positions)
     grads = [
@@ -291,7 +324,7 @@ def step(
         q, k = (each.output() for each in sines)
     elif maps is not None:
         where = positions, maps[0].freq
-    scan = _Scan((q, k, v, s0, z0, *where), options)
+    scan = _Scan((q, k, v, s0, z0, *where, None), options)
     o, s, z = scan.outputs(options.widths(q.shape[-1]))
     for_q, for_k = (each.args for each in sines) if sines else (None, None)
     call("step", device, scan.args, for_q, for_k)
@@ -310,7 +343,13 @@ def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
 
 
 def philox_normal(
-    seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
+    seed: Tensor,
+    step: Tensor,
+    module: int,
+    kind: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
     out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
@@ -318,6 +357,7 @@ def philox_normal(
     args = PhiloxNormal(
         seed=int(seed) & (2**64 - 1),
         step=int(step) & (2**32 - 1),
+        first=first & (2**32 - 1),
         module=module,
         kind=kind,
         threads=torch.get_num_threads(),

@@ -27,6 +27,10 @@ class PositionalEncoding(nn.Module):
         num_levels: Components L of a position.
     """
 
+    # whether positions other than integers are refused
+    integer_positions = False
+    # whether it is attention to a band of lags, without features
+    banded = False
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
     _signature: str | None = None
@@ -45,6 +49,8 @@ class PositionalEncoding(nn.Module):
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.num_levels = num_levels
+        # whether heads encode in ways of their own: they can then share keys, but no state
+        self.per_head = num_heads is not None
 
     @property
     def feature_dim(self) -> int:
@@ -55,6 +61,10 @@ class PositionalEncoding(nn.Module):
     def norm_dim(self) -> int:
         """Number of features that the normaliser sees."""
         return self.feature_dim
+
+    def state_widths(self, normalize: bool | str) -> tuple[int, int]:
+        """Return R and Rz of a state, unless a feature map changes them."""
+        return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(
         self, device: torch.device | None = None

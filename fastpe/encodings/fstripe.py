@@ -28,6 +28,7 @@ class FStripe(SineEncoding):
             F-StrIPE_1 (arXiv 2504.05364, eq. 15).
         resample: When training redraws the noise: "forward", "never", or n for every n-th forward.
         seed: Of the noise; default drawn from torch's generator.
+        noise: "gaussian", or "orthogonal" with less variance, see `SineSPE`.
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
 
     Raises:
@@ -47,6 +48,7 @@ class FStripe(SineEncoding):
         unit_gains: bool = False,
         resample: str | int = "forward",
         seed: int | None = None,
+        noise: str = "gaussian",
         scale: str = "matched",
     ) -> None:
         noisy = num_realizations is not None
@@ -69,6 +71,7 @@ class FStripe(SineEncoding):
             mean_over=2 * num_sines if noisy else num_sines,
             resample=resample,
             seed=seed,
+            noise=noise,
             scale=scale,
             unit_gains=unit_gains,
         )

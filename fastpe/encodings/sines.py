@@ -19,7 +19,8 @@ from .base import PositionalEncoding
 class SineEncoding(Resampled, PositionalEncoding):
     """K sines per component, f = sigmoid(freqs)/2 cycles per unit, lambda = softplus(gains).
 
-    With num_realizations the sines are projected by Gaussian noise to R features. The noise is a
+    With num_realizations the sines are projected by noise to R features, Gaussian or with columns
+    that are orthogonal, in blocks of as many as there are rows, M = D (2 K + gate). The noise is a
     function of (seed, step), both in the state dict: fixed in evaluation, and in training redrawn
     by the layer at every `resample`-th forward.
 
@@ -34,6 +35,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         mean_over: Denominator of the sum over sines, 2 K in SPE, K in F-StrIPE.
         resample: "forward", "never", or n for every n-th training forward.
         seed: Of the noise; default drawn from torch's generator.
+        noise: "gaussian" or "orthogonal".
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
         unit_gains: lambda = 1 and offsets 0, not learned.
     """
@@ -51,6 +53,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         mean_over: int,
         resample: str | int,
         seed: int | None,
+        noise: str,
         scale: str,
         unit_gains: bool = False,
     ) -> None:
@@ -64,11 +67,15 @@ class SineEncoding(Resampled, PositionalEncoding):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         if num_heads is None:
             raise ValueError("num_heads must be a positive int, got None")
+        if noise not in ("gaussian", "orthogonal"):
+            raise ValueError(f"noise must be 'gaussian' or 'orthogonal', got {noise!r}")
+        if noise != "gaussian" and num_realizations is None:
+            raise ValueError(f"noise must be 'gaussian' without num_realizations, got {noise!r}")
         if scale not in ("matched", "paper"):
             raise ValueError(f"scale must be 'matched' or 'paper', got {scale!r}")
         self.num_sines, self.num_realizations, self.pool = num_sines, num_realizations, pool
         self.gated, self.scale, self.unit_gains = gated, scale, unit_gains
-        self._mean_over = mean_over
+        self._mean_over, self.noise = mean_over, noise
         shape = (num_heads, head_dim, num_sines)
         self.freqs = nn.Parameter(torch.empty(*shape, num_levels))
         if not unit_gains:
@@ -155,12 +162,24 @@ class SineEncoding(Resampled, PositionalEncoding):
             z = philox_normal(seed, step, module_id, kind, (h * d, rows, r), dtype)
             return z.view(h, d, rows, r)
 
-        rows = draw(self._sines().module_id, SINE, 2 * self.num_sines)
-        if not self.gated:
-            return rows
-        return torch.cat((rows, draw(self.module_id, GATE, 1)), dim=2)
+        source, orthogonal = self._sines(), self.noise == "orthogonal"
+        z = draw(source.module_id, SINE, 2 * self.num_sines)
+        if self.gated:
+            # columns are orthogonal with the gate's part, so codes in common need it in common
+            gate = draw((source if orthogonal else self).module_id, GATE, 1)
+            z = torch.cat((z, gate), dim=2)
+        return _orthogonal(z) if orthogonal else z
 
     # closed form
+
+    def power(self, side: str) -> Tensor:
+        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64."""
+        gain = self._lambda_offset()[0].detach().cpu()
+        p = (gain**2).sum(-1) / self._mean_over
+        if self.gated:
+            g = self.gate.detach().cpu().double().sigmoid()
+            p = (1 - g) * p + g
+        return p
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
         """Return C, [..., H, D, D]: diagonal but for pooled features.
@@ -193,5 +212,15 @@ class SineEncoding(Resampled, PositionalEncoding):
             f"{self.head_dim}, {self.num_heads}, num_levels={self.num_levels}, "
             f"num_sines={self.num_sines}, num_realizations={self.num_realizations}, "
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
-            f"scale={self.scale!r}"
+            f"noise={self.noise!r}, scale={self.scale!r}"
         )
+
+
+def _orthogonal(z: Tensor) -> Tensor:  # of Gaussian [H, D, J, R], the same shape
+    # the factor Q of a Gaussian matrix is uniform once the signs of R's diagonal are moved to it
+    rows = z.shape[1] * z.shape[2]
+    blocks = []
+    for block in z.flatten(1, 2).double().split(rows, dim=-1):
+        q, r = torch.linalg.qr(block)
+        blocks.append(q * r.diagonal(dim1=-2, dim2=-1).sgn()[:, None])
+    return (rows**0.5 * torch.cat(blocks, -1)).to(z.dtype).view_as(z)

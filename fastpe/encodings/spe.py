@@ -23,6 +23,9 @@ class SineSPE(SineEncoding):
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
         seed: Of the noise; default drawn from torch's generator.
+        noise: "gaussian" as published; "orthogonal" makes its columns orthogonal, for M = D (2 K +
+            gate) >= R times the variance about 1 - R / M, none at R = M. The products of features
+            are then no longer sums of independent ones.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class SineSPE(SineEncoding):
         gated: bool = True,
         resample: str | int = "forward",
         seed: int | None = None,
+        noise: str = "gaussian",
     ) -> None:
         super().__init__(
             head_dim,
@@ -47,6 +51,7 @@ class SineSPE(SineEncoding):
             mean_over=2 * num_sines,
             resample=resample,
             seed=seed,
+            noise=noise,
             scale="matched",
         )
         self._num_shares = 0
@@ -54,6 +59,7 @@ class SineSPE(SineEncoding):
     def share(self) -> SharedSineSPE:
         """Return an encoding for a further layer: the same codes, a gate of its own.
 
+        Orthogonal noise is the gate's too, so there all layers have the same; else it is its own.
         Give this module to the first layer and shares to the others: the first redraws the noise
         at each training forward and all use it.
         """
@@ -78,6 +84,7 @@ class SharedSineSPE(SineSPE):
             gated=source.gated,
             resample=source.resample,
             seed=0,
+            noise=source.noise,
         )
         self.source = source
         self.module_id = module_id

@@ -117,7 +117,13 @@ def phase_features_backward(
 
 
 def philox_normal(
-    seed: Tensor, step: Tensor, module: int, kind: int, shape: Sequence[int], dtype: torch.dtype
+    seed: Tensor,
+    step: Tensor,
+    module: int,
+    kind: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`); nothing waits for them."""
     out = empty(seed, *shape, dtype=dtype)
@@ -126,6 +132,8 @@ def philox_normal(
         with torch.cuda.device_of(seed):
             constants = ("BLOCK", 64), ("num_warps", 4), ("num_stages", 1)
             grid = hd * j, -(-r // 256), 1
-            sizes = module << 3 | kind, j, r
+            # a signed number of the same 32 bits
+            first = (first + 2**31) % 2**32 - 2**31
+            sizes = module << 3 | kind, first, j, r
             kernel(noise.normal_kernel, *constants)(grid, (out, seed, step), sizes)
     return out

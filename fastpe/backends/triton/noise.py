@@ -16,14 +16,15 @@ def store_pair(out, x_0, x_1, o_r, R):
     tl.store(out + o_r + 1, (radius * tl.sin(angle)).to(out.dtype.element_ty), mask=o_r + 1 < R)
 
 
-@triton.jit(do_not_specialize=["module"])
-def normal_kernel(out, seed, step, module, J, R, BLOCK: tl.constexpr):
-    """Row j of component hd, [R]; module: of the key, its kind in the low three bits."""
+@triton.jit(do_not_specialize=["module", "first"])
+def normal_kernel(out, seed, step, module, first, J, R, BLOCK: tl.constexpr):
+    """Row first + j of component hd, [R]; module: of the key, its kind in the low three bits."""
     i_row = tl.program_id(0)
     o_block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(seed) ^ (module.to(tl.int64) << 32)
     zero = tl.zeros((BLOCK,), tl.uint32)
     c_1, c_2 = zero + (i_row % J).to(tl.uint32), zero + (i_row // J).to(tl.uint32)
+    c_1 += first.to(tl.uint32)
     c_3 = zero + tl.load(step).to(tl.uint32)
     x_0, x_1, x_2, x_3 = tl.philox(key, o_block.to(tl.uint32), c_1, c_2, c_3)
     out += i_row.to(tl.int64) * R

@@ -1,0 +1,207 @@
+"""How much noise there is in a stochastic encoding, and what its kernel looks like."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .encodings import PositionalEncoding
+from .encodings.base import check_positive
+
+
+def signal_to_noise(
+    encoding: PositionalEncoding,
+    positions_q: Tensor,
+    positions_k: Tensor | None = None,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+) -> Tensor:
+    """Return mean / standard deviation of the product of a query's and a key's features.
+
+    With Gaussian noise sqrt(R) c / sqrt(1 + c^2), where c = rho / sqrt(s_q s_k) is the correlation
+    of the codes weighted by content: rho = q^T C k, s_q = sum_d q_d^2 C_d^0, C^0 the mean square of
+    a code (for the codes of arXiv 2105.08399, by Isserlis' theorem). With orthogonal noise of M
+    rows the variance is, for R <= M, that of the projection to a uniform subspace of dimension R,
+    M (M - R) / (R (M + 2) (M - 1)) (s_q s_k + (1 - 2 / M) rho^2), and zero at multiples of M,
+    where the result is infinite.
+
+    Args:
+        encoding: SineSPE, FStripe with num_realizations, or ConvSPE.
+        positions_q: [...] for one level, else [..., L].
+        positions_k: Likewise, broadcast against positions_q; default 0.
+        q: Query, [..., H, D], broadcast against the positions; default ones.
+        k: Key, likewise.
+    Returns:
+        [..., H], float64; of the sign of the mean.
+    Raises:
+        ValueError: the encoding has no noise.
+    """
+    if not isinstance(encoding, PositionalEncoding) or encoding.noise_key is None:
+        raise ValueError(f"encoding must be one with noise, got {encoding}")
+    c = encoding.kernel(positions_q, positions_k).diagonal(dim1=-2, dim2=-1)  # [..., H, D]
+    q, k = (torch.ones(()).double() if x is None else x.detach().cpu().double() for x in (q, k))
+    rho = (q * k * c).sum(-1)
+    s_q, s_k = ((x**2 * encoding.power(side)).sum(-1) for x, side in ((q, "q"), (k, "k")))
+    return rho / _variance(encoding, rho**2, s_q * s_k).sqrt()
+
+
+def _variance(encoding: PositionalEncoding, squared: Tensor, power: Tensor) -> Tensor:
+    """Return the variance of an estimate of rho, from rho^2 and s_q s_k."""
+    r = encoding.num_realizations
+    if getattr(encoding, "noise", "gaussian") == "gaussian":
+        return (power + squared) / r
+    m = encoding.head_dim * (2 * encoding.num_sines + encoding.gated)
+    # full blocks are exact, the last one has `rest` columns
+    rest = r % m
+    factor = rest * m * (m - rest) / (r**2 * (m + 2) * (m - 1))
+    return factor * (power + (1 - 2 / m) * squared)
+
+
+def num_realizations_for(snr: float, correlation: float) -> int:
+    """Return the least R whose products of features have a signal-to-noise ratio.
+
+    R >= snr^2 (1 + c^2) / c^2 with Gaussian noise, see `signal_to_noise`.
+
+    Args:
+        snr: Wanted ratio of mean and standard deviation, positive.
+        correlation: c, of the codes weighted by content, in -1 .. 1 and not 0.
+    """
+    if not snr > 0 or not math.isfinite(snr):
+        raise ValueError(f"snr must be a positive number, got {snr!r}")
+    if not 0 < abs(correlation) <= 1:
+        raise ValueError(f"correlation must be in -1..1 and not 0, got {correlation!r}")
+    return math.ceil(snr**2 * (1 + correlation**2) / correlation**2)
+
+
+@torch.no_grad()
+def estimate_kernel(
+    encoding: PositionalEncoding,
+    positions_q: Tensor,
+    positions_k: Tensor | None = None,
+    draws: int = 100,
+) -> Tensor:
+    """Return an estimate of `encoding.kernel` from features, the mean over draws of the noise.
+
+    Each draw is R realisations. The encoding itself keeps its noise.
+
+    Args:
+        encoding: Any; without noise one draw is as good as many.
+        positions_q: [...] for one level, else [..., L].
+        positions_k: Likewise, broadcast against positions_q; default 0.
+        draws: How often noise is drawn.
+    Returns:
+        [..., H, D, D], float64.
+    """
+    check_positive("draws", draws)
+    positions_q, positions_k = (encoding._levels(x) for x in (positions_q, positions_k))
+    content = torch.eye(encoding.head_dim, dtype=torch.float64)[:, None, None]
+    total = 0
+    for twin in _drawn(encoding, draws):
+        codes_q = _codes(twin, content, positions_q, "q")
+        codes_k = _codes(twin, content, positions_k, "k")
+        total = total + codes_q @ codes_k.mT
+    return total / (draws * _scale(encoding))
+
+
+def content_kernel(
+    encoding: PositionalEncoding, positions: Tensor, *, head: int = 0, draws: int | None = None
+) -> Tensor:
+    """Return what queries see of keys where content is the same everywhere, 1^T C 1 / D.
+
+    Args:
+        encoding: Any.
+        positions: [T] for one level, else [T, L].
+        head: Which head.
+        draws: None for the closed form, else how many draws of the noise to estimate it from.
+    Returns:
+        [T, T], float64; queries down, keys across.
+    """
+    d, heads = encoding.head_dim, encoding.num_heads or 1
+    if not 0 <= head < heads:
+        raise ValueError(f"head must be in 0..{heads - 1}, got {head}")
+    if draws is None:
+        # by rows, since all of C is D^2 times as large
+        rows = (encoding.kernel(p[None], positions).sum((-2, -1)) for p in positions)
+        return torch.stack([row[:, head if row.shape[1] > 1 else 0] for row in rows]) / d
+    check_positive("draws", draws)
+    at, total = encoding._levels(positions), 0
+    with torch.no_grad():
+        for twin in _drawn(encoding, draws):
+            ones = torch.ones(1, 1, 1, d, dtype=torch.float64)
+            q, k = (_codes(twin, ones, at, side)[:, head, 0] for side in "qk")
+            total = total + q @ k.T
+    return total / (draws * d * _scale(encoding))
+
+
+def plot_kernel(
+    encoding: PositionalEncoding,
+    positions: Tensor,
+    where: str | PathLike | Sequence[Any],
+    *,
+    head: int = 0,
+    draws: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Draw `content_kernel` in closed form, and its estimate from features.
+
+    Args:
+        encoding: Any.
+        positions: [T] for one level, else [T, L].
+        where: Path of a picture, or two matplotlib axes to draw on.
+        head: Which head.
+        draws: Draws of the noise for the estimate.
+    Returns:
+        Closed form and estimate, [T, T] each.
+    Raises:
+        ImportError: where is a path and matplotlib is not installed.
+    """
+    if isinstance(where, (str, PathLike)):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot_kernel needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(8, 4))
+        axes = figure.subplots(1, 2)
+        axes[0].set_title("closed form")
+        axes[1].set_title("from features")
+        found = plot_kernel(encoding, positions, axes, head=head, draws=draws)
+        figure.savefig(where)
+        return found
+    found = [content_kernel(encoding, positions, head=head, draws=n) for n in (None, draws)]
+    limit = found[0].abs().max().item()
+    for axis, values in zip(where, found, strict=True):
+        colors = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+        axis.imshow(values.detach().numpy(), interpolation="nearest", **colors)
+        axis.set_xlabel("key")
+        axis.set_ylabel("query")
+    return tuple(found)
+
+
+def _drawn(encoding: PositionalEncoding, draws: int) -> Iterator[PositionalEncoding]:
+    """Yield a copy of the encoding, in float64, with other noise each time."""
+    twin = copy.deepcopy(encoding).cpu().double()
+    for i in range(draws):
+        if i and twin.noise_key is not None:
+            twin.resample_()
+        yield twin
+
+
+def _codes(
+    encoding: PositionalEncoding, content: Tensor, positions: Tensor, side: str
+) -> Tensor:  # [..., H, N, R] for content [N, 1, 1, D] at positions [..., L]
+    *at, levels = positions.shape
+    x = content.expand(-1, math.prod(at), encoding.num_heads or 1, -1)
+    y = encoding.features(x, positions.reshape(1, -1, levels), side)
+    return y.permute(1, 2, 0, 3).reshape(*at, *y.shape[2:3], *y.shape[::3])
+
+
+def _scale(encoding: PositionalEncoding) -> float:
+    """Return the factor of products of features over the kernel."""
+    if getattr(encoding, "scale", "matched") == "paper":
+        return 1.0
+    return (encoding.feature_dim / encoding.head_dim) ** 0.5
