@@ -214,3 +214,45 @@ def test_half_precision(backend, dtype):
     assert (o.dtype, state.s.dtype, state.c.dtype) == (dtype, torch.float32, torch.float32)
     wanted = _expected(psi, None, q.double(), k.double(), v.double(), None)
     assert_within(o, wanted, torch.finfo(dtype).eps + 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1, 50], ids=["level", "steep"])
+@pytest.mark.parametrize("make", encodings("none", "rope-before", "sinespe-exact"))
+def test_padded_and_packed(backend, make, scale):
+    """T11: each sequence as it is alone, on either side of padding whose numbers are huge."""
+    encoding, psi, lengths = _encoding(make), Favor(14, seed=3), (5, 12)
+    options = {"pos_encoding": encoding, "backend": backend}
+    alone = []
+    for i, length in enumerate(lengths):
+        q, k, v = make_inputs(1, length, H, D, E, seed=i)
+        q, k = scale * q, scale * k
+        alone.append((q, k, v, _attend(psi, q, k, v, **options)))
+    packed = [torch.cat(x, 1) for x in zip(*alone, strict=True)]
+    ends = torch.tensor([0, 5, 17])
+    assert_within(_attend(psi, *packed[:3], cu_seqlens=ends, **options), packed[3], 1e-11)
+    for left in (True, False):
+        pad = torch.arange(12)[None] < 7 if left else torch.arange(12)[None] >= 5
+        padding = torch.cat((pad, torch.zeros(1, 12, dtype=torch.bool)))
+        given = [torch.full((2, 12, H, width), 1e30).double() for width in (D, D, E)]
+        for x, whole in zip(given, packed[:3], strict=True):
+            x[~padding] = whole[0]
+        o = _attend(psi, *given, key_padding_mask=padding, **options)
+        assert_within(o[~padding], packed[3][0], 1e-11)
+        assert o.isfinite().all()
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("scale", [1, 50], ids=["level", "steep"])
+def test_shared_key_heads(backend, per_head, scale):
+    """Each query head has its own w, for the key that it shares too."""
+    psi = Favor(14, per_head=per_head, seed=3)
+    q, k, v = make_inputs(B, T, 4, D, E)
+    q, k, v = leaf(q), leaf(scale * k[:, :, :2]), leaf(v[:, :, :2])
+    o = _attend(psi, q, k, v, backend=backend)
+    repeated = (x.repeat_interleave(2, 2) for x in (k, v))
+    wanted = _expected(psi, None, q, *repeated, None)
+    assert_within(o, wanted, 1e-11)
+    weight = torch.randn_like(o)
+    found = torch.autograd.grad(o, (q, k, v), weight)
+    for g, exact in zip(found, torch.autograd.grad(wanted, (q, k, v), weight), strict=True):
+        assert_within(g, exact, 1e-8)
