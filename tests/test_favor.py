@@ -256,3 +256,21 @@ def test_shared_key_heads(backend, per_head, scale):
     found = torch.autograd.grad(o, (q, k, v), weight)
     for g, exact in zip(found, torch.autograd.grad(wanted, (q, k, v), weight), strict=True):
         assert_within(g, exact, 1e-8)
+
+
+@pytest.mark.parametrize("scale", [1, 200])
+def test_attention_to_every_key(backend, scale):
+    """The same for `linear_attention`: a softmax of logarithms over all keys."""
+    psi = Favor(14, seed=3)
+    q, k, v = make_inputs(B, T, H, D, E)
+    q, k, v = leaf(scale * q), leaf(scale * k), leaf(v)
+    o = fastpe.linear_attention(q, k, v, feature_map=psi, backend=backend)
+    (a, _), (b, half_square) = _exponents(psi, q), _exponents(psi, k)
+    logits = (a[:, :, None] + (b - half_square)[:, None]).logsumexp(-1)  # [B, Tq, Tk, H]
+    wanted = torch.einsum("bmnh,bnhe->bmhe", logits.softmax(2), v)
+    assert_within(o, wanted, 1e-10)
+    weight = torch.randn_like(o)
+    found = torch.autograd.grad(o, (q, k, v), weight)
+    exact = torch.autograd.grad(wanted, (q, k, v), weight)
+    assert all(g.isfinite().all() for g in found)
+    assert_within(found[2], exact[2], 1e-10)
