@@ -1,17 +1,20 @@
-"""Decoding one token at a time, as the context grows: microseconds a token.
+"""Decoding one token at a time, as the context grows: microseconds a token, tokens a second.
 
+    python benchmarks/decode.py --quick    less than a minute on two cores
     python benchmarks/decode.py
     python benchmarks/decode.py --device cuda --dtype bfloat16
 
-fastpe's step on its state, the same in plain PyTorch, and softmax attention over a cache of keys
-and values, all timed in turn in one process per encoding and context; on a GPU each backend that
-it has, and everything as a CUDA graph too. Writes DIR/decode.jsonl.
+At two levels, the attention alone and the layer with its projections: fastpe's step on its state,
+the same in plain PyTorch, and softmax attention over a cache of keys and values, all timed in turn
+in one process per encoding and context; on a GPU each backend that it has, and everything as a CUDA
+graph too. Writes DIR/decode.jsonl and DIR/decode.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,23 +33,25 @@ from tqdm import tqdm
 import fastpe
 
 STEPS = 64
-# name: (encoding, positions of the piece)
-ENCODINGS: dict[str, tuple[cases.MakeEncoding | None, str | None]] = {
-    "no encoding": (None, None),
-    "RoPE": (cases.rope, None),
-    "RoPEPool": (cases.ropepool, None),
-    "SineSPE": (cases.sinespe, None),
-    "F-StrIPE:SFF": (cases.fstripe_sff, "chord"),
-    "F-StrIPE pooled": (cases.fstripe_pooled, "chord"),
+LEVELS = ("attention", "layer")
+SOFTMAX = "softmax, KV cache"
+# case of report.COLOURS: (label, encoding, positions of the piece)
+ENCODINGS: dict[str, tuple[str, cases.MakeEncoding | None, str | None]] = {
+    "fastpe": ("no encoding", None, None),
+    "fastpe-rope": ("RoPE", cases.rope, None),
+    "fastpe-ropepool": ("RoPEPool", cases.ropepool, None),
+    "fastpe-sinespe": ("SineSPE", cases.sinespe, None),
+    "fastpe-fstripe-sff": ("F-StrIPE:SFF", cases.fstripe_sff, "chord"),
+    "fastpe-fstripe-pooled": ("F-StrIPE pooled", cases.fstripe_pooled, "chord"),
 }
 
 
-class Decoder:
-    """The state after a context, and the steps that go on from it."""
+class Attention:
+    """The attention alone: the state after a context, and the steps that go on from it."""
 
     def __init__(self, setup: Setup, name: str) -> None:
         torch.manual_seed(0)
-        make, field = ENCODINGS[name]
+        _, make, field = ENCODINGS[name]
         self.context = setup.length - STEPS
         self.encoding: nn.Module | None = None
         if make:
@@ -54,67 +59,124 @@ class Decoder:
         self.where = None
         if field:
             self.where = torch.from_numpy(getattr(setup.piece(), field)).to(setup.device)
-        self.q, self.k, self.v = setup.inputs()
+        self.inputs = setup.inputs()
 
     def prefill(self, length: int, backend: str) -> tuple[Tensor, fastpe.LinearAttentionState]:
         """Return output and state of the first `length` tokens."""
+        where = None if self.where is None else self.where[:length]
+        return self._prefill(*(x[:, :length] for x in self.inputs), where, backend)
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None, backend: str
+    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
         return fastpe.causal_linear_attention(
-            *(x[:, :length] for x in (self.q, self.k, self.v)),
+            *(q, k, v),
             pos_encoding=self.encoding,
-            positions=None if self.where is None else self.where[:length],
+            positions=where,
             output_final_state=True,
             backend=backend,
+        )
+
+    def _step(
+        self,
+        token: tuple[Tensor, ...],
+        state: fastpe.LinearAttentionState,
+        where: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
+        return fastpe.causal_linear_attention_step(
+            *token, state, pos_encoding=self.encoding, positions=where, backend=backend
         )
 
     def steps(self, backend: str) -> Callable[[], Tensor]:
         """Return a call that decodes the last STEPS tokens and returns their outputs."""
         start = self.prefill(self.context, backend)[1]
-        # what a model has at hand: one token's projections, one position
-        tokens = [
-            (*(x[:, t] for x in (self.q, self.k, self.v)), None if self.where is None else w)
-            for t, w in zip(range(self.context, self.context + STEPS), self._where(), strict=True)
-        ]
+        # what a model has at hand: one token's inputs, one position
+        last = range(self.context, self.context + STEPS)
+        tokens = [tuple(x[:, t] for x in self.inputs) for t in last]
+        where = [None] * STEPS if self.where is None else list(self.where[self.context :])
 
         def run() -> Tensor:
             state, outputs = start, []
             with torch.no_grad():
-                for q, k, v, position in tokens:
-                    o, state = fastpe.causal_linear_attention_step(
-                        q,
-                        k,
-                        v,
-                        state,
-                        pos_encoding=self.encoding,
-                        positions=position,
-                        backend=backend,
-                    )
+                for token, position in zip(tokens, where, strict=True):
+                    o, state = self._step(token, state, position, backend)
                     outputs.append(o)
             return torch.stack(outputs, 1)
 
         return run
 
-    def _where(self) -> list[Tensor | None]:
-        last = slice(self.context, self.context + STEPS)
-        return [None] * STEPS if self.where is None else list(self.where[last])
+    def _project(self, *x: Tensor) -> tuple[Tensor, ...]:
+        # inputs [B, T, .] to q, k, v [B, H, T, D], contiguous
+        return tuple(y.transpose(1, 2).contiguous() for y in x)
+
+    def _output(self, o: Tensor) -> Tensor:
+        # o [B, H, T, D] to the output [B, T, .]
+        return o.transpose(1, 2)
 
     def cached_softmax(self) -> Callable[[], Tensor]:
         """Return the same for softmax attention over a cache of keys and values, [B, H, T, D]."""
-        cache_k, cache_v = (x.transpose(1, 2).contiguous() for x in (self.k, self.v))
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (self.q, self.k, self.v))
+        _, cache_k, cache_v = self._project(*self.inputs)
+        last = range(self.context, self.context + STEPS)
+        tokens = [[x[:, t : t + 1] for x in self.inputs] for t in last]
 
         def run() -> Tensor:
             outputs = []
             with torch.no_grad():
-                for t in range(self.context, self.context + STEPS):
-                    cache_k[:, :, t], cache_v[:, :, t] = k[:, :, t], v[:, :, t]
-                    outputs.append(
-                        F.scaled_dot_product_attention(
-                            q[:, :, t : t + 1], cache_k[:, :, : t + 1], cache_v[:, :, : t + 1]
-                        )
-                    )
-            return torch.cat(outputs, 2)
+                for t, token in zip(last, tokens, strict=True):
+                    q, cache_k[:, :, t : t + 1], cache_v[:, :, t : t + 1] = self._project(*token)
+                    known = cache_k[:, :, : t + 1], cache_v[:, :, : t + 1]
+                    o = F.scaled_dot_product_attention(q, *known)
+                    outputs.append(self._output(o))
+            return torch.cat(outputs, 1)
 
         return run
+
+    def softmax(self) -> Tensor:
+        """Return softmax attention of the last STEPS tokens from its formula."""
+        q, k, v = self._project(*self.inputs)
+        logits = q[:, :, -STEPS:] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(self.context + 1)
+        return self._output(logits.masked_fill(future, -math.inf).softmax(-1) @ v)
+
+
+class Layer(Attention):
+    """fastpe.nn.CausalLinearAttention; softmax attention has its projections."""
+
+    def __init__(self, setup: Setup, name: str) -> None:
+        super().__init__(setup, name)
+        width = setup.heads * setup.head_dim
+        self.layer = fastpe.nn.CausalLinearAttention(
+            width,
+            setup.heads,
+            pos_encoding=self.encoding,
+            device=setup.device,
+            dtype=self.inputs[0].dtype,
+        ).eval()
+        self.inputs = (self.inputs[0].flatten(2),)
+
+    def _prefill(
+        self, x: Tensor, where: Tensor | None, backend: str
+    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
+        self.layer.backend = backend
+        return self.layer(x, where, output_final_state=True)
+
+    def _step(
+        self,
+        token: tuple[Tensor, ...],
+        state: fastpe.LinearAttentionState,
+        where: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
+        self.layer.backend = backend
+        return self.layer.step(*token, state, where)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = self.layer.in_proj(x).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)
+        return super()._project(q, k, v)
+
+    def _output(self, o: Tensor) -> Tensor:
+        return self.layer.out_proj(super()._output(o).flatten(2))
 
 
 def backends(setup: Setup) -> dict[str, str]:
@@ -125,16 +187,16 @@ def backends(setup: Setup) -> dict[str, str]:
     return {f"fastpe {n}": n for n in found if n not in ("cpu", "reference")}
 
 
-def measure(setup: Setup, name: str, seconds: float) -> dict:
+def measure(setup: Setup, name: str, level: str, seconds: float) -> dict:
     """Return {provider: times of STEPS tokens in ms}, after a check of the steps."""
     torch.set_num_threads(setup.threads)
-    decoder = Decoder(setup, name)
+    decoder = {"attention": Attention, "layer": Layer}[level](setup, name)
     with torch.no_grad():
         full = decoder.prefill(setup.length, "reference")[0][:, -STEPS:]
         calls = {provider: decoder.steps(b) for provider, b in backends(setup).items()}
         calls["PyTorch step"] = decoder.steps("reference")
-    known = list(calls)
-    calls["softmax, KV cache"] = decoder.cached_softmax()
+        wanted = dict.fromkeys(calls, full) | {SOFTMAX: decoder.softmax()}
+        calls[SOFTMAX] = decoder.cached_softmax()
     if setup.device != "cpu":
         for provider in [p for p in calls if p != "PyTorch step"]:
             try:
@@ -142,42 +204,49 @@ def measure(setup: Setup, name: str, seconds: float) -> dict:
             except RuntimeError as error:
                 print(f"{name}, {provider}: no graph: {error}".splitlines()[0], file=sys.stderr)
                 continue
-            known += [f"{provider}, graph"] * (provider in known)
-    for provider in known:
-        error = relative_error(calls[provider](), full)
+            wanted[f"{provider}, graph"] = wanted[provider]
+    for provider, o in wanted.items():
+        error = relative_error(calls[provider](), o)
         if not error <= TOLERANCE[setup.dtype][0]:
             raise ArithmeticError(f"{provider}: relative error {error:.1e} against one forward")
     return {p: spread(t) for p, t in alternate(calls, setup.device, seconds).items()}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 if a row was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--contexts", type=int, nargs="+", help="default 256 to 16384")
     options.add(parser)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for the repeats of a row")
-    args = parser.parse_args()
+    parser.add_argument("--levels", choices=LEVELS, nargs="+", default=LEVELS)
+    parser.add_argument("--quick", action="store_true", help="short contexts, fewer repeats")
+    parser.add_argument("--seconds", type=float, help="for the repeats of a row, default 1")
+    args = parser.parse_args(argv)
+    args.contexts = args.contexts or ([256, 1024] if args.quick else [256, 1024, 4096, 16384])
+    args.seconds = args.seconds or (0.1 if args.quick else 1.0)
     options.check(parser, args, "contexts")
     isolated, records = runner(args.device), []
-    for name, context in tqdm([(n, c) for n in ENCODINGS for c in args.contexts], unit="row"):
+    rows = [(n, c, level) for level in args.levels for n in ENCODINGS for c in args.contexts]
+    for name, context, level in tqdm(rows, unit="row"):
         setup = options.setup(args, context + STEPS)
-        found = asdict(setup) | environment(setup)
-        record = {"row": name, "context": context, **found}
-        result = isolated(measure, setup, name, args.seconds)
+        record = {"case": name, "row": ENCODINGS[name][0], "level": level, "context": context}
+        record |= {"steps": STEPS} | asdict(setup) | environment(setup)
+        result = isolated(measure, setup, name, level, args.seconds)
         records.append(
             record | ({"error": result["error"]} if "error" in result else {"ms": result})
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record | {"steps": STEPS}) for record in records]
-    (args.out / "decode.jsonl").write_text("\n".join(lines) + "\n")
-    print(table(records))
+    lines = args.out / "decode.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print("\n\n".join(table(records, level) for level in args.levels))
+    report.plot_decoding(records, lines.with_suffix(".png"))
     return int(any("error" in record for record in records))
 
 
-def table(records: list[dict]) -> str:
-    """Return microseconds a token, in markdown."""
+def table(records: list[dict], level: str) -> str:
+    """Return microseconds a token at a level, in markdown."""
+    records = [r for r in records if r["level"] == level]
     providers = list(dict.fromkeys(p for r in records for p in r.get("ms", ())))
-    lines = [["encoding", "context", *(f"{p}, us" for p in providers)]]
+    lines = [[level, "context", *(f"{p}, us" for p in providers)]]
     for r in records:
         if "error" in r:
             cells = ["error"] * len(providers)

@@ -1,6 +1,7 @@
-"""Records of seq_scaling.py as a markdown table and a picture.
+"""Records of seq_scaling.py as a markdown table and a picture, those of decode.py as a picture.
 
 python benchmarks/report.py benchmarks/out/seq_scaling.jsonl
+python benchmarks/report.py benchmarks/out/decode.jsonl
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,6 +177,52 @@ def plot(records: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_decoding(records: list[dict], path: Path) -> None:
+    """Draw tokens a second over the context, log-log, one panel for each level.
+
+    Of several backends, and of calls and their CUDA graphs, the fastest counts; the line of softmax
+    is the median of its measurements, one for each encoding.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    good = [r for r in records if "ms" in r]
+    if not good:
+        return
+    levels = list(dict.fromkeys(r["level"] for r in good))
+    plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 12})
+    figure, axes = plt.subplots(
+        1, len(levels), figsize=(7.5 * len(levels), 6.5), layout="constrained", squeeze=False
+    )
+    for ax, level in zip(axes[0], levels, strict=True):
+        rows = [r for r in good if r["level"] == level]
+        title = f"{level.capitalize()}: tokens a second"
+        _panel(ax, decoding_lines(rows), lambda r: r["rate"], title)
+    figure.suptitle("Decoding after a context (higher is better)\n", fontsize=15, fontweight="bold")
+    figure.text(0.5, 0.925, describe(good[-1]), ha="center", fontsize=9.5, color="#555555")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def decoding_lines(records: list[dict]) -> list[dict]:
+    """Return {case, label, ours, length, rate}, rate in tokens a second, of one level."""
+    lines, softmax = [], {}
+    for r in records:
+        rates = {p: 1e3 * r["batch"] * r["steps"] / ms["median"] for p, ms in r["ms"].items()}
+        best = max(rate for provider, rate in rates.items() if provider.startswith("fastpe"))
+        line = {"case": r["case"], "label": r["row"], "ours": True, "length": r["context"]}
+        lines.append(line | {"rate": best})
+        best = max(rate for provider, rate in rates.items() if provider.startswith("softmax"))
+        softmax.setdefault(r["context"], []).append(best)
+    same = {"case": BASELINE, "label": "softmax, KV cache", "ours": False}
+    return lines + [
+        same | {"length": context, "rate": statistics.median(rates)}
+        for context, rates in softmax.items()
+    ]
+
+
 def _panel(ax: Axes, rows: list[dict], value: Callable[[dict], float], title: str) -> None:
     from matplotlib.ticker import LogLocator
 
@@ -248,11 +296,14 @@ def spaced(want: list[float], gap: float) -> list[float]:
 def main() -> None:
     """Print the tables of a file and draw its picture beside it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="seq_scaling.jsonl")
+    parser.add_argument("file", type=Path, help="seq_scaling.jsonl or decode.jsonl")
     path = parser.parse_args().file
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    print(tables(records))
-    plot(records, path.with_suffix(".png"))
+    if "level" in records[0]:
+        plot_decoding(records, path.with_suffix(".png"))
+    else:
+        print(tables(records))
+        plot(records, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

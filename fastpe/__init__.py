@@ -1,5 +1,7 @@
 """fastpe: attention of linear cost with real positional encodings."""
 
+from torch.serialization import add_safe_globals
+
 from . import diagnostics, nn
 from .attention import (
     LinearAttentionState,
@@ -14,6 +16,9 @@ from .encodings import ConvSPE, FStripe, PositionalEncoding, RoPE, RoPEPool, Sin
 from .favor import Favor
 from .feature_maps import DPFP, FeatureMap, Hedgehog, Taylor2
 from .published import load_spe_state_dict
+
+# torch.load with weights_only=True takes states
+add_safe_globals([LinearAttentionState])
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The attention layer."""
+"""The attention layers."""
 
 from __future__ import annotations
 
@@ -6,47 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .attention import (
-    LinearAttentionState,
-    causal_linear_attention,
-    causal_linear_attention_step,
-)
+from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .checks import check_positive
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .state import LinearAttentionState
 from .validation import check_options, check_order
 
 
-class CausalLinearAttention(nn.Module):
-    """Multi-head causal linear attention with projections: x [B, T, embed_dim] in and out.
-
-    Takes the place of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called with
-    a causal mask.
-
-    Args:
-        embed_dim: Width of the model.
-        num_heads: H; D = embed_dim / num_heads.
-        bias: Of the projections.
-        value_dim: Width of all values together, H E; default embed_dim.
-        pos_encoding: A `fastpe` encoding for (D, H), or None. A random one redraws its noise at
-            each training forward that starts a sequence, as its `resample` says.
-        feature_map: Name or module, see `causal_linear_attention`. A random one redraws its noise
-            as the encoding does.
-        normalize: True, False or "abs", see `causal_linear_attention`.
-        eps: Of the normaliser.
-        backend: "auto", "cpu" or "reference".
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Raises:
-        ValueError: embed_dim or value_dim is not divisible by num_heads.
-    """
+class _Attention(nn.Module):
+    """Projections around multi-head attention, and its options."""
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
         bias: bool = True,
         value_dim: int | None = None,
         pos_encoding: PositionalEncoding | None = None,
@@ -59,13 +35,19 @@ class CausalLinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         value_dim = embed_dim if value_dim is None else value_dim
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_positive("num_heads", num_heads)
+        check_positive("num_kv_heads", num_kv_heads)
         for name, value in (("embed_dim", embed_dim), ("value_dim", value_dim)):
             check_positive(name, value)
             if value % num_heads:
                 raise ValueError(
                     f"{name} must be divisible by num_heads = {num_heads}, got {value}"
                 )
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}"
+            )
         if pos_encoding is not None and not isinstance(pos_encoding, PositionalEncoding):
             raise TypeError(
                 "pos_encoding must be a fastpe.PositionalEncoding, "
@@ -85,37 +67,117 @@ class CausalLinearAttention(nn.Module):
             )
         factory = {"bias": bias, "device": device, "dtype": dtype}
         self.embed_dim, self.num_heads, self.value_dim = embed_dim, num_heads, value_dim
-        self.in_proj = nn.Linear(embed_dim, 2 * embed_dim + value_dim, **factory)
+        self.num_kv_heads = num_kv_heads
+        share = num_heads // num_kv_heads
+        self._widths = embed_dim, embed_dim // share, value_dim // share
+        self.in_proj = nn.Linear(embed_dim, sum(self._widths), **factory)
         self.out_proj = nn.Linear(value_dim, embed_dim, **factory)
         self.pos_encoding = pos_encoding
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.backend = backend
+
+    def _check(self, x: Tensor, ndim: int, name: str = "x") -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a tensor of floats, got {came}")
+        dtype, device = self.in_proj.weight.dtype, x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if x.dtype != dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of the layer, {dtype}, got {x.dtype}")
+        if x.ndim != ndim or x.shape[-1] != self.embed_dim:
+            shape = "[B, T, embed_dim]" if ndim == 3 else "[B, embed_dim]"
+            raise ValueError(
+                f"{name} must be {shape} with embed_dim = {self.embed_dim}, got {tuple(x.shape)}"
+            )
+
+    def _project(self, x: Tensor, ndim: int) -> tuple[Tensor, ...]:
+        self._check(x, ndim)
+        return self._heads(*self.in_proj(x).split(self._widths, dim=-1))
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        return tuple(y.unflatten(-1, (h, -1)) for y, h in zip((q, k, v), heads, strict=True))
+
+    def _resample(self) -> None:
+        for part in (self.pos_encoding, self.feature_map):
+            if isinstance(part, (PositionalEncoding, FeatureMap)):
+                part.maybe_resample_()
+
+    def _options(self) -> dict[str, object]:
+        return {
+            "pos_encoding": self.pos_encoding,
+            "feature_map": self.feature_map,
+            "normalize": self.normalize,
+            "eps": self.eps,
+            "backend": self.backend,
+        }
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        psi = self.feature_map
+        return (
+            f"{self.embed_dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"value_dim={self.value_dim}, feature_map={getattr(psi, 'signature', psi)!r}, "
+            f"normalize={self.normalize!r}, backend={self.backend!r}"
+        )
+
+
+class CausalLinearAttention(_Attention):
+    """Multi-head causal linear attention with projections: x [B, T, embed_dim] in and out.
+
+    Takes the place of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called with
+    a causal mask.
+
+    Args:
+        embed_dim: Width of the model.
+        num_heads: H; D = embed_dim / num_heads.
+        num_kv_heads: Hk, a divisor of H: heads of keys and values, which H / Hk heads of queries
+            share; default H.
+        bias: Of the projections.
+        value_dim: Width of all heads' outputs together, H E; default embed_dim.
+        pos_encoding: A `fastpe` encoding for (D, H), or None. A random one redraws its noise at
+            each training forward that starts a sequence, as its `resample` says.
+        feature_map: Name or module, see `causal_linear_attention`. A random one redraws its noise
+            as the encoding does.
+        normalize: True, False or "abs", see `causal_linear_attention`.
+        eps: Of the normaliser.
+        backend: "auto", "cpu", "triton", "cuda" or "reference".
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: embed_dim or value_dim is not divisible by num_heads, nor this by num_kv_heads.
+    """
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor | None = None,
         *,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
         initial_state: LinearAttentionState | None = None,
         output_final_state: bool = False,
     ) -> Tensor | tuple[Tensor, LinearAttentionState]:
-        """Attend over a sequence, or over its continuation.
+        """Attend over sequences, or over their continuation.
 
         Args:
             x: [B, T, embed_dim].
             positions: Structure positions, [T], [B, T], [T, L] or [B, T, L]; default time.
+            cu_seqlens: [S + 1], sequences packed in one row, see `causal_linear_attention`.
+            key_padding_mask: [B, T], True at padding, which changes nothing.
             initial_state: State after the tokens before these.
             output_final_state: Return the state after the last token too.
         Returns:
             y: [B, T, embed_dim]; with output_final_state a pair of y and the state.
         """
         if initial_state is None:
-            for part in (self.pos_encoding, self.feature_map):
-                if isinstance(part, (PositionalEncoding, FeatureMap)):
-                    part.maybe_resample_()
+            self._resample()
         o, state = causal_linear_attention(
             *self._project(x, 3),
             positions=positions,
+            cu_seqlens=cu_seqlens,
+            key_padding_mask=key_padding_mask,
             initial_state=initial_state,
             output_final_state=True,
             **self._options(),
@@ -138,35 +200,63 @@ class CausalLinearAttention(nn.Module):
         )
         return self.out_proj(o.flatten(-2)), state
 
-    def _project(self, x: Tensor, ndim: int) -> tuple[Tensor, ...]:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a tensor of floats, got {came}")
-        dtype, device = self.in_proj.weight.dtype, x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if x.dtype != dtype and not autocast:
-            raise TypeError(f"x must have the dtype of the layer, {dtype}, got {x.dtype}")
-        if x.ndim != ndim or x.shape[-1] != self.embed_dim:
-            shape = "[B, T, embed_dim]" if ndim == 3 else "[B, embed_dim]"
-            raise ValueError(
-                f"x must be {shape} with embed_dim = {self.embed_dim}, got {tuple(x.shape)}"
+
+class LinearAttention(_Attention):
+    """Multi-head linear attention that is not causal: of a sequence to itself or to another.
+
+    Takes the place of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called
+    without a causal mask, in encoders, and between decoder and encoder. Arguments are those of
+    `CausalLinearAttention`.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        context_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from every token of x to every one of context.
+
+        Args:
+            x: [B, T, embed_dim]: where queries come from.
+            context: [B, Tc, embed_dim]: where keys and values come from; default x.
+            positions: Of x, [T], [B, T], [T, L] or [B, T, L]; default time.
+            context_positions: Of the context; default those of x if it has as many, else time.
+            padding_mask: [B, T], True at padding of x.
+            context_padding_mask: [B, Tc], True at padding of the context.
+        Returns:
+            y: [B, T, embed_dim].
+        """
+        self._resample()
+        if context is None:
+            for name, given in (
+                ("context_positions", context_positions),
+                ("context_padding_mask", context_padding_mask),
+            ):
+                if given is not None:
+                    raise ValueError(f"{name} must be None without context")
+            q, k, v = self._project(x, 3)
+            context_padding_mask = padding_mask
+        else:
+            self._check(x, 3)
+            self._check(context, 3, "context")
+            weight, bias = self.in_proj.weight, self.in_proj.bias
+            rows = (0, self.embed_dim), (self.embed_dim, len(weight))
+            q, kv = (
+                nn.functional.linear(y, weight[i:j], None if bias is None else bias[i:j])
+                for y, (i, j) in zip((x, context), rows, strict=True)
             )
-        q, k, v = self.in_proj(x).split((self.embed_dim, self.embed_dim, self.value_dim), dim=-1)
-        return tuple(y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-
-    def _options(self) -> dict[str, object]:
-        return {
-            "pos_encoding": self.pos_encoding,
-            "feature_map": self.feature_map,
-            "normalize": self.normalize,
-            "eps": self.eps,
-            "backend": self.backend,
-        }
-
-    def extra_repr(self) -> str:
-        """Return the configuration."""
-        return (
-            f"{self.embed_dim}, {self.num_heads}, value_dim={self.value_dim}, "
-            f"feature_map={self.feature_map!r}, normalize={self.normalize!r}, "
-            f"backend={self.backend!r}"
+            q, k, v = self._heads(q, *kv.split(self._widths[1:], dim=-1))
+        o = linear_attention(
+            *(q, k, v),
+            positions=positions,
+            key_positions=context_positions,
+            query_padding_mask=padding_mask,
+            key_padding_mask=context_padding_mask,
+            **self._options(),
         )
+        return self.out_proj(o.flatten(-2))

@@ -143,7 +143,7 @@ scaling() {
 
 decode() {
   run decode 90 python3 benchmarks/decode.py --device cuda --dtype bfloat16 --seconds 0.3 \
-    --out "$OUT"
+    --levels attention --out "$OUT"
 }
 
 for step in "$@"; do

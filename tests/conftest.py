@@ -122,6 +122,7 @@ _THOROUGH = {
     "test_output_state_and_every_gradient",
     "test_shapes",
     "test_gradient_of_the_state_alone",
+    "test_ranges_of_heads_that_share",
 }
 _INTERPRETED = _THOROUGH | {
     "test_any_width",
@@ -131,13 +132,18 @@ _INTERPRETED = _THOROUGH | {
     "test_every_number_is_philox",
     "test_expanded_inputs",
     "test_feature_maps_and_normalizers",
+    "test_heads_that_share",
     "test_integer_positions_beyond_24_bits",
     "test_kernels_are_the_same_to_rounding",
     "test_known_answers",
     "test_last_key_does_not_move_past_outputs",
     "test_negative_views",
+    "test_no_token_is_of_a_sequence",
     "test_odd_width",
     "test_parameters_in_any_layout",
+    "test_phase_features_of_heads_that_share",
+    "test_ranges_are_sequences_alone",
+    "test_ranges_of_heads_with_frequencies_of_their_own",
     "test_rows_from_any_on",
     "test_second_derivative_is_never_dropped",
     "test_shapes_of_positions",
@@ -180,7 +186,7 @@ def _select(request, monkeypatch):
         monkeypatch.setattr(native, "isa", path)
     elif name == "triton" and path:
         # every chunk is a segment
-        cut = lambda programs, t, c, device: (c, max(-(-t // c), 1))  # noqa: E731
+        cut = lambda programs, t, c, *_: (c, max(-(-t // c), 1))  # noqa: E731
         monkeypatch.setattr(f"{backends.load(name).__name__}.launch_scan.segments", cut)
     return name
 

@@ -8,8 +8,8 @@ import torch
 from conftest import encodings
 from helpers import assert_within, make_inputs, make_positions
 
-from fastpe import RoPE, SineSPE, causal_linear_attention
-from fastpe.nn import CausalLinearAttention
+from fastpe import RoPE, SineSPE, causal_linear_attention, linear_attention
+from fastpe.nn import CausalLinearAttention, LinearAttention
 
 
 def _layer(make=None, backend="reference", dtype=torch.float64, **options):
@@ -172,3 +172,50 @@ def test_representation():
     for part in ("12, 3", "feature_map='elu1'", "normalize=True", "SineSPE", "num_sines=10"):
         assert part in text
     assert "base=10000.0" in repr(RoPE(4))
+
+
+def test_shared_heads_padding_and_packing(backend, make_encoding):
+    layer = _layer(make_encoding, backend, num_kv_heads=1)
+    assert layer.in_proj.weight.shape == (12 + 4 + 4, 12)
+    x, mask = _input(), torch.zeros(2, 9, dtype=torch.bool)
+    mask[1, 5:] = True
+    positions = make_positions(layer.pos_encoding, 2, 9)
+    y = layer(x, positions, key_padding_mask=mask)
+    short = None if positions is None else positions[1:, :5]
+    assert_within(y[1:, :5], layer(x[1:, :5], short), 1e-11)
+    packed = torch.cat((x[0], x[1, :5]))[None]
+    if positions is not None:
+        positions = torch.cat((positions[0], positions[1, :5]))[None]
+    z = layer(packed, positions, cu_seqlens=torch.tensor([0, 9, 14]))
+    assert_within(z[0, :9], y[0], 1e-11)
+    assert_within(z[0, 9:], y[1, :5], 1e-11)
+
+
+@pytest.mark.parametrize("make", encodings("none", "rope", "sinespe"))
+def test_attention_both_ways(backend, make):
+    torch.manual_seed(3)
+    encoding = make(4, 3)
+    layer = LinearAttention(12, 3, num_kv_heads=3, pos_encoding=encoding, backend=backend)
+    layer.double().eval()
+    x, context = _input(), _input(13)
+    mask = torch.zeros(2, 13, dtype=torch.bool)
+    mask[0, :4] = True
+    q, k, v = (
+        (y @ w.T + b).view(2, -1, 3, 4)
+        for y, w, b in zip(
+            (x, context, context),
+            layer.in_proj.weight.chunk(3),
+            layer.in_proj.bias.chunk(3),
+            strict=True,
+        )
+    )
+    o = linear_attention(q, k, v, pos_encoding=encoding, key_padding_mask=mask, backend="reference")
+    y = layer(x, context, context_padding_mask=mask)
+    assert_within(y, layer.out_proj(o.flatten(-2)), 1e-11)
+    # of the sequence to itself, padding is padding of both
+    alone = layer(x[:1, 3:])
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, :3] = True
+    assert_within(layer(x, padding_mask=mask)[:1, 3:], alone, 1e-11)
+    with pytest.raises(ValueError, match="context_positions must be None without context"):
+        layer(x, context_positions=torch.arange(9))

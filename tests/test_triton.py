@@ -12,7 +12,7 @@ if fastpe.available_backends()["triton"] is not None:
     pytest.skip(f"backend 'triton' is not available: {reason}", allow_module_level=True)
 
 from fastpe.backends import triton as backend
-from fastpe.backends.triton import common, launch_scan
+from fastpe.backends.triton import common, launch_scan, scan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,11 +52,41 @@ def test_tensors_elsewhere_are_refused():
 @pytest.mark.parametrize("programs", [1, 7, 64, 5000])
 def test_segments_cover_every_token_once(monkeypatch, programs, t):
     monkeypatch.setattr(launch_scan, "processors", lambda device: 132)
-    length, count = launch_scan.segments(programs, t, 32, DEVICE)
+    length, count = launch_scan.segments(programs, t, 32, 1, DEVICE)
     assert length % 32 == 0
     assert (count - 1) * length < max(t, 1) <= count * length
     # a card that is full is given no more work
     assert count == 1 or programs < 2 * 132
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 130])
+def test_slots_hold_every_segment_once(sequences):
+    """Whatever the order and the lengths of the sequences, and gaps between them."""
+    generator = torch.Generator().manual_seed(sequences)
+    lengths = torch.randint(0, 60, (sequences, 2), generator=generator)  # of a gap and a sequence
+    lengths[1:2, 1] = 0
+    ranges = lengths.flatten().cumsum(0).reshape(-1, 2)
+    ranges = ranges[torch.randperm(sequences, generator=generator)]
+    length, t = 16, int(ranges.max()) + 5
+    slots = torch.full((sequences - 1 + -(-t // length), 6), -1)
+    constants = {"num_warps": 1, "num_stages": 1}
+    common.Kernel(scan.slots_kernel, constants)(
+        (len(slots), 1, 1), (ranges.to(DEVICE), slots := slots.to(DEVICE)), (sequences, length)
+    )
+    expected = []
+    for i, (first, last) in enumerate(ranges.tolist()):
+        begins = list(range(first, last, length)) or [first]
+        for begin in begins:
+            end, closes = min(begin + length, last), begin == begins[-1]
+            slot = i if begin == first else sequences - 1 + begin // length
+            alone = begin if closes else end, begin if begin == first else end
+            expected.append((slot, begin, end, i, int(closes), *alone))
+    found = [(i, *row) for i, row in enumerate(slots.tolist())]
+    assert set(expected) <= set(found)
+    # the others have no token and write no state
+    taken = {row[0] for row in expected}
+    assert len(taken) == len(expected)
+    assert all(row[1] == row[2] and not row[4] for row in found if row[0] not in taken)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

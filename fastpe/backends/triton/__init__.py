@@ -65,7 +65,7 @@ def miscompiled(device: torch.device) -> str | None:
             for _ in range(4)
         )
         options = ScanOptions("elu1", "sum", 1e-6, False, False, True, 1.0, 0, "triton")
-        inputs = q, k, v, None, None, None, None
+        inputs = q, k, v, None, None, None, None, None
         o, den, _, _ = causal_dot(*inputs, options)
         needs = [True] * 3 + [False] * 4
         found = causal_dot_backward((do, None, None), inputs, options, o, den, needs)[:3]

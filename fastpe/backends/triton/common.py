@@ -64,7 +64,7 @@ class Kernel:
 
         Args:
             grid: Programs along three axes.
-            tensors: First arguments; their dtypes follow from the first's and the constants.
+            tensors: First arguments; their dtypes follow from the first's, constants and numbers.
             numbers: The arguments behind them.
         """
         if INTERPRETED:

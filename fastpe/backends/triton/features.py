@@ -72,7 +72,7 @@ def mixing(noise, o_d, m_d, o_r, R, J, j, MIX: tl.constexpr):
 @triton.jit(do_not_specialize=["B", "T", "position_b"])
 def features_kernel(
     x, y, positions, freq, offset, gain, gate, noise,
-    B, T, H, D, K, J, R, L, x_b, x_t, x_h, position_b,
+    B, T, H, D, K, J, R, L, G, x_b, x_t, x_h, position_b,
     MIX: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr,
     BB: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,7 +81,7 @@ def features_kernel(
     i_h, i_b, o_n, o_b, o_t, m_m = place(B, T, H, BB, BN)
     m_n = o_n < T
     o_r = tl.program_id(2) * BR + tl.arange(0, BR)
-    x += i_h * x_h
+    x += i_h // G * x_h
     y += i_h * R
     positions += i_b.to(tl.int64) * position_b
     freq += i_h * D * K * L
@@ -150,7 +150,7 @@ def pulled(
 @triton.jit(do_not_specialize=["B", "T", "position_b"])
 def features_backward_kernel(
     x, dy, dx, dpositions, partial, dgate, positions, freq, offset, gain, gate, noise,
-    B, T, H, D, K, J, R, L, x_b, x_t, x_h, dy_b, dy_t, dy_h, position_b,
+    B, T, H, D, K, J, R, L, G, x_b, x_t, x_h, dy_b, dy_t, dy_h, position_b,
     MIX: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr,
     WANT_X: tl.constexpr, WANT_POSITIONS: tl.constexpr, WANT_PARAMETERS: tl.constexpr,
     BB: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
@@ -164,7 +164,7 @@ def features_backward_kernel(
     PARAMETER_PRECISION: tl.constexpr = "ieee" if ACC == tl.float64 else "tf32x3"
     i_h, i_b, o_n, o_b, o_t, m_m = place(B, T, H, BB, BN)
     m_n = o_n < T
-    x += i_h * x_h
+    x += i_h // G * x_h
     dy += i_h * dy_h
     dx += i_h * D
     positions += i_b.to(tl.int64) * position_b

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...maps import SineMap
 from ...ops import compute_dtype
-from ..tensors import contiguous, sum_to
+from ..tensors import contiguous, sum_groups, sum_to
 from . import features, noise
 from .common import empty, kernel, numbers, power, rows
 
@@ -21,7 +21,8 @@ class _Sines:
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, rows_of_tile: int) -> None:
         self.x = rows(x)
-        self.b, self.t, self.h, self.d = x.shape
+        self.b, self.t, heads, self.d = x.shape
+        self.h = sines.gain.shape[0]
         self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
         self.wide = compute_dtype(x)
         double = [contiguous(i, torch.float64) for i in (positions, *sines[:4])]
@@ -29,7 +30,11 @@ class _Sines:
         narrow = torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide
         tables = *double, contiguous(sines.noise, narrow)
         self.tables = [x if i is None else i for i in tables]
-        self.sizes = (*x.shape, self.k, sines.rows, self.r, self.levels)
+        # neighbours that share a head of x, at the end
+        self.sizes = (
+            *(self.b, self.t, self.h, self.d, self.k, sines.rows, self.r, self.levels),
+            self.h // max(heads, 1),
+        )
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
         # tokens of one sequence, or of those that share positions, and so sines; a tile reads all
@@ -67,7 +72,7 @@ class _Sines:
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
     """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
     call = _Sines(x, positions, sines, 128)
-    y = empty(x, *x.shape[:-1], call.r)
+    y = empty(x, call.b, call.t, call.h, call.r)
     keep = call.meta["MIX"] == "keep"
     br = 16 if keep else min(power(call.r), 128)
     columns = 1 if keep else -(-call.r // br)
@@ -85,8 +90,10 @@ def phase_features_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
     call, dy = _Sines(x, positions, sines, 64), rows(grad_y)
-    dx, none, parameters = empty(x, *x.shape), x.new_empty(0), any(needs[2:])
-    levels, wide = call.levels, call.wide
+    none, parameters, levels, wide = x.new_empty(0), any(needs[2:]), call.levels, call.wide
+    # of each head of features: those that share a head of x are added behind
+    dtype = x.dtype if x.shape[2] == call.h else wide
+    dx = empty(x, call.b, call.t, call.h, call.d, dtype=dtype)
     by_position, partial, by_gate = dx, dx, dx
     if needs[1]:
         by_position = empty(x, call.b, call.h, call.t, levels, dtype=wide)
@@ -99,7 +106,7 @@ def phase_features_backward(
         WANT_X=needs[0], WANT_POSITIONS=needs[1], WANT_PARAMETERS=parameters,
         BR=min(power(call.r), call.rows), BL=power(levels),
     )  # fmt: skip
-    grads = [dx if needs[0] else none] + [none] * 5
+    grads = [sum_groups(dx, 2, x.shape[2], x.dtype) if needs[0] else none] + [none] * 5
     if needs[1]:
         grads[1] = sum_to(2 * math.pi * by_position.sum(1, dtype=torch.float64), positions)
     if parameters:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops import ScanOptions, compute_dtype
-from ..tensors import contiguous, sum_to
+from ...ops import ScanOptions, compute_dtype, state_heads
+from ..tensors import contiguous, sum_groups, sum_to
 from . import maps, scan, scan_backward
 from .common import Kernel, empty, kernel, numbers, power, rows
 
@@ -92,11 +92,22 @@ def blocks(role: str, width: int, e: int, parts: int, dtype: torch.dtype, chunk:
     return Blocks(c, bw, be, warps, 2)
 
 
-def segments(programs: int, t: int, c: int, device: torch.device) -> tuple[int, int]:
-    """Return the tokens of a segment and the number of segments that fill the card twice."""
+def segments(
+    programs: int, t: int, c: int, sequences: int, device: torch.device
+) -> tuple[int, int]:
+    """Return the tokens of a segment and the number of segments that fill the card twice.
+
+    Args:
+        programs: How many there are where nothing is cut.
+        t: Tokens of a row.
+        c: Tokens of a tile.
+        sequences: In a row, of lengths that nobody here knows: each begins a segment of its own, so
+            the number returned is of those in a row that is one sequence. Where it is not one, a
+            sequence is given the bits that it has alone if its own segments are as long.
+    """
     wanted = -(-2 * processors(device) // max(programs, 1))
     # a segment pays for itself if its tokens outweigh its state
-    wanted = min(wanted, max(t // (4 * c), 1))
+    wanted = min(wanted, max(t // (4 * c) + 1 - sequences, 1))
     length = -(-max(t, 1) // (wanted * c)) * c
     return length, -(-max(t, 1) // length)
 
@@ -106,10 +117,15 @@ class _Plan:
 
     def __init__(
         self, shape: torch.Size, e: int, dtype: torch.dtype, freq: torch.Size | None,
-        options: ScanOptions,
+        shared: tuple[int, int, int], sequences: int | None, options: ScanOptions,
     ) -> None:  # fmt: skip
-        b, self.t, h, d = shape
-        self.e, self.heads, self.dtype, self.chunk = e, b * h, dtype, options.chunk
+        b, self.t, self.h, d = shape
+        self.e, self.heads, self.dtype, self.chunk = e, b * self.h, dtype, options.chunk
+        # neighbours that share a head of k, of v and a state
+        self.of_k, self.of_v, self.of_state = (self.h // max(x, 1) for x in shared)
+        # in one row, and all of them
+        self.row = 1 if sequences is None else sequences
+        self.sequences = b * self.row
         self.r, self.rz = options.widths(d)
         psi, slope = _FEATURE_MAPS[options.feature_map]
         pairs, encode, adjoint = "none", maps.unrotated, maps.unrotated
@@ -133,9 +149,10 @@ class _Plan:
             "PARTS": 1 if options.pool else self.parts,
             "MAP_FIRST": options.map_first,
             "NORMALIZE": options.normalize,
+            "RANGES": sequences is not None,
         }
         self.adjoints = {"SLOPE": slope, "ADJOINT": adjoint}
-        self.sizes = self.t, h, d, e, w, self.levels
+        self.sizes = self.t, self.h, d, e, w, self.levels, self.row
         self.kernels: dict[tuple, Kernel] = {}
 
     def blocks(self, role: str) -> Blocks:
@@ -169,13 +186,18 @@ class _Scan:
     """The tensors of one call, or of its gradient, as the kernels take them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
-        q, k, v, s0, z0, positions, freq = inputs
-        shape = None if freq is None else freq.shape
-        self.plan = _plan(q.shape, v.shape[-1], q.dtype, shape, options)
+        q, k, v, s0, z0, positions, freq, ranges = inputs
+        self.plan = _plan(
+            *(q.shape, v.shape[-1], q.dtype, None if freq is None else freq.shape),
+            (k.shape[2], v.shape[2], state_heads(q, k, v, freq)),
+            None if ranges is None else ranges.shape[0],
+            options,
+        )
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.strides = *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]
         self.wide = compute_dtype(q)
         self.initial = contiguous(s0, self.wide), contiguous(z0, self.wide)
+        self.packed, self.ranges = ranges is not None, contiguous(ranges, torch.int64)
         self.where, self.steps = (q, q), (0, 0)
         if freq is not None:
             self.where = contiguous(positions, torch.float64), contiguous(freq, torch.float64)
@@ -184,39 +206,70 @@ class _Scan:
                 0 if freq.shape[0] == 1 else freq[0].numel(),
             )
 
+    def by_token(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for numbers of every token: zeros where some may be of no sequence."""
+        x = empty(self.q, *shape, dtype=dtype)
+        return x.zero_() if self.packed else x
+
+    def of_states(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Return memory for s and z of all sequences and this many heads."""
+        plan = self.plan
+        shape = plan.sequences, heads
+        return (
+            empty(self.q, *shape, plan.r, plan.e, dtype=self.wide),
+            empty(self.q, *shape, plan.rz, dtype=self.wide),
+        )
+
     def cut(self, role: str) -> tuple[int, tuple[int, int]]:
-        """Return the blocks of columns of a role, and the length and number of segments."""
+        """Return the blocks of columns of a role; the length of segments and the slots of a row."""
         plan, block = self.plan, self.plan.blocks(role)
         columns = -(-plan.e // block.be)
         if role[:4] == "grad":
             columns *= -(-plan.pairs // block.bw)
-        return columns, segments(plan.heads * columns, plan.t, block.c, self.q.device)
+        programs, device = plan.heads * columns, self.q.device
+        length, count = segments(programs, plan.t, block.c, plan.row, device)
+        return columns, (length, plan.row - 1 + count)
+
+    def slots(self, cut: tuple[int, int]) -> Tensor:
+        """Return what the slots of segments hold, where sequences are ranges: on the card alone."""
+        if not self.packed:
+            return self.q
+        slots = empty(self.q, cut[1], 6, dtype=torch.int64)
+        kernel(scan.slots_kernel, ("num_warps", 1), ("num_stages", 1))(
+            (cut[1], 1, 1), (self.ranges, slots), (self.plan.row, cut[0])
+        )
+        return slots
 
     def states(
-        self, cut: tuple[int, int], x: Tensor, y: Tensor, initial: tuple, den: Tensor,
-        delta: Tensor, backwards: bool,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int], tuple[str, bool]]:  # fmt: skip
-        """Return (s, z) at the beginning of each segment, how far apart, and if there is any."""
-        plan, (s, z) = self.plan, initial
+        self, cut: tuple[int, int], slots: Tensor, x: Tensor, y: Tensor,
+        groups: tuple[int, int, int], initial: tuple, den: Tensor, delta: Tensor, backwards: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], tuple[str, bool]]:  # fmt: skip
+        """Return (s, z) at the beginning of each segment, where each lies, and if there is any.
+
+        Where: heads that share one, how far these and slots are apart, sizes of s and z.
+        groups: How many neighbours share a head of x, of y and of the initial state.
+        """
+        plan, (s, z), group = self.plan, initial, groups[2]
         count, size = plan.r * plan.e, plan.r * plan.e + plan.rz
-        if cut[1] == 1:
+        if cut[1] == plan.row:
             given = s is not None
             s = self.q if s is None else s
-            return (s, s if z is None else z), (count, plan.rz), ("STATE", given)
+            apart = group, 1, plan.h // group, count, plan.rz
+            return (s, s if z is None else z), apart, ("STATE", given)
         states = empty(self.q, plan.heads, cut[1], size, dtype=self.wide)
         plan.kernel(scan.state_kernel, "state", ("BACKWARDS", backwards))(
             (-(-plan.e // plan.blocks("state").be) * cut[1] * plan.heads, 1, 1),
-            (x, y, den, delta, states, *self.where),
-            (*plan.sizes, *cut, *x.stride()[:3], *y.stride()[:3], *self.steps),
+            (x, y, den, delta, states, *self.where, slots),
+            (*plan.sizes, *groups[:2], *cut, *x.stride()[:3], *y.stride()[:3], *self.steps),
         )
-        choices = ("STATE", s is not None), ("BACKWARDS", backwards), ("ACC", plan.meta["ACC"])
-        choices += ("BLOCK", 1024), ("num_warps", 4), ("num_stages", 1)
+        choices = ("STATE", s is not None), ("BACKWARDS", backwards), ("RANGES", self.packed)
+        choices += ("ACC", plan.meta["ACC"]), ("BLOCK", 1024), ("num_warps", 4), ("num_stages", 1)
         kernel(scan.prefix_kernel, *choices)(
-            (plan.heads, -(-size // 1024), 1),
-            (states, states if s is None else s, states if z is None else z),
-            (cut[1], count, plan.rz),
+            (plan.sequences * plan.h, -(-size // 1024), 1),
+            tuple(states if x is None else x for x in (states, s, z, self.ranges)),
+            (plan.h, plan.row, *cut, group, count, plan.rz),
         )
-        return (states, states[..., count:]), (size, size), ("STATE", True)
+        return (states, states[..., count:]), (1, cut[1], 1, size, size), ("STATE", True)
 
 
 def causal_dot(
@@ -226,21 +279,39 @@ def causal_dot(
     *inputs, options = inputs
     call, (q, _, v, *_) = _Scan(inputs, options), inputs
     plan, (b, t, h, _) = call.plan, q.shape
-    o = empty(q, *v.shape)
-    den = empty(q, b, h, t if plan.rz else 0, dtype=call.wide)
-    s = empty(q, b, h, plan.r, plan.e, dtype=call.wide)
-    z = empty(q, b, h, plan.rz, dtype=call.wide)
-    if not plan.heads:
+    o = call.by_token(b, t, h, plan.e, dtype=v.dtype)
+    den = call.by_token(b, h, t if plan.rz else 0, dtype=call.wide)
+    s, z = call.of_states(h // plan.of_state)
+    if not plan.sequences * h:
         return o, den, s, z
+    groups = plan.of_k, plan.of_v, plan.of_state
     with torch.cuda.device_of(q):
         columns, cut = call.cut("forward")
-        state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
+        slots = call.slots(cut)
+        state, apart, given = call.states(
+            cut, slots, call.k, call.v, groups, call.initial, den, den, False
+        )
         plan.kernel(scan.forward_kernel, "forward", given)(
             (columns * cut[1] * plan.heads, 1, 1),
-            (call.q, call.k, call.v, o, den, *state, s, z, *call.where),
-            (*plan.sizes, *cut, *call.strides, *call.steps, *sizes),
+            (call.q, call.k, call.v, o, den, *state, s, z, *call.where, slots),
+            (*plan.sizes, *groups, *cut, *call.strides, *call.steps, *apart),
         )
     return o, den, s, z
+
+
+def _final_gradients(
+    call: _Scan, grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return those of s and z for all heads: zeros but for the first of those that share one."""
+    given, group = [contiguous(x, call.wide) for x in grads], call.plan.of_state
+    missing = [x is None for x in given]
+    if all(missing) or (group == 1 and not any(missing)):
+        return tuple(given)
+    spread = [x.zero_() for x in call.of_states(call.plan.h)]
+    for x, of_first in zip(spread, given, strict=True):
+        if of_first is not None:
+            x[:, ::group] = of_first
+    return tuple(spread)
 
 
 def causal_dot_backward(
@@ -252,20 +323,19 @@ def causal_dot_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
-    call, (q, k, v, _, _, positions, freq) = _Scan(inputs, options), inputs
+    call, (q, k, v, _, _, positions, freq, _) = _Scan(inputs, options), inputs
     plan, none, (b, t, h, _) = call.plan, q.new_empty(0), q.shape
-    if not plan.heads:
-        pairs = zip(inputs, needs, strict=True)
+    if not plan.sequences * h:
+        pairs = zip(inputs[:7], needs, strict=True)
         return tuple(torch.zeros_like(x) if need else none for x, need in pairs)
-    do, final = rows(grads[0]), (contiguous(grads[1], call.wide), contiguous(grads[2], call.wide))
-    dq, dk, dv = (empty(x, *x.shape) for x in (q, k, v))
-    ds0 = empty(q, b, h, plan.r, plan.e, dtype=call.wide)
-    dz0 = empty(q, b, h, plan.rz, dtype=call.wide)
-    if final != (None, None):
-        final = (
-            torch.zeros_like(ds0) if final[0] is None else final[0],
-            torch.zeros_like(dz0) if final[1] is None else final[1],
-        )
+
+    def of_tokens(x: Tensor) -> Tensor:
+        # of each head of q: those that share keys or values are added behind
+        return call.by_token(b, t, h, x.shape[-1], dtype=x.dtype if x.shape[2] == h else call.wide)
+
+    do, final = rows(grads[0]), _final_gradients(call, grads[1:])
+    dq, dk, dv = map(of_tokens, (q, k, v))
+    ds0, dz0 = call.of_states(h)
     turn, want_state = needs[5] or needs[6], needs[3] or needs[4]
     want_k, delta = needs[1] or turn or want_state, torch.empty_like(den)
     by_position, by_freq = [], []
@@ -274,25 +344,31 @@ def causal_dot_backward(
         # of positions and frequencies, by each program: what to add up
         if not turn:
             return q, q
-        by_position.append(empty(q, columns, b, h, t, plan.levels, dtype=call.wide))
+        by_position.append(call.by_token(columns, b, h, t, plan.levels, dtype=call.wide))
         by_freq.append(empty(q, b, h, cut[1], *freq.shape[1:], dtype=call.wide))
         return by_position[-1], by_freq[-1]
 
     qkv, strides = (call.q, call.k, call.v), (*call.strides, *do.stride()[:3], *call.steps)
-    turning = ("TURN", turn), ("WANT_POSITIONS", needs[5])
+    turning, shared = (("TURN", turn), ("WANT_POSITIONS", needs[5])), (plan.of_k, plan.of_v)
     with torch.cuda.device_of(q):
         # by the way it makes delta, which the gradients of the keys begin with
         if needs[0] or turn or (want_k and plan.rz):
             columns, cut = call.cut("grad_q")
-            state, sizes, given = call.states(cut, call.k, call.v, call.initial, den, den, False)
+            slots, groups = call.slots(cut), (*shared, plan.of_state)
+            state, apart, given = call.states(
+                cut, slots, call.k, call.v, groups, call.initial, den, den, False
+            )
             plan.kernel(scan_backward.grad_q_kernel, "grad_q", given, *turning)(
                 (columns * cut[1] * plan.heads, 1, 1),
-                (*qkv, o, do, den, delta, *state, dq, *call.where, *gradients(columns, cut)),
-                (*plan.sizes, *cut, *strides, *sizes),
+                (*qkv, o, do, den, delta, *state, dq, *call.where, slots, *gradients(columns, cut)),
+                (*plan.sizes, *shared, *cut, *strides, *apart),
             )
         for role in plan.roles_kv(want_k, needs[2]):
             columns, cut = call.cut(role)
-            state, sizes, given = call.states(cut, call.q, do, final, den, delta, True)
+            slots = call.slots(cut)
+            state, apart, given = call.states(
+                cut, slots, call.q, do, (1, 1, 1), final, den, delta, True
+            )
             of_k = role != "grad_v"
             turned = gradients(columns, cut) if of_k else (q, q)
             choices = turning if of_k else (("TURN", False), ("WANT_POSITIONS", False))
@@ -300,10 +376,18 @@ def causal_dot_backward(
             choices += (("WANT_STATE", want_state and of_k),)
             plan.kernel(scan_backward.grad_kv_kernel, role, given, *choices)(
                 (columns * cut[1] * plan.heads, 1, 1),
-                (*qkv, do, den, delta, *state, dk, dv, ds0, dz0, *call.where, *turned),
-                (*plan.sizes, *cut, *strides, *sizes),
+                (*qkv, do, den, delta, *state, dk, dv, ds0, dz0, *call.where, slots, *turned),
+                (*plan.sizes, *shared, *cut, *strides, *apart),
             )
-    results = [x if need else none for x, need in zip((dq, dk, dv, ds0, dz0), needs, strict=False)]
+    results = []
+    for x, dim, heads, dtype, need in (
+        (dq, 2, h, q.dtype, needs[0]),
+        (dk, 2, k.shape[2], k.dtype, needs[1]),
+        (dv, 2, v.shape[2], v.dtype, needs[2]),
+        (ds0, 1, h // plan.of_state, call.wide, needs[3]),
+        (dz0, 1, h // plan.of_state, call.wide, needs[4]),
+    ):
+        results.append(sum_groups(x, dim, heads, dtype) if need else none)
     for like, parts, need in ((positions, by_position, needs[5]), (freq, by_freq, needs[6])):
         # by the angles in turns so far
         total = 2 * math.pi * sum(x.sum((0, 2), dtype=torch.float64) for x in parts)

@@ -12,6 +12,10 @@ phi and psi the features of q and k, g = grad_o / normaliser.
 A program owns a segment of one head of one sequence and a block of columns of the result; it walks
 the segment chunk by chunk with the state in registers. Where heads are cut into segments, to give
 the whole card work, `state_kernel` and `prefix_kernel` make the states that these begin with.
+
+With RANGES the one row of tokens holds S sequences, and its NSEG slots of segments are their first
+ones, then one for each SEG tokens in which another may begin; `slots_kernel` finds what they hold.
+A slot that holds none has no tokens.
 """
 
 import triton
@@ -32,15 +36,66 @@ from .tiles import (
 )
 
 
+@triton.jit(do_not_specialize=["S", "SEG"])
+def slots_kernel(ranges, slots, S, SEG):
+    """Store what each slot holds, as `place` and `state_kernel` read it.
+
+    That is: first token of the segment, end, sequence, whether it is the last one; and the ends of
+    what it adds to the states of segments behind and before it, of no token if there are none.
+
+    The first S slots are the first segments of the sequences. Every other segment follows SEG
+    tokens of its own sequence, so no two begin in the same SEG tokens of the row.
+    """
+    i_seg = tl.program_id(0)
+    i_s = i_seg.to(tl.int64)
+    begin = i_s * 0
+    last = begin
+    if i_seg < S:
+        begin = tl.load(ranges + 2 * i_s)
+        last = tl.load(ranges + 2 * i_s + 1)
+    else:
+        i_s = begin
+        for i in range(0, S, 128):
+            o_s = (i + tl.arange(0, 128)).to(tl.int64)
+            first = tl.load(ranges + 2 * o_s, mask=o_s < S, other=0)
+            behind = tl.load(ranges + 2 * o_s + 1, mask=o_s < S, other=0)
+            at = (i_seg - S + 1) * SEG + first % SEG
+            here = (at > first) & (at < behind)
+            i_s += tl.sum(tl.where(here, o_s, 0))
+            begin += tl.sum(tl.where(here, at, 0))
+            last += tl.sum(tl.where(here, behind, 0))
+    end = tl.minimum(begin + SEG, last)
+    closes = (end == last) & ((i_seg < S) | (last > 0))
+    slots += 6 * i_seg
+    tl.store(slots, begin)
+    tl.store(slots + 1, end)
+    tl.store(slots + 2, i_s)
+    tl.store(slots + 3, closes.to(tl.int64))
+    tl.store(slots + 4, tl.where(closes, begin, end))
+    tl.store(slots + 5, tl.where(i_seg < S, begin, end))
+
+
 @triton.jit
-def place(T, SEG, NSEG, BLOCKS):
-    """Return head (sequence by sequence), segment, block of columns, first token and end."""
+def place(slots, T, H, S, SEG, NSEG, BLOCKS, RANGES: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Return where a program works.
+
+    That is: head (row by row of the batch), head (sequence by sequence), slot of the segment, block
+    of columns, first token, end, and whether no other segment of its sequence is walked later.
+    """
     pid = tl.program_id(0)
     i_block = pid % BLOCKS
     i_seg = pid // BLOCKS % NSEG
     i_bh = (pid // BLOCKS // NSEG).to(tl.int64)
-    begin = i_seg * SEG
-    return i_bh, i_seg, i_block, begin, tl.minimum(begin + SEG, T)
+    if RANGES:
+        slots += 6 * i_seg
+        begin, end = tl.load(slots).to(T.dtype), tl.load(slots + 1).to(T.dtype)
+        i_sh = tl.load(slots + 2) * H + i_bh
+        closes = i_seg < S if BACKWARDS else tl.load(slots + 3) != 0
+        return i_bh, i_sh, i_seg, i_block, begin, end, closes
+    else:
+        begin = i_seg * SEG
+        closes = i_seg == (0 if BACKWARDS else NSEG - 1)
+        return i_bh, i_bh, i_seg, i_block, begin, tl.minimum(begin + SEG, T), closes
 
 
 @triton.jit
@@ -72,14 +127,15 @@ def products(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG", "NH", "NS"])
 def forward_kernel(
-    q, k, v, o, den, s0, z0, s, z, positions, freq,
-    T, H, D, E, W, L, SEG, NSEG,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, position_b, freq_h, s0_size, z0_size,
+    q, k, v, o, den, s0, z0, s, z, positions, freq, slots,
+    T, H, D, E, W, L, S, GK, GV, GS, SEG, NSEG,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, position_b, freq_h,
+    G0, NH, NS, s0_size, z0_size,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
-    MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, STATE: tl.constexpr,
+    MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, STATE: tl.constexpr, RANGES: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,17 +144,19 @@ def forward_kernel(
     # the normaliser sees features that are not rotated
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
-    i_bh, i_seg, i_block, begin, end = place(T, SEG, NSEG, tl.cdiv(E, BE))
+    i_bh, i_sh, i_seg, i_block, begin, end, closes = place(
+        slots, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES, False
+    )
     i_b, i_h = i_bh // H, i_bh % H
     q += i_b * q_b + i_h * q_h
-    k += i_b * k_b + i_h * k_h
-    v += i_b * v_b + i_h * v_h
+    k += i_b * k_b + i_h // GK * k_h
+    v += i_b * v_b + i_h // GV * v_h
     o += (i_b * T * H + i_h) * E
     den += i_bh * T
     positions += i_b * position_b
     freq += i_h * freq_h
-    s0 += (i_bh * NSEG + i_seg) * s0_size
-    z0 += (i_bh * NSEG + i_seg) * z0_size
+    s0 += (i_bh // G0 * NH + i_seg * NS) * s0_size
+    z0 += (i_bh // G0 * NH + i_seg * NS) * z0_size
 
     o_c, o_w, o_e = tl.arange(0, C), tl.arange(0, BW), i_block * BE + tl.arange(0, BE)
     s_1, s_2 = load_state(s0, o_w, o_e, D, W, E, PAIRS, PARTS, ACC, STATE)
@@ -139,34 +197,40 @@ def forward_kernel(
         if PARTS == 2:
             s_2 = dot(tl.trans(psi_2), b_v, s_2, DOT, PRECISION)
 
-    if i_seg == NSEG - 1:
+    # heads that share a state all have it; the first of them stores it
+    if closes & (i_sh % GS == 0):
         R = feature_count(D, W, PAIRS, PARTS)
-        store_state(s + i_bh * R * E, s_1, s_2, o_w, o_e, D, W, E, PAIRS, PARTS)
+        store_state(s + i_sh // GS * R * E, s_1, s_2, o_w, o_e, D, W, E, PAIRS, PARTS)
         if NORM:
             RZ = feature_count(D, W, PAIRS, NORM_PARTS)
-            store_sums(z + i_bh * RZ, z_1, z_2, o_w, i_block == 0, D, W, PAIRS, NORM_PARTS)
+            store_sums(z + i_sh // GS * RZ, z_1, z_2, o_w, i_block == 0, D, W, PAIRS, NORM_PARTS)
 
 
-@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG"])
 def state_kernel(
-    x, y, den, delta, states, positions, freq,
-    T, H, D, E, W, L, SEG, NSEG,
+    x, y, den, delta, states, positions, freq, slots,
+    T, H, D, E, W, L, S, GX, GY, SEG, NSEG,
     x_b, x_t, x_h, y_b, y_t, y_h, position_b, freq_h,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, ENCODE: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
     MAP_FIRST: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARDS: tl.constexpr,
-    C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
+    RANGES: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state: of psi and v, or BACKWARDS of phi and g."""
     NORM: tl.constexpr = NORMALIZE != "none"
     NORM_PARTS: tl.constexpr = 2 if MAP_FIRST and PAIRS != "none" else PARTS
-    i_bh, i_seg, i_block, begin, end = place(T, SEG, NSEG, tl.cdiv(E, BE))
+    i_bh, _, i_seg, i_block, begin, end, closes = place(
+        slots, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES, BACKWARDS
+    )
     # no segment begins with what the last one adds
-    end = tl.where(i_seg == (0 if BACKWARDS else NSEG - 1), begin, end)
+    if RANGES:  # there is no register left to choose with
+        end = tl.load(slots + 6 * i_seg + (5 if BACKWARDS else 4)).to(T.dtype)
+    else:
+        end = tl.where(closes, begin, end)
     i_b, i_h = i_bh // H, i_bh % H
-    x += i_b * x_b + i_h * x_h
-    y += i_b * y_b + i_h * y_h
+    x += i_b * x_b + i_h // GX * x_h
+    y += i_b * y_b + i_h // GY * y_h
     den += i_bh * T
     delta += i_bh * T
     positions += i_b * position_b
@@ -203,22 +267,34 @@ def state_kernel(
         store_sums(states + R * E, z_1, z_2, o_w, i_block == 0, D, W, PAIRS, NORM_PARTS)
 
 
-@triton.jit(do_not_specialize=["NSEG"])
+@triton.jit(do_not_specialize=["H", "S", "SEG", "NSEG"])
 def prefix_kernel(
-    states, s0, z0, NSEG, RE, RZ,
-    STATE: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    states, s0, z0, ranges, H, S, SEG, NSEG, G0, RE, RZ,
+    STATE: tl.constexpr, BACKWARDS: tl.constexpr, RANGES: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Replace what the segments add by the sum of what those before add (BACKWARDS: behind)."""
-    i_bh = tl.program_id(0).to(tl.int64)
+    i_sh = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o < RE + RZ
     total = tl.zeros((BLOCK,), ACC)
     if STATE:
-        total = tl.load(s0 + i_bh * RE + o, mask=o < RE, other=0.0)
-        total += tl.load(z0 + i_bh * RZ + o - RE, mask=(o >= RE) & mask, other=0.0)
-    for i in range(NSEG):
-        i_seg = NSEG - 1 - i if BACKWARDS else i
-        at = states + (i_bh * NSEG + i_seg) * (RE + RZ) + o
+        total = tl.load(s0 + i_sh // G0 * RE + o, mask=o < RE, other=0.0)
+        total += tl.load(z0 + i_sh // G0 * RZ + o - RE, mask=(o >= RE) & mask, other=0.0)
+    if RANGES:
+        i_s = i_sh // H
+        first, last = tl.load(ranges + 2 * i_s), tl.load(ranges + 2 * i_s + 1)
+        states += i_sh % H * NSEG * (RE + RZ)
+        # an empty sequence has one segment
+        count = tl.maximum(tl.cdiv(last - first, SEG), 1)
+    else:
+        states += i_sh * NSEG * (RE + RZ)
+        count = NSEG
+    for i in range(count):
+        i_seg = count - 1 - i if BACKWARDS else i
+        if RANGES:  # its slot: see `slots_kernel`
+            i_seg = tl.where(i_seg == 0, i_s, S - 1 + first // SEG + i_seg)
+        at = states + i_seg * (RE + RZ) + o
         added = tl.load(at, mask=mask, other=0.0)
         # other threads may store what this one has loaded
         tl.debug_barrier()

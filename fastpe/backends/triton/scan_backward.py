@@ -67,17 +67,17 @@ def store_frequencies(dfreq, b_df, o_w, W, L):
     tl.store(dfreq + o_w[:, None] * L + o_l[None, :], b_df, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG", "NH", "NS"])
 def grad_q_kernel(
-    q, k, v, o, do, den, delta, s0, z0, dq, positions, freq, dpositions, dfreq,
-    T, H, D, E, W, L, SEG, NSEG,
+    q, k, v, o, do, den, delta, s0, z0, dq, positions, freq, slots, dpositions, dfreq,
+    T, H, D, E, W, L, S, GK, GV, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
-    position_b, freq_h, s0_size, z0_size,
+    position_b, freq_h, G0, NH, NS, s0_size, z0_size,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
     NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr, WANT_POSITIONS: tl.constexpr,
-    C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+    RANGES: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of pairs of the queries; and delta, that of the sums of weights."""
@@ -85,11 +85,11 @@ def grad_q_kernel(
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
     BLOCKS = tl.cdiv(D if PAIRS == "none" else (D + 1) // 2, BW)
-    i_bh, i_seg, i_block, begin, end = place(T, SEG, NSEG, BLOCKS)
+    i_bh, _, i_seg, i_block, begin, end, _ = place(slots, T, H, S, SEG, NSEG, BLOCKS, RANGES, False)
     i_b, i_h = i_bh // H, i_bh % H
     q += i_b * q_b + i_h * q_h
-    k += i_b * k_b + i_h * k_h
-    v += i_b * v_b + i_h * v_h
+    k += i_b * k_b + i_h // GK * k_h
+    v += i_b * v_b + i_h // GV * v_h
     o += (i_b * T * H + i_h) * E
     do += i_b * do_b + i_h * do_h
     dq += (i_b * T * H + i_h) * D
@@ -97,8 +97,8 @@ def grad_q_kernel(
     delta += i_bh * T
     positions += i_b * position_b
     freq += i_h * freq_h
-    s0 += (i_bh * NSEG + i_seg) * s0_size
-    z0 += (i_bh * NSEG + i_seg) * z0_size
+    s0 += (i_bh // G0 * NH + i_seg * NS) * s0_size
+    z0 += (i_bh // G0 * NH + i_seg * NS) * z0_size
 
     o_c, o_w, o_e = tl.arange(0, C), i_block * BW + tl.arange(0, BW), tl.arange(0, BE)
     s_1, s_2 = load_state(s0, o_w, o_e, D, W, E, PAIRS, PARTS, ACC, STATE)
@@ -159,17 +159,17 @@ def grad_q_kernel(
         store_frequencies(dfreq + (i_bh * NSEG + i_seg) * W * L, b_df, o_w, W, L)
 
 
-@triton.jit(do_not_specialize=["T", "SEG", "NSEG"])
+@triton.jit(do_not_specialize=["T", "S", "SEG", "NSEG", "NH", "NS"])
 def grad_kv_kernel(
-    q, k, v, do, den, delta, t0, y0, dk, dv, ds0, dz0, positions, freq, dpositions, dfreq,
-    T, H, D, E, W, L, SEG, NSEG,
+    q, k, v, do, den, delta, t0, y0, dk, dv, ds0, dz0, positions, freq, slots, dpositions, dfreq,
+    T, H, D, E, W, L, S, GK, GV, SEG, NSEG,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
-    position_b, freq_h, t0_size, y0_size,
+    position_b, freq_h, G0, NH, NS, t0_size, y0_size,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, MAP_FIRST: tl.constexpr,
     NORMALIZE: tl.constexpr, STATE: tl.constexpr, TURN: tl.constexpr, WANT_POSITIONS: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, WANT_STATE: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, WANT_STATE: tl.constexpr, RANGES: tl.constexpr,
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,11 +182,13 @@ def grad_kv_kernel(
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
     BLOCKS_E = tl.cdiv(E, BE)
     BLOCKS = tl.cdiv(D if PAIRS == "none" else (D + 1) // 2, BW) * BLOCKS_E
-    i_bh, i_seg, i_block, begin, end = place(T, SEG, NSEG, BLOCKS)
+    i_bh, i_sh, i_seg, i_block, begin, end, closes = place(
+        slots, T, H, S, SEG, NSEG, BLOCKS, RANGES, True
+    )
     i_b, i_h = i_bh // H, i_bh % H
     q += i_b * q_b + i_h * q_h
-    k += i_b * k_b + i_h * k_h
-    v += i_b * v_b + i_h * v_h
+    k += i_b * k_b + i_h // GK * k_h
+    v += i_b * v_b + i_h // GV * v_h
     do += i_b * do_b + i_h * do_h
     dk += (i_b * T * H + i_h) * D
     dv += (i_b * T * H + i_h) * E
@@ -194,8 +196,8 @@ def grad_kv_kernel(
     delta += i_bh * T
     positions += i_b * position_b
     freq += i_h * freq_h
-    t0 += (i_bh * NSEG + i_seg) * t0_size
-    y0 += (i_bh * NSEG + i_seg) * y0_size
+    t0 += (i_bh // G0 * NH + i_seg * NS) * t0_size
+    y0 += (i_bh // G0 * NH + i_seg * NS) * y0_size
 
     o_c = tl.arange(0, C)
     o_w = i_block // BLOCKS_E * BW + tl.arange(0, BW)
@@ -271,11 +273,11 @@ def grad_kv_kernel(
         if PARTS == 2:
             t_2 = dot(tl.trans(phi_2), g, t_2, DOT, PRECISION)
 
-    if WANT_STATE and i_seg == 0:
+    if WANT_STATE and closes:
         R = feature_count(D, W, PAIRS, PARTS)
-        store_state(ds0 + i_bh * R * E, t_1, t_2, o_w, o_e, D, W, E, PAIRS, PARTS)
+        store_state(ds0 + i_sh * R * E, t_1, t_2, o_w, o_e, D, W, E, PAIRS, PARTS)
         if NORM and WANT_DK:
             RZ = feature_count(D, W, PAIRS, NORM_PARTS)
-            store_sums(dz0 + i_bh * RZ, y_1, y_2, o_w, o_w >= 0, D, W, PAIRS, NORM_PARTS)
+            store_sums(dz0 + i_sh * RZ, y_1, y_2, o_w, o_w >= 0, D, W, PAIRS, NORM_PARTS)
     if TURN and WANT_DK:
         store_frequencies(dfreq + (i_bh * NSEG + i_seg) * W * L, b_df, o_w, W, L)

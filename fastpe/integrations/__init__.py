@@ -1,0 +1,1 @@
+"""fastpe inside other packages, one module each; fastpe itself imports none of them."""

@@ -1,0 +1,260 @@
+"""fastpe as an attention implementation of Hugging Face transformers, and a cache of constant size.
+
+    from fastpe.integrations.transformers import StateCache, register
+
+    register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="fastpe")
+    model.generate(**inputs, cache=StateCache())  # before transformers 5.24: past_key_values=
+
+The model keeps its projections and its own rotary encoding, whose queries and keys the feature map
+sees. Weights that were trained with softmax need training again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..attention import LinearAttentionState, causal_linear_attention, linear_attention
+from ..feature_maps import FeatureMap, as_feature_map
+from ..validation import check_options
+
+try:
+    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.masking_utils import (
+        AttentionMaskInterface,
+        bidirectional_mask_function,
+        causal_mask_function,
+    )
+    from transformers.modeling_utils import AttentionInterface
+except ImportError as error:
+    raise ImportError(
+        "fastpe.integrations.transformers needs transformers >= 5.5: "
+        f"pip install 'fastpe[transformers]' ({error})"
+    ) from error
+
+__all__ = ["StateCache", "register"]
+
+# what other implementations make of logits, and linear attention has none
+_OF_LOGITS = ("softcap", "s_aux", "position_bias", "sliding_window")
+_NO_KEYS = (
+    "StateCache holds no keys: it is for models with the attn_implementation of "
+    "fastpe.integrations.transformers.register"
+)
+
+
+def register(
+    name: str = "fastpe",
+    *,
+    feature_map: str | FeatureMap = "elu1",
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> None:
+    """Make fastpe's attention known to transformers as attn_implementation=name.
+
+    o_m = sum_{n<=m} (phi(q_m) . phi(k_n)) v_n / (sum_{n<=m} phi(q_m) . phi(k_n) + eps), over all n
+    in modules that are not causal. Without logits there is nothing for the model's `scaling` to
+    scale, so it is not used, and no weights to return or to drop out.
+
+    Models are refused, by ValueError in their forward, if they ask for what this cannot do:
+    attention dropout in training, sliding windows, soft caps, sinks or biases of logits, packed
+    sequences, masks per query, static caches. When transformers is compiled it takes batches that
+    come without attention_mask and without cache for packed: give it the mask.
+
+    Args:
+        name: Under which models ask for it.
+        feature_map: phi, as in `causal_linear_attention`; a module is that of every layer of every
+            model, and moves between devices and learns only where you see to it.
+        normalize: As in `causal_linear_attention`.
+        eps: Of the normaliser.
+        backend: As in `causal_linear_attention`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as there.
+    """
+    feature_map = as_feature_map(feature_map)
+    check_options(feature_map, normalize, eps, None)
+    backends.check_name(backend)
+    options = {
+        "feature_map": feature_map,
+        "normalize": normalize,
+        "eps": eps,
+        "backend": backend,
+    }
+    AttentionInterface.register(name, partial(_attention, options=options))
+    AttentionMaskInterface.register(name, _mask)
+
+
+class StateCache(Cache):
+    """A cache for `generate` that keeps the sums of linear attention instead of keys and values.
+
+    Its size and the time of a token do not depend on the number of tokens before. Sums cannot
+    forget: a key stays masked or not as it was when it came, and what takes tokens back (assisted
+    generation) is refused by ValueError.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_StateLayer)
+
+
+class _StateLayer(CacheLayerMixin):
+    """The state of one layer of a model; `_attention` reads and replaces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: LinearAttentionState | None = None
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[_NewKeys, Tensor]:
+        # the output needs the queries, which only the attention function is given
+        self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[-2]
+        return _NewKeys(key_states, self), value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, self.length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # the name it had before transformers 5.16
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.state, self.length, self.is_initialized = None, 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a StateCache cannot be cropped: its sums do not tell tokens apart")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            batch = torch.arange(self.state.s.shape[0], device=self.state.s.device)
+            self._select(batch.repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.state is not None:
+            of_batch = {name: getattr(self.state, name) for name in ("s", "z", "length", "c")}
+            self.state = self.state._replace(
+                **{n: x[rows.to(x.device)] for n, x in of_batch.items() if isinstance(x, Tensor)}
+            )
+
+
+class _NewKeys:
+    """Keys on their way from `update` to `_attention`, [B, Hk, T, D], with the state before them.
+
+    No tensor, so that attention over these keys alone is an error in every other implementation.
+    """
+
+    def __init__(self, keys: Tensor, layer: _StateLayer) -> None:
+        self.keys, self.layer = keys, layer
+
+    def __getattr__(self, name: str) -> None:
+        raise AttributeError(_NO_KEYS)
+
+    @classmethod
+    def __torch_function__(cls, *args: object) -> None:
+        raise TypeError(_NO_KEYS)
+
+
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: object,
+    attention_mask: Tensor | None,
+    **kwargs: object,
+) -> Tensor | None:
+    """Return which keys are not padding, [B, kv_length], or None for all of them."""
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise ValueError(
+            "attn_implementation of fastpe has no masks but causal and padding: no sliding "
+            "windows, packed sequences or masks per query"
+        )
+    causal = mask_function is causal_mask_function
+    if causal and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length):
+        raise ValueError(
+            "attn_implementation of fastpe needs keys that end with the last query: use "
+            "StateCache or DynamicCache, not a static cache"
+        )
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if attention_mask.shape[1] != kv_length:
+        raise ValueError(
+            f"attention_mask must cover the {kv_offset + kv_length} tokens so far, "
+            f"got {kv_offset + attention_mask.shape[1]}"
+        )
+    return attention_mask
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | _NewKeys,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    *,
+    options: dict[str, object],
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attend, with the arguments that transformers gives; return o [B, Tq, H, E] and no weights.
+
+    Args:
+        module: The attention module.
+        query: [B, H, Tq, D].
+        key: [B, Hk, Tk, D], or the new ones of a StateCache.
+        value: [B, Hk, Tk, E].
+        attention_mask: From `_mask`.
+        dropout: Refused unless 0.
+        is_causal: Default: the module's.
+        options: Of `register`.
+    """
+    if dropout:
+        raise ValueError(
+            f"attention dropout must be 0, as linear attention drops no weights, got {dropout}"
+        )
+    asked = [name for name in _OF_LOGITS if kwargs.get(name) is not None]
+    if asked:
+        raise ValueError(f"{asked[0]} must be None, as linear attention has no logits")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be [B, Tk], true where a key is no padding, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = key.layer if isinstance(key, _NewKeys) else None
+    keys = key if layer is None else key.keys
+    q, k, v = (x.transpose(1, 2) for x in (query, keys, value))
+    padding = None if attention_mask is None else ~attention_mask.bool()
+    options = {"key_padding_mask": padding, **options}
+    if not causal:
+        return linear_attention(q, k, v, **options), None
+    if layer is None:
+        return causal_linear_attention(q, k, v, align="end", **options), None
+    o, layer.state = causal_linear_attention(
+        q, k, v, initial_state=layer.state, output_final_state=True, **options
+    )
+    return o, None
