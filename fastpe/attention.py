@@ -11,6 +11,7 @@ from . import backends, packing, scan
 from .checks import shape
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .ops import compute_dtype
 from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
     check_align,
@@ -109,7 +110,9 @@ def causal_linear_attention(
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     # a bool where T is a symbol too
     one_token = bool(initial_state is not None and q.shape[1] == 1)
-    backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
+    # maps that are modules work in the dtype of arithmetic
+    dtype = compute_dtype(q) if isinstance(feature_map, FeatureMap) else q.dtype
+    backend = backends.resolve(backend, q.device, dtype, widths, one_token)
     setting, state = setting._replace(backend=backend), None
     if initial_state is not None:
         state = initial_state.s, initial_state.z

@@ -105,7 +105,13 @@ def _attend_kernels(
     options = _options(setting, maps)
     sides = (q, "q"), (k, "k")
     if encoding is not None and maps is None:
-        q, k = (_encoded(blank(x, packing.padding), positions, side, setting) for x, side in sides)
+        q, k = (
+            _by_sequence(
+                lambda x, positions, side=side: _encoded(x, positions, side, setting),
+                *(blank(x, packing.padding), positions, packing.cu_seqlens),
+            )
+            for x, side in sides
+        )
     if q.shape[1] == 1 and state is not None and not packing:
         done = step(q, k, v, *state, positions=positions, maps=maps, options=options)
         if done is not None:

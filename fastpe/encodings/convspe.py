@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conv import Filter, conv_features
+from ..conv import Filter, KeptNoise, conv_features
 from ..maps import Band
 from ..noise import GATE
 from ..ops import philox_normal
@@ -23,7 +23,7 @@ class ConvSPE(Resampled, PositionalEncoding):
     P_d(lag) = sum_j weight_q[d, j] weight_k[d, j + lag], zero from kappa on. The gate [H, D] has
     the PyTorch package's sign: g = 1 switches position off. Positions are integers, which are
     looked at: on a GPU features wait for it. They have no second derivative. Noise is drawn for
-    each position, for a single token too: decoding is slow, num_realizations=None is not.
+    64 positions at a time, which decoding keeps (25 MB with D H = 512, R = 64, kappa = 128).
 
     Args:
         head_dim: Size D of queries and keys.
@@ -65,7 +65,12 @@ class ConvSPE(Resampled, PositionalEncoding):
             self.gate = nn.Parameter(torch.empty(num_heads, head_dim))
         self._init_noise(resample, seed, random=num_realizations is not None)
         self._num_shares = 0
+        self._kept = KeptNoise()
         self.reset_parameters()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is copied and pickled: not what can be made again."""
+        return super().__getstate__() | {"_kept": KeptNoise()}
 
     def reset_parameters(self) -> None:
         """Draw the parameters as SPE's code does."""
@@ -133,7 +138,7 @@ class ConvSPE(Resampled, PositionalEncoding):
             constant = gate_root[..., None] * scale * self._noise(dtype)
         seed, step = self.noise_key
         fir = Filter(weight, constant, seed, step, source.module_id, self.num_realizations)
-        return conv_features(x, positions, fir)
+        return conv_features(x, positions, fir, source._kept)
 
     def _draw(self, dtype: torch.dtype) -> Tensor:  # of the gate, [H, D, R]
         seed, step = self.noise_key
