@@ -11,6 +11,7 @@ from . import backends, packing, scan
 from .checks import shape
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .features import Setting
 from .ops import compute_dtype
 from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
@@ -99,7 +100,7 @@ def causal_linear_attention(
     noise = None if pos_encoding is None else pos_encoding.noise_key
     if isinstance(feature_map, FeatureMap):
         noise = feature_map.state_noise(noise)
-    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
+    setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         sizes = sequences, q.shape[2] if setting.per_head else k.shape[2]
@@ -190,7 +191,7 @@ def linear_attention(
     at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     backend = backends.resolve(backend, q.device, q.dtype, widths)
-    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, None, backend)
+    setting = Setting(pos_encoding, feature_map, normalize, eps, None, backend)
     heads = q.shape[2]
     with _full_precision(q.device):
         if cu_seqlens is None:

@@ -11,8 +11,8 @@ from .checks import require, shape
 from .encodings import PositionalEncoding
 from .favor import Favor
 from .feature_maps import FeatureMap
+from .features import Setting
 from .ops import compute_dtype
-from .scan import Setting
 
 
 class LinearAttentionState(NamedTuple):
