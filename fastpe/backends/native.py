@@ -335,7 +335,7 @@ def step(
 def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
     """Return the bytes of shared memory that blocks of the CUDA kernels need for D, R and E."""
     d, r, e = widths
-    args = CausalDot(2**10, 2**10, 1, max(d, r), e, normalize=1)
+    args = CausalDot(B=2**10, T=2**10, H=1, D=max(d, r), E=e, S=2**10, normalize=1)
     if r <= d:  # a rotation needs most
         args.freq, args.W, args.L, args.map_first, args.pool = 1, (d + 1) // 2, 1, 1, r < d
     args.q.dtype = DTYPES[dtype]
