@@ -63,13 +63,21 @@ class PositionalEncoding(nn.Module):
         return self.feature_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz of a state, unless a feature map changes them."""
+        """Return R and Rz of a state, unless a feature map changes them.
+
+        Args:
+            normalize: As in `causal_linear_attention`; False leaves Rz = 0.
+        """
         return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return the maps of queries and of keys; None if `features` is overridden."""
+        """Return the maps of queries and of keys; None if `features` is overridden.
+
+        Args:
+            device: Of the queries and keys, for an encoding that has no tensor there; else unused.
+        """
         return None
 
     def map_inputs(self) -> list[Tensor]:
@@ -79,7 +87,11 @@ class PositionalEncoding(nn.Module):
     def position_maps(
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return what `make_maps` makes, made anew where it would be recorded or has changed."""
+        """Return what `make_maps` makes, made anew where it would be recorded or has changed.
+
+        Args:
+            device: As in `make_maps`.
+        """
         if type(self).make_maps is PositionalEncoding.make_maps:
             return None
         inputs, noise = self.map_inputs(), self.noise_key

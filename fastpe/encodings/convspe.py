@@ -95,7 +95,7 @@ class ConvSPE(Resampled, PositionalEncoding):
         return (self.kernel_size - 1 + self.gated) * self.head_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz; keys are kept without normaliser too."""
+        """Return R and Rz; without noise keys are kept whatever normalize says."""
         if self.num_realizations is not None:
             return super().state_widths(normalize)
         return self.feature_dim, self.norm_dim
@@ -162,7 +162,11 @@ class ConvSPE(Resampled, PositionalEncoding):
         return p.unflatten(0, (self.num_heads, self.head_dim))
 
     def power(self, side: str) -> Tensor:
-        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64."""
+        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64.
+
+        Args:
+            side: "q" or "k".
+        """
         source = self._filters()
         weight = source.weight_q if side == "q" else source.weight_k
         p = weight.detach().cpu().double().square().sum(-1)

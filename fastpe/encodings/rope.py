@@ -99,7 +99,7 @@ class RoPE(PositionalEncoding):
         return self.head_dim if self.apply_order == "after" else self.feature_dim
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """Return theta / 2 pi, cycles per unit, [H or 1, rotary_dim / 2, L], float64."""
+        """Return theta / 2 pi on a device, cycles per unit, [H or 1, rotary_dim / 2, L], float64."""
         if self.learned:
             return self.theta.double() / (2 * math.pi)
         device = torch.device("cpu") if device is None else device

@@ -173,7 +173,11 @@ class SineEncoding(Resampled, PositionalEncoding):
     # closed form
 
     def power(self, side: str) -> Tensor:
-        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64."""
+        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64.
+
+        Args:
+            side: "q" or "k".
+        """
         gain = self._lambda_offset()[0].detach().cpu()
         p = (gain**2).sum(-1) / self._mean_over
         if self.gated:
