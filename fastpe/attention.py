@@ -57,7 +57,7 @@ def causal_linear_attention(
             an encoding has parameters of its own for each of H heads, each has its own features
             of these keys.
         v: Values, [B, T, Hk, E].
-        pos_encoding: RoPE, RoPEPool, SineSPE, FStripe or one of your own; default none.
+        pos_encoding: RoPE, RoPEPool, SineSPE, ConvSPE, FStripe or one of your own; default none.
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
             numbers, in any order; default 0, 1, 2, ... of each sequence, continued from
             initial_state. Where k is longer than q (or shorter), those of the longer one.
@@ -240,6 +240,9 @@ def causal_linear_attention_step(
     Returns:
         o: [B, H, E] in v's dtype.
         state: State after this token.
+    Raises:
+        ValueError, TypeError: an argument is not as above or there.
+        RuntimeError: the backend asked for cannot run here.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 3:

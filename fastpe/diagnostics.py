@@ -71,6 +71,8 @@ def num_realizations_for(snr: float, correlation: float) -> int:
     Args:
         snr: Wanted ratio of mean and standard deviation, positive.
         correlation: c, of the codes weighted by content, in -1 .. 1 and not 0.
+    Raises:
+        ValueError: an argument is not as above.
     """
     if not snr > 0 or not math.isfinite(snr):
         raise ValueError(f"snr must be a positive number, got {snr!r}")
@@ -97,6 +99,8 @@ def estimate_kernel(
         draws: How often noise is drawn.
     Returns:
         [..., H, D, D], float64.
+    Raises:
+        ValueError: draws is no positive int.
     """
     check_positive("draws", draws)
     positions_q, positions_k = (encoding._levels(x) for x in (positions_q, positions_k))
@@ -121,6 +125,8 @@ def content_kernel(
         draws: None for the closed form, else how many draws of the noise to estimate it from.
     Returns:
         [T, T], float64; queries down, keys across.
+    Raises:
+        ValueError: there is no such head, or draws is no positive int.
     """
     d, heads = encoding.head_dim, encoding.num_heads or 1
     if not 0 <= head < heads:

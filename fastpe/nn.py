@@ -147,7 +147,8 @@ class CausalLinearAttention(_Attention):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: embed_dim or value_dim is not divisible by num_heads, nor this by num_kv_heads.
+        ValueError, TypeError: an argument is not as above: embed_dim or value_dim is not divisible
+            by num_heads, or this by num_kv_heads, or pos_encoding is for other heads.
     """
 
     def forward(

@@ -20,7 +20,8 @@ class LinearAttentionState(NamedTuple):
 
     Attributes:
         s: sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs); H is the
-            number of key heads, unless each head of queries encodes them in its own way.
+            number of key heads, unless each head of queries encodes them in its own way. Of
+            ConvSPE without noise the last values, and in z the last keys, stand behind sums.
         z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
         length: Number of tokens so far, int64 [B] where it differs between sequences; default
             positions continue from it.

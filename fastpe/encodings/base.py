@@ -25,6 +25,9 @@ class PositionalEncoding(nn.Module):
         head_dim: Size D of queries and keys.
         num_heads: H, or None where the encoding is the same for every head.
         num_levels: Components L of a position.
+
+    Raises:
+        ValueError: an argument is no positive int.
     """
 
     # whether positions other than integers are refused

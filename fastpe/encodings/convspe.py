@@ -35,6 +35,9 @@ class ConvSPE(Resampled, PositionalEncoding):
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
         seed: Of the noise; default drawn from torch's generator.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     integer_positions = True

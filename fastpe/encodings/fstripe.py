@@ -16,6 +16,9 @@ class FStripe(SineEncoding):
       P_d = sum_k lambda_dk^2 cos(2 pi f_dk . (s_m - s_n) + theta_dk) / K.
     * num_realizations=R: F-StrIPE:SFF, SPE's noise (eqs. 3, 4, 6), with mean P_d / 2.
 
+    Parameters are those of `SineSPE`, freqs for each of L levels: f = sigmoid(freqs) / 2 cycles per
+    unit of position.
+
     Args:
         head_dim: Size D of queries and keys.
         num_heads: H.
@@ -32,7 +35,8 @@ class FStripe(SineEncoding):
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
 
     Raises:
-        ValueError: pool=False together with num_realizations, or gated pooled features.
+        ValueError: an argument is not as above: pool=False together with num_realizations, gated
+            pooled features, orthogonal noise without num_realizations.
     """
 
     def __init__(

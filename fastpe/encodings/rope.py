@@ -99,7 +99,7 @@ class RoPE(PositionalEncoding):
         return self.head_dim if self.apply_order == "after" else self.feature_dim
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """Return theta / 2 pi on a device, cycles per unit, [H or 1, rotary_dim / 2, L], float64."""
+        """Return theta / 2 pi on a device: cycles, [H or 1, rotary_dim / 2, L], float64."""
         if self.learned:
             return self.theta.double() / (2 * math.pi)
         device = torch.device("cpu") if device is None else device
@@ -169,6 +169,9 @@ class RoPEPool(RoPE):
         apply: "after" or "before" the feature map.
         scale: "matched" multiplies the features by (R / D)^(1/4) (`PositionalEncoding.kernel`),
             "paper" does not. With apply="after" this scales the output: the normaliser has none.
+
+    Raises:
+        ValueError: an argument is not as above; see `RoPE`.
     """
 
     _pool = True

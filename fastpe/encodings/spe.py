@@ -11,8 +11,9 @@ class SineSPE(SineEncoding):
     R random features whose expected products are q^T diag(C(lag)) k / sqrt(D) up to sqrt(R):
     C_d(lag) = (1 - g_d) sum_k lambda_dk^2 cos(2 pi f_dk lag + theta_dk) / (2 K) + g_d. The gate has
     the PyTorch package's sign: g = 1 switches position off; negate a gate of the JAX package.
-    Parameters are the published ones: raw freqs, offsets (radians), gains, all [H, D, K(, 1)], and
-    gate [H, D].
+    Parameters are the published ones, all [H, D, K(, 1)]: freqs, f = sigmoid(freqs) / 2 cycles per
+    unit of position; offsets, theta in radians; gains, lambda = softplus(gains). And gate [H, D],
+    g = sigmoid(gate).
 
     Args:
         head_dim: Size D of queries and keys.
@@ -26,6 +27,9 @@ class SineSPE(SineEncoding):
         noise: "gaussian" as published; "orthogonal" makes its columns orthogonal, for M = D (2 K +
             gate) >= R times the variance about 1 - R / M, none at R = M. The products of features
             are then no longer sums of independent ones.
+
+    Raises:
+        ValueError: an argument is not as above, or orthogonal noise without num_realizations.
     """
 
     def __init__(
