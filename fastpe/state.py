@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,18 @@ class LinearAttentionState(NamedTuple):
     c: Tensor | None = None
 
 
+@functools.lru_cache(maxsize=256, typed=True)
+def _text(name: str, psi: str, normalize: bool | str) -> str:
+    return f"{name}, feature_map={psi}, normalize={normalize!r}"
+
+
 def config(
     encoding: PositionalEncoding | None, feature_map: str | FeatureMap, normalize: bool | str
 ) -> str:
     """Return the configuration that a state belongs to, as text."""
     name = "no encoding" if encoding is None else encoding.signature
     psi = feature_map.signature if isinstance(feature_map, FeatureMap) else repr(feature_map)
-    return f"{name}, feature_map={psi}, normalize={normalize!r}"
+    return _text(name, psi, normalize)
 
 
 def check_state(
@@ -121,14 +127,16 @@ def kernel_widths(
     q: Tensor, v: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
 ) -> tuple[int, int, int]:
     """Return the largest D, R and E that a kernel is to take."""
-    d, r = q.shape[-1], feature_widths(q, encoding, feature_map, True)[0]
+    d, e = q.shape[-1], v.shape[-1]
     if encoding is not None and encoding.banded:
         # the part of the gate, which adds up weights as one more value
-        return d, d, v.shape[-1] + 1
-    if isinstance(feature_map, FeatureMap):
-        # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
-        # exact sines
-        exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
-        made = encoding is not None and not (exact and isinstance(feature_map, Favor))
-        d = max(d, r, encoding.feature_dim if made else 0)
-    return d, r, v.shape[-1]
+        return d, d, e + 1
+    r = d if encoding is None else encoding.feature_dim
+    if not isinstance(feature_map, FeatureMap):
+        return d, r, e
+    # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
+    # exact sines
+    exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
+    made = 0 if exact and isinstance(feature_map, Favor) else r
+    r = feature_map.feature_dim(r)
+    return max(d, r, made), r, e
