@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -39,18 +38,13 @@ class LinearAttentionState(NamedTuple):
     c: Tensor | None = None
 
 
-@functools.lru_cache(maxsize=256, typed=True)
-def _text(name: str, psi: str, normalize: bool | str) -> str:
-    return f"{name}, feature_map={psi}, normalize={normalize!r}"
-
-
 def config(
     encoding: PositionalEncoding | None, feature_map: str | FeatureMap, normalize: bool | str
 ) -> str:
     """Return the configuration that a state belongs to, as text."""
     name = "no encoding" if encoding is None else encoding.signature
     psi = feature_map.signature if isinstance(feature_map, FeatureMap) else repr(feature_map)
-    return _text(name, psi, normalize)
+    return f"{name}, feature_map={psi}, normalize={normalize!r}"
 
 
 def check_state(
