@@ -30,7 +30,8 @@ class Favor(Resampled, FeatureMap):
 
     Attention measures features from the running maximum of each (MATH section 7), so that nothing
     overflows and no output depends on a later key; the sum of weights is at least 1. Hence
-    normalize=True without eps, which is ignored.
+    normalize=True without eps, which is ignored. Features are made in PyTorch on every backend; its
+    scan adds them up where they grow by less than e^40 within a call, else PyTorch (`log_scan`).
 
     Args:
         num_features: R, even with signs; default 2 F with signs, else F.

@@ -122,8 +122,9 @@ class _Scan:
     def outputs(self, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return memory for o, s and z, which the arguments then point to."""
         (q, _, v), args, (r, rz) = self.inputs, self.args, widths
-        o = self.by_token(*q.shape[:3], v.shape[-1], dtype=v.dtype)
-        s, z = self.empty(*self.counts, r, v.shape[-1]), self.empty(*self.counts, rz)
+        (b, t, h, _), e = q.shape, v.shape[-1]
+        o = self.by_token(b, t, h, e, dtype=v.dtype)
+        s, z = self.empty(*self.counts, r, e), self.empty(*self.counts, rz)
         args.o, args.s, args.z = strided(o), _pointer(s), _pointer(z)
         return o, s, z
 
