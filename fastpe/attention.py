@@ -105,7 +105,8 @@ def causal_linear_attention(
         check_state(initial_state, q, v, sizes, setting, made_with, noise)
     start = 0 if initial_state is None else initial_state.length
     longest = max(q.shape[1], k.shape[1])
-    positions = check_positions(positions, pos_encoding, q, longest, start, tokens)
+    counted = tokens.along(longest, align)
+    positions = check_positions(positions, pos_encoding, q, longest, start, counted)
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     # a bool where T is a symbol too
     one_token = bool(initial_state is not None and q.shape[1] == 1)
