@@ -57,12 +57,12 @@ def test_any_problem(backend, case, chunk_size):
 def test_any_arguments(backend, case, chunk_size):
     """Packed, padded, aligned, with shared heads, any feature map: each query's sum over its keys."""
     actual, exact = case.run(backend, chunk_size=chunk_size), case.compute()
-    exact = {name: x for name, x in exact.items() if name in actual}
-    plain = []
-    if case.dtype != torch.float64:
-        plain = [case.compute(case.dtype)]
-        plain += [case.compute(rounding=(case.dtype, seed)) for seed in range(3)]
-    assert_close({name: actual[name] for name in exact}, exact, plain, case.dtype)
+    # in float64 too, for gradients that cancel: of frequencies, where a sequence is one token
+    plain = [case.compute(case.dtype)]
+    plain += [case.compute(rounding=(case.dtype, seed)) for seed in range(3)]
+    # of no sequence there is no state to compare
+    actual = {name: x for name, x in actual.items() if name in exact}
+    assert_close(actual, exact, plain, case.dtype)
 
 
 @st.composite
