@@ -15,6 +15,7 @@
 #pragma once
 #include "features.h"
 #include "gemm.h"
+#include "scan_head.h"
 
 namespace fastpe {
 namespace {
@@ -88,32 +89,15 @@ class Scan {
   static constexpr int64_t kDefaultChunk = 32, kLargestChunk = 512;  // its weights are a square
   static constexpr int64_t kHeads = 8;
 
-  struct Head {
-    // index: s H + h; state_index: that of the state it shares; first: of its first token in [B, H, T]
-    int64_t h, index, state_index, first;
-    bool owner;  // the first of those that share the state
-    Rows<S> q, k, v, o, grad_o, grad_q, grad_k, grad_v;
-    S *state, *running, *compensation, *inverse, *delta;
-    double *grad_freq;
-  };
+  using Head = ScanHead<S>;
 
   void enter(int64_t s, int64_t begin, int64_t end) {
-    const int64_t d = args_.D, e = args_.E, b = args_.ranges ? 0 : s;
-    const int64_t first = args_.ranges ? args_.ranges[2 * s] : 0;
-    batch_ = b, first_ = first, count_ = end - begin;
-    length_ = args_.ranges ? args_.ranges[2 * s + 1] - first : args_.T;
+    const Sequence sequence(args_, s);
+    batch_ = sequence.row, first_ = sequence.first, length_ = sequence.length;
+    count_ = end - begin;
     for (int64_t i = 0; i < count_; ++i) {
       Head &x = heads_[i];
-      const int64_t h = begin + i, group = args_.H / args_.Hs;
-      const int64_t of_k = h / (args_.H / args_.Hk), of_v = h / (args_.H / args_.Hv);
-      x.h = h, x.index = s * args_.H + h, x.state_index = s * args_.Hs + h / group;
-      x.owner = h % group == 0, x.first = (b * args_.H + h) * args_.T + first;
-      x.q = Rows<S>(args_.q, b, h, d, first), x.k = Rows<S>(args_.k, b, of_k, d, first);
-      x.v = Rows<S>(args_.v, b, of_v, e, first), x.o = Rows<S>(args_.o, b, h, e, first);
-      x.grad_q = Rows<S>(args_.grad_q, b, h, d, first);
-      x.grad_k = Rows<S>(args_.grad_k, b, h, d, first);
-      x.grad_v = Rows<S>(args_.grad_v, b, h, e, first);
-      x.grad_o = Rows<S>(args_.grad_o, b, h, e, first);
+      x.enter(args_, sequence, begin + i);
       x.state = states_ + i * state_size();
       x.running = sums_ + 2 * i * ld_, x.compensation = x.running + ld_;
       x.inverse = by_token_ + 2 * i * args_.T, x.delta = x.inverse + args_.T;
@@ -409,7 +393,7 @@ class Scan {
   Scratch<S> rotation_, sums_, row_, by_token_;
   Scratch<double> grad_freq_;
   Head heads_[kHeads];
-  // of the sequence: its batch row, first token and length; of the chunk: its first token, and direction
+  // of the sequence: its batch row, first token, length; of the chunk: its first token, direction
   int64_t batch_ = 0, first_ = 0, length_ = 0, count_ = 0, begin_ = 0, step_ = 1;
   bool prepared_ = false;
 };

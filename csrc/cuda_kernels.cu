@@ -23,7 +23,7 @@ ScanPlan plan(const FastpeCausalDot &args) {
     p = scan_plan<T, role>(args, choice[0], choice[1]);
     if (p.bytes <= kShared) break;
   }
-  while (p.outer > kTile && args.B * args.H * p.blocks < kFill)
+  while (p.outer > kTile && args.S * args.H * p.blocks < kFill)
     p = scan_plan<T, role>(args, p.rows, tiled(p.outer / 2));
   return p;
 }
@@ -36,7 +36,7 @@ const char *scan(const FastpeCausalDot &args, bool slice_by_slice = false) {
   const int slices = slice_by_slice ? 1 : p.blocks;
   for (int first = 0; first < p.blocks && !error; first += slices)
     error =
-        launch<Kernel>({args, p, first, slices}, args.B * args.H * slices, p.bytes, args.stream);
+        launch<Kernel>({args, p, first, slices}, args.S * args.H * slices, p.bytes, args.stream);
   return error;
 }
 

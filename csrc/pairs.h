@@ -2,7 +2,7 @@
 //
 // Inside, the two columns of a rotated pair are neighbours, whatever their places in memory.
 #pragma once
-#include "block.h"
+#include "heads.h"
 
 namespace fastpe {
 namespace {

@@ -24,10 +24,11 @@ void normal_row(const FastpePhiloxNormal &args, int64_t hd, int64_t row) {
   for (int64_t r = 0; r < args.r; r += 4) {
     uint32_t c[4] = {uint32_t(r >> 2), args.first + uint32_t(row), uint32_t(hd), args.step};
     philox(c, k0, k1);
-    for (int64_t lane = 0; lane < smaller<int64_t>(4, args.r - r); ++lane) {
-      const double u0 = unit(c[lane & 2]), u1 = unit(c[(lane & 2) + 1]);
-      const double radius = sqrt(-2 * log(u0)), angle = kTwoPi * u1;
-      out[r + lane] = S(radius * (lane & 1 ? sin(angle) : cos(angle)));
+    for (int64_t lane = r; lane < smaller(r + 4, args.r); lane += 2) {
+      const double radius = sqrt(-2 * log(unit(c[lane - r])));
+      const double angle = kTwoPi * unit(c[lane - r + 1]);
+      out[lane] = S(radius * cos(angle));
+      if (lane + 1 < args.r) out[lane + 1] = S(radius * sin(angle));
     }
   }
 }

@@ -1,5 +1,5 @@
-// The scan of causal_dot.h in its roles, for CUDA: a block walks the chunks of one head with its
-// columns of the state in shared memory.
+// The scan of causal_dot.h in its roles, for CUDA: a block walks the chunks of one head of a
+// sequence with its columns of the state in shared memory.
 //
 //     role      a [inner]  b [inner]  c [outer]   tokens       after it
 //     forward   phi        psi        v           in order     divide by the normaliser
@@ -87,7 +87,7 @@ struct ScanKernel {
   const ScanPlan &plan_;
   const PairMap<S> map_;
   const int slice_;
-  const int64_t head_, b_, h_;  // head_: b H + h
+  const Head<T> head_;
   Operand *a_tile_, *b_tile_, *c_tile_, *weights_;
   S *state_, *out_, *sums_, *base_, *running_, *by_row_;
   Pair<S> *turn_;
@@ -101,9 +101,7 @@ struct ScanKernel {
         plan_(args.plan),
         map_(args_),
         slice_(args.first_slice + int(block.index % args.slices)),
-        head_(block.index / args.slices),
-        b_(head_ / args_.H),
-        h_(head_ % args_.H),
+        head_(args_, block.index / args.slices),
         a_tile_((Operand *)(block.memory + plan_.a)),
         b_tile_((Operand *)(block.memory + plan_.b)),
         c_tile_((Operand *)(block.memory + plan_.c)),
@@ -119,27 +117,28 @@ struct ScanKernel {
         norm_column_(kOfFeatures ? column_ / map_.stride() * map_.norm_stride() : 0),
         pair_(kOfFeatures ? column_ / map_.stride() : 0) {}
 
-  FASTPE_DEVICE Rows<T> rows(const FastpeTensor &x) const { return Rows<T>(x, b_, h_); }
   FASTPE_DEVICE bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
   FASTPE_DEVICE bool positional() const { return args_.grad_freq || args_.grad_positions; }
   FASTPE_DEVICE int64_t token(int i) const { return kBack ? begin_ - i : begin_ + i; }
   // what NormalizerKernel left: of each token 1 / divisor, and d loss / d den behind them
   FASTPE_DEVICE S inverse(int64_t t) const {
-    return normalizes() ? ((const S *)args_.scratch)[head_ * args_.T + t] : S(1);
+    return normalizes() ? ((const S *)args_.scratch)[head_.row * args_.T + t] : S(1);
   }
   FASTPE_DEVICE S delta(int64_t t) const {
-    return ((const S *)args_.scratch)[(args_.B * args_.H + head_) * args_.T + t];
+    return ((const S *)args_.scratch)[(args_.B * args_.H + head_.row) * args_.T + t];
   }
 
   FASTPE_DEVICE void scan() {
     get_state();
-    for (int64_t first = 0; first < args_.T; first += plan_.chunk) {
-      n_ = int(smaller(plan_.chunk, args_.T - first)), rows_ = tiled(n_);
-      begin_ = kBack ? args_.T - 1 - first : first;
+    const int64_t *range = args_.ranges ? args_.ranges + 2 * head_.s : nullptr;
+    int64_t left = range ? range[1] - range[0] : args_.T;
+    begin_ = (range ? range[0] : 0) + (kBack ? left - 1 : 0);
+    for (; left > 0; left -= plan_.chunk, begin_ += kBack ? -plan_.chunk : plan_.chunk) {
+      n_ = int(smaller(plan_.chunk, left)), rows_ = tiled(n_);
       if (plan_.turns)
         block_.each(n_, plan_.turns, [&](int i, int p) {
           if (pair_ + p < args_.W)
-            turn_[i * plan_.turns + p] = map_.turn(b_, h_, token(i), pair_ + p);
+            turn_[i * plan_.turns + p] = map_.turn(head_.b, head_.h, token(i), pair_ + p);
         });
       if (kOfFeatures && plan_.norm)
         block_.each(n_, [&](int i) { by_row_[i] = delta(token(i)); });
@@ -172,36 +171,35 @@ struct ScanKernel {
     };
     const int inner = plan_.inner, outer = plan_.outer;
     if constexpr (role == kForward) {
-      features(args_.k, b_tile_, plan_.ld_inner, inner, set);
-      values(args_.v, c_tile_, plan_.ld_outer, column_, outer, false);
+      features(head_.k(), b_tile_, plan_.ld_inner, inner, set);
+      values(head_.v(), c_tile_, plan_.ld_outer, column_, outer, false);
       if (plan_.norm) accumulate_norm();
-      features(args_.q, a_tile_, plan_.ld_inner, inner, [&](int i, int j, S x) {
+      features(head_.rows(args_.q), a_tile_, plan_.ld_inner, inner, [&](int i, int j, S x) {
         if (plan_.norm) sums_[i * plan_.ld_norm + j] = x * norm_sum(i, j);
       });
       if (plan_.norm) normalizer();
     } else if constexpr (role == kGradQ) {
-      values(args_.grad_o, a_tile_, plan_.ld_inner, 0, inner, true);
-      values(args_.v, b_tile_, plan_.ld_inner, 0, inner, false);
-      features(args_.k, c_tile_, plan_.ld_outer, outer, set);
+      values(head_.rows(args_.grad_o), a_tile_, plan_.ld_inner, 0, inner, true);
+      values(head_.v(), b_tile_, plan_.ld_inner, 0, inner, false);
+      features(head_.k(), c_tile_, plan_.ld_outer, outer, set);
       if (plan_.norm) accumulate_norm();
     } else if constexpr (role == kGradK) {
-      values(args_.v, a_tile_, plan_.ld_inner, 0, inner, false);
-      values(args_.grad_o, b_tile_, plan_.ld_inner, 0, inner, true);
-      features(args_.q, c_tile_, plan_.ld_outer, outer, [&](int i, int j, S x) {
+      values(head_.v(), a_tile_, plan_.ld_inner, 0, inner, false);
+      values(head_.rows(args_.grad_o), b_tile_, plan_.ld_inner, 0, inner, true);
+      features(head_.rows(args_.q), c_tile_, plan_.ld_outer, outer, [&](int i, int j, S x) {
         if (plan_.norm) sums_[i * plan_.ld_norm + j] = i < n_ ? x * by_row_[i] : S(0);
       });
       if (plan_.norm) accumulate_norm();
     } else {
-      features(args_.k, a_tile_, plan_.ld_inner, inner, nothing);
-      features(args_.q, b_tile_, plan_.ld_inner, inner, nothing);
-      values(args_.grad_o, c_tile_, plan_.ld_outer, column_, outer, true);
+      features(head_.k(), a_tile_, plan_.ld_inner, inner, nothing);
+      features(head_.rows(args_.q), b_tile_, plan_.ld_inner, inner, nothing);
+      values(head_.rows(args_.grad_o), c_tile_, plan_.ld_outer, column_, outer, true);
     }
   }
 
   // out [rows, columns] = x from column `first` on, by the normaliser if `scaled`
-  FASTPE_DEVICE void values(const FastpeTensor &from, Operand *out, int ld, int first, int columns,
+  FASTPE_DEVICE void values(const Rows<T> &x, Operand *out, int ld, int first, int columns,
                             bool scaled) {
-    const Rows<T> x = rows(from);
     block_.move(
         rows_, columns,
         [&](int i, int j) {
@@ -214,9 +212,8 @@ struct ScanKernel {
 
   // out [rows, columns] = features of this slice; norm(i, j, x): what the normaliser sees
   template <class Norm>
-  FASTPE_DEVICE void features(const FastpeTensor &from, Operand *out, int ld, int columns, Norm norm) {
+  FASTPE_DEVICE void features(const Rows<T> &x, Operand *out, int ld, int columns, Norm norm) {
     const int stride = map_.stride(), norm_stride = map_.norm_stride(), pairs = columns / stride;
-    const Rows<T> x = rows(from);
     auto exists = [&](int i, int p) { return i < n_ && stride * (pair_ + p) < map_.width(); };
     block_.move(
         rows_, pairs,
@@ -277,7 +274,7 @@ struct ScanKernel {
       S den = 0, sign;
       for (int j = 0; j < 8; ++j) den += parts[i * 8 + j];
       by_row_[i] = 1 / divisor(args_, den, sign);
-      if (args_.den && slice_ == 0) ((S *)args_.den)[head_ * args_.T + token(i)] = den;
+      if (args_.den && slice_ == 0) ((S *)args_.den)[head_.row * args_.T + token(i)] = den;
     });
   }
 
@@ -286,16 +283,18 @@ struct ScanKernel {
       out_[i * plan_.ld_state + j] = x;
     } else {
       if (i >= n_ || column_ + j >= args_.E) return;
-      const FastpeTensor &out = role == kForward ? args_.o : args_.grad_v;
-      if (out.data)
-        rows(out).put(token(i), column_ + j, plan_.norm ? x * by_row_[i] : x);
+      if constexpr (role == kForward)
+        head_.rows(args_.o).put(token(i), column_ + j, plan_.norm ? x * by_row_[i] : x);
+      else if (args_.grad_v.data)
+        Gradient<T>(args_.grad_v, head_.b, head_.h).put(token(i), column_ + j, x);
     }
   }
 
   // from the gradient by the features in out_ to that by q or k
   FASTPE_DEVICE void finish() {
     const FastpeTensor &to = role == kGradQ ? args_.grad_q : args_.grad_k;
-    const Rows<T> x = rows(role == kGradQ ? args_.q : args_.k), grad = rows(to);
+    const Rows<T> x = role == kGradQ ? head_.rows(args_.q) : head_.k();
+    const Gradient<T> grad(to, head_.b, head_.h);
     const int stride = map_.stride(), norm_stride = map_.norm_stride();
     const int pairs = plan_.outer / stride;
     block_.each(n_, pairs, [&](int i, int p) {
@@ -322,14 +321,14 @@ struct ScanKernel {
   // from the gradients by the angles, in radians, of `pairs` pairs, which finish() leaves in out_
   FASTPE_DEVICE void finish_positional(int pairs) {
     const int levels = int(args_.L), stride = map_.stride();
-    const double *positions = args_.positions + (args_.Bp == 1 ? 0 : b_) * args_.T * levels;
-    const double *freq = args_.freq + (args_.Hf == 1 ? 0 : h_) * args_.W * levels;
+    const double *positions = args_.positions + (args_.Bp == 1 ? 0 : head_.b) * args_.T * levels;
+    const double *freq = args_.freq + (args_.Hf == 1 ? 0 : head_.h) * args_.W * levels;
     if (args_.grad_freq)
       block_.each(pairs, levels, [&](int p, int l) {
         double total = 0;
         for (int i = 0; i < n_; ++i)
           total += double(out_[i * plan_.ld_state + p * stride]) * positions[token(i) * levels + l];
-        args_.grad_freq[(head_ * args_.W + pair_ + p) * levels + l] += kTwoPi * total;
+        args_.grad_freq[(head_.index * args_.W + pair_ + p) * levels + l] += kTwoPi * total;
       });
     // slices come one after another, if this is wanted
     if (args_.grad_positions)
@@ -337,50 +336,56 @@ struct ScanKernel {
         double total = 0;
         for (int p = 0; p < pairs; ++p)
           total += double(out_[i * plan_.ld_state + p * stride]) * freq[(pair_ + p) * levels + l];
-        double &out = args_.grad_positions[(head_ * args_.T + token(i)) * levels + l];
+        double &out = args_.grad_positions[(head_.row * args_.T + token(i)) * levels + l];
         out = (role == kGradQ && slice_ == 0 ? 0 : out) + kTwoPi * total;
       });
   }
 
-  // where entry (i, j) of the state [inner, outer] is in [B, H, R, E]; negative where there is none
-  FASTPE_DEVICE int64_t state_at(int i, int j) const {
+  // where entry (i, j) of the state [inner, outer] of a head is in [heads, R, E]; negative where
+  // there is none
+  FASTPE_DEVICE int64_t state_at(int64_t head, int i, int j) const {
     const int r = kAlongFeatures ? i : column_ + j, e = kAlongFeatures ? column_ + j : i;
     if (r >= map_.width() || e >= args_.E) return -1;
-    return (head_ * map_.width() + map_.feature(r)) * args_.E + e;
+    return (head * map_.width() + map_.feature(r)) * args_.E + e;
   }
-  FASTPE_DEVICE int64_t norm_at(int j) const {
+  FASTPE_DEVICE int64_t norm_at(int64_t head, int j) const {
     if (norm_column_ + j >= map_.norm_width()) return -1;
-    return head_ * map_.norm_width() + map_.norm(norm_column_ + j);
+    return head * map_.norm_width() + map_.norm(norm_column_ + j);
   }
 
   FASTPE_DEVICE void get_state() {
-    const S *s = (const S *)(kBack ? args_.grad_s : args_.s0);
-    const S *z = (const S *)(kBack ? args_.grad_z : args_.z0);
+    // gradients by a state count once, for the first of its heads
+    const bool none = kBack && !head_.owner();
+    const int64_t head = head_.state();
+    const S *s = (const S *)(none ? nullptr : kBack ? args_.grad_s : args_.s0);
+    const S *z = (const S *)(none ? nullptr : kBack ? args_.grad_z : args_.z0);
     block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
-      const int64_t at = s ? state_at(i, j) : -1;
+      const int64_t at = s ? state_at(head, i, j) : -1;
       state_[i * plan_.ld_state + j] = at < 0 ? S(0) : s[at];
     });
     block_.each(plan_.norm, [&](int j) {
-      const int64_t at = z ? norm_at(j) : -1;
+      const int64_t at = z ? norm_at(head, j) : -1;
       running_[j] = at < 0 ? S(0) : z[at], running_[plan_.norm + j] = 0;
     });
     if (role == kGradQ && args_.grad_freq)
       block_.each(int(smaller(plan_.outer / map_.stride(), args_.W - pair_) * args_.L), [&](int e) {
-        args_.grad_freq[(head_ * args_.W + pair_) * args_.L + e] = 0;
+        args_.grad_freq[(head_.index * args_.W + pair_) * args_.L + e] = 0;
       });
   }
 
   FASTPE_DEVICE void put_state() {
+    if (role == kForward && !head_.owner()) return;
+    const int64_t head = role == kForward ? head_.state() : head_.index;
     S *s = (S *)(role == kForward ? args_.s : role == kGradV ? args_.grad_s0 : nullptr);
     S *z = (S *)(role == kForward ? args_.z : role == kGradK ? args_.grad_z0 : nullptr);
     if (s)
       block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
-        const int64_t at = state_at(i, j);
+        const int64_t at = state_at(head, i, j);
         if (at >= 0) s[at] = state_[i * plan_.ld_state + j];
       });
     if (z && (role == kGradK || slice_ == 0))
       block_.each(plan_.norm, [&](int j) {
-        const int64_t at = norm_at(j);
+        const int64_t at = norm_at(head, j);
         if (at >= 0) z[at] = running_[j];
       });
   }

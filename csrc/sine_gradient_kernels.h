@@ -77,7 +77,7 @@ struct SineGradientKernel {
   }
 
   FASTPE_DEVICE void tile() {
-    const Rows<T> by_y(args_.grad_y, b_, map_.h), x(args_.x, b_, map_.h);
+    const Rows<T> by_y(args_.grad_y, b_, map_.h), x = map_.template x<T>(b_);
     const int d = int(args_.D), levels = int(args_.L), rows = tiled(n_);
     block_.each(n_ * d, [&](int e) { by_x_[e] = 0; });
     if (args_.grad_positions) block_.each(n_ * levels, [&](int e) { by_position_[e] = 0; });
@@ -91,7 +91,7 @@ struct SineGradientKernel {
       const int gates = depth - map_.sine_blocks(p_.sines);
       gates < 0 ? sines(depth * p_.sines, x) : gate(gates * 2 * p_.sines, x);
     }
-    const Rows<T> out(args_.grad_x, b_, map_.h);
+    const Gradient<T> out(args_.grad_x, b_, map_.h);
     if (args_.grad_x.data)
       block_.each(n_, d, [&](int t, int i) { out.put(first_ + t, i, by_x_[t * d + i]); });
     if (args_.grad_positions)

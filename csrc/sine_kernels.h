@@ -22,6 +22,10 @@ struct SineMapOf {
   const FastpePhaseFeatures &args;
   const int64_t h;
 
+  template <class T>
+  FASTPE_DEVICE Rows<T> x(int64_t b) const {
+    return Rows<T>(args.x, b, shared_head(h, args.H, args.Hx));
+  }
   FASTPE_DEVICE const double *position(int64_t b, int64_t t) const {
     return args.positions + ((args.Bp == 1 ? 0 : b) * args.T + t) * args.L;
   }
@@ -109,7 +113,7 @@ struct SineKernel {
     const int64_t b = tile / tiles, first = tile % tiles * p.tokens;
     const SineMapOf<S> map = {args, block.index / p.slices % args.H};
     const int n = int(smaller(p.tokens, args.T - first));
-    const Rows<T> x(args.x, b, map.h), y(args.y, b, map.h);
+    const Rows<T> x = map.template x<T>(b), y(args.y, b, map.h);
     if (args.noise)
       projected(block, args, p, map, b, first, n, x, y);
     else if (args.pool)

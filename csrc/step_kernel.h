@@ -58,7 +58,7 @@ struct StepKernel {
   const StepPlan &p_;
   const PairMap<S> map_;
   const int slice_;
-  const int64_t head_, b_, h_;
+  const Head<T> head_;
   S *features_, *norm_, *rows_, *sums_;
 
   FASTPE_DEVICE StepKernel(const Block &block, const Args &args)
@@ -68,9 +68,7 @@ struct StepKernel {
         p_(args.plan),
         map_(args_),
         slice_(int(block.index % p_.slices)),
-        head_(block.index / p_.slices),
-        b_(head_ / args_.H),
-        h_(head_ % args_.H),
+        head_(args_, block.index / p_.slices),
         features_((S *)(block.memory + p_.features)),
         norm_((S *)(block.memory + p_.norm)),
         rows_((S *)(block.memory + p_.rows)),
@@ -81,9 +79,10 @@ struct StepKernel {
     const S inverse = normalize();
     const int width = map_.width(), columns = p_.columns, groups = parts(columns);
     const int64_t size = width * args_.E, first = int64_t(slice_) * columns;
-    const Rows<T> v(args_.v, b_, h_), o(args_.o, b_, h_);
-    const S *s0 = (const S *)args_.s0 + head_ * size;
-    S *s = (S *)args_.s + head_ * size;
+    const Rows<T> v = head_.v(), o = head_.rows(args_.o);
+    const S *s0 = (const S *)args_.s0 + head_.state() * size;
+    S *s = (S *)args_.s + head_.state() * size;
+    const bool owner = head_.owner();
     block_.each(groups, columns, [&](int group, int j) {
       const int64_t e = first + j;
       if (e >= args_.E) return;
@@ -99,7 +98,8 @@ struct StepKernel {
           const int r = begin + n * groups;
           if (r >= width) break;
           const S now = state[n] + features_[width + r] * value;
-          s[r * args_.E + e] = now, total += features_[r] * now;
+          if (owner) s[r * args_.E + e] = now;
+          total += features_[r] * now;
         }
       }
       sums_[group * columns + j] = total;
@@ -115,10 +115,10 @@ struct StepKernel {
   FASTPE_DEVICE void make_features() {
     const int pairs = int(args_.D + 1) / 2, width = map_.width(), norm_width = map_.norm_width();
     block_.each(2, pairs, [&](int side, int w) {
-      const Rows<T> x(side ? args_.k : args_.q, b_, h_);
+      const Rows<T> x = side ? head_.k() : head_.rows(args_.q);
       if (map_.stride() * w >= width) return;
       Pair<S> seen;
-      const Pair<S> turn = map_.rotated(w) ? map_.turn(b_, h_, 0, w) : Pair<S>{};
+      const Pair<S> turn = map_.rotated(w) ? map_.turn(head_.b, head_.h, 0, w) : Pair<S>{};
       const Pair<S> y = map_.value(map_.read(x, 0, w), w, turn, seen);
       set(features_ + side * width, width, map_.stride(), w, y,
           [&](int j) { return map_.feature(j); });
@@ -138,17 +138,17 @@ struct StepKernel {
     const int width = map_.width(), depth = p_.depth;
     block_.each(2, d * k, [&](int side, int i) {
       const FastpePhaseFeatures &sines = all_.sines[side];
-      const SineMapOf<S> map = {sines, h_};
-      const Pair<S> sine = map.sine(b_, 0, i);
-      const S content = Rows<T>(sines.x, b_, h_).get(0, i / k) * map.gain(i);
+      const SineMapOf<S> map = {sines, head_.h};
+      const Pair<S> sine = map.sine(head_.b, 0, i);
+      const S content = map.template x<T>(head_.b).get(0, i / k) * map.gain(i);
       S *row = rows_ + side * depth + i / k * j + i % k * 2;
       row[0] = content * sine.first, row[1] = content * sine.second;
     });
     if (one.gate)
       block_.each(2, d, [&](int side, int i) {
         const FastpePhaseFeatures &sines = all_.sines[side];
-        const SineMapOf<S> map = {sines, h_};
-        rows_[side * depth + i * j + 2 * k] = Rows<T>(sines.x, b_, h_).get(0, i) * map.gate(i);
+        const SineMapOf<S> map = {sines, head_.h};
+        rows_[side * depth + i * j + 2 * k] = map.template x<T>(head_.b).get(0, i) * map.gate(i);
       });
     if (one.noise) project();
     block_.each(2, width, [&](int side, int r) {
@@ -168,8 +168,8 @@ struct StepKernel {
   // sums [2, parts, R] of u Z; q and k share the noise as a rule
   FASTPE_DEVICE void project() {
     const int width = map_.width(), depth = p_.depth, parts = p_.parts;
-    const S *for_q = (const S *)all_.sines[0].noise + h_ * depth * width;
-    const S *for_k = (const S *)all_.sines[1].noise + h_ * depth * width;
+    const S *for_q = (const S *)all_.sines[0].noise + head_.h * depth * width;
+    const S *for_k = (const S *)all_.sines[1].noise + head_.h * depth * width;
     block_.each(parts, width, [&](int part, int r) {
       S by_q = 0, by_k = 0;
 #pragma unroll 8
@@ -186,14 +186,14 @@ struct StepKernel {
   FASTPE_DEVICE S normalize() {
     const int width = map_.norm_width();
     if (!width) return 1;
-    const S *z0 = (const S *)args_.z0 + head_ * width;
-    S *z = (S *)args_.z + head_ * width, *few = sums_ + kThreads;
+    const S *z0 = (const S *)args_.z0 + head_.state() * width;
+    S *z = (S *)args_.z + head_.state() * width, *few = sums_ + kThreads;
     block_.each(kThreads, [&](int e) {
       S total = 0;
       for (int j = e; j < width; j += kThreads) {
         const S now = z0[j] + norm_[width + j];
         total += norm_[j] * now;
-        if (slice_ == 0) z[j] = now;
+        if (slice_ == 0 && head_.owner()) z[j] = now;
       }
       sums_[e] = total;
     });
@@ -206,7 +206,7 @@ struct StepKernel {
     for (int i = 0; i < kFew; ++i) den += few[i];
     const S inverse = 1 / divisor(args_, den, sign);
     block_.each(1, [&](int) {
-      if (args_.den && slice_ == 0) ((S *)args_.den)[head_] = den;
+      if (args_.den && slice_ == 0) ((S *)args_.den)[head_.row] = den;
     });
     return inverse;
   }

@@ -11,6 +11,8 @@ from . import backends, packing, scan
 from .checks import shape
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .features import Setting
+from .ops import compute_dtype
 from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
     check_align,
@@ -98,32 +100,31 @@ def causal_linear_attention(
     noise = None if pos_encoding is None else pos_encoding.noise_key
     if isinstance(feature_map, FeatureMap):
         noise = feature_map.state_noise(noise)
-    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
-    if initial_state is not None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        sizes = sequences, q.shape[2] if setting.per_head else k.shape[2]
-        check_state(initial_state, q, v, sizes, setting, made_with, noise)
-    start = 0 if initial_state is None else initial_state.length
-    longest = max(q.shape[1], k.shape[1])
-    counted = tokens.along(longest, align)
-    positions = check_positions(positions, pos_encoding, q, longest, start, counted)
+    (b, t, h, _), tk, state, start = q.shape, k.shape[1], None, 0
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     # a bool where T is a symbol too
-    one_token = bool(initial_state is not None and q.shape[1] == 1)
-    backend = backends.resolve(backend, q.device, q.dtype, widths, one_token)
-    setting, state = setting._replace(backend=backend), None
+    one_token = bool(initial_state is not None and t == 1)
+    # maps that are modules work in the dtype of arithmetic
+    dtype = compute_dtype(q) if isinstance(feature_map, FeatureMap) else q.dtype
+    backend = backends.resolve(backend, q.device, dtype, widths, one_token)
+    setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
-        state = initial_state.s, initial_state.z
-        state = state if initial_state.c is None else (*state, initial_state.c)
-    with _full_precision(q.device):
-        if q.shape[1] == k.shape[1]:
-            o, *state = scan.attend(q, k, v, positions, state, setting, tokens)
+        sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = sequences, h if setting.per_head else k.shape[2]
+        check_state(initial_state, q, v, sizes, setting, made_with, noise)
+        s, z, start, *_, c = initial_state
+        state = (s, z) if c is None else (s, z, c)
+    counted = tokens if t == tk else tokens.along(max(t, tk), align)
+    positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
+    with _full_precision(q.device.type):
+        if t == tk:
+            o, s, z, *c = scan.attend(q, k, v, positions, state, setting, tokens)
         else:
-            o, *state = scan.attend_aligned(q, k, v, positions, state, setting, tokens, align)
+            inputs = q, k, v, positions, state, setting, tokens
+            o, s, z, *c = scan.attend_aligned(*inputs, align)
     if not output_final_state:
         return o
-    length = start + tokens.lengths(k.shape[1])
-    return o, LinearAttentionState(*state[:2], length, made_with, noise, *state[2:])
+    return o, LinearAttentionState(s, z, start + tokens.lengths(tk), made_with, noise, *c)
 
 
 def linear_attention(
@@ -188,9 +189,9 @@ def linear_attention(
     at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     backend = backends.resolve(backend, q.device, q.dtype, widths)
-    setting = scan.Setting(pos_encoding, feature_map, normalize, eps, None, backend)
+    setting = Setting(pos_encoding, feature_map, normalize, eps, None, backend)
     heads = q.shape[2]
-    with _full_precision(q.device):
+    with _full_precision(q.device.type):
         if cu_seqlens is None:
             state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
             o = scan.readout(packing.blank(q, query_padding_mask), at_q, state, setting)
@@ -202,12 +203,14 @@ def linear_attention(
         return pad_q.join(scan.readout(q, at_q, state, setting)).to(v.dtype)
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+_NOTHING = contextlib.nullcontext()
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager:
     """Keep arithmetic in float32 at least, whatever autocast makes of matrix products."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING
 
 
 def causal_linear_attention_step(

@@ -19,6 +19,8 @@ from .ops import _first_order, _op, _plain, compute_dtype, philox_normal
 # positions of a tile: always as many, wherever it begins, so that a code has the same bits for
 # whatever else is asked for
 _TILE = 64
+# tiles whose noise is kept for single tokens, 25 MB each at H D = 512, R = 64, kappa = 128
+_KEPT = 2
 
 
 class Filter(NamedTuple):
@@ -41,6 +43,53 @@ class Filter(NamedTuple):
     num_realizations: int
 
 
+class KeptNoise:
+    """The noise of the tiles that single tokens stand in: they are likely to be asked for again."""
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+        self._tiles: dict[int, Tensor] = {}
+
+    def codes(self, positions: Tensor, fir: Filter, dtype: torch.dtype) -> Tensor:
+        """Return the codes of positions [N], [N, H, D, R]."""
+        h, d, taps = fir.weight.shape
+        key = int(fir.seed), int(fir.step), fir.module, fir.num_realizations, dtype, (h, d, taps)
+        if self._key != key:
+            self._key, self._tiles = key, {}
+        tiles, codes, weight = {}, [], fir.weight.to(dtype)
+        for position in positions.tolist():
+            i, row = divmod(position, _TILE)
+            noise = self._tiles.get(i) if i not in tiles else tiles[i]
+            if noise is None:
+                noise = _noise(fir, dtype, i * _TILE, _TILE + taps - 1)
+            if len(tiles) < _KEPT:
+                tiles[i] = noise
+            code = torch.einsum("hdj,hdjr->hdr", weight, noise[:, :, row : row + taps])
+            codes.append(code if fir.constant is None else code + fir.constant.to(dtype))
+        self._tiles = tiles
+        return torch.stack(codes)
+
+
+def _noise(fir: Filter, dtype: torch.dtype, first: int, rows: int) -> Tensor:  # [H, D, rows, R]
+    weight, _, *key, r = fir
+    h, d, _ = weight.shape
+    return philox_normal(*key, CONV, [h * d, rows, r], dtype, first).unflatten(0, (h, d))
+
+
+def _one_token(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) -> Tensor:
+    places, which = _integers(positions).unique(return_inverse=True)
+    dtype = compute_dtype(x)
+    code = kept.codes(places, fir, dtype)[which].expand(x.shape[0], -1, -1, -1)
+    return torch.einsum("bhd,bhdr->bhr", x[:, 0].to(dtype), code)[:, None].to(x.dtype)
+
+
+def _integers(positions: Tensor) -> Tensor:  # [N]
+    positions = positions.reshape(-1)
+    if not torch.equal(positions.long().double(), positions):
+        raise ValueError("positions must be integers with ConvSPE, got others")
+    return positions.long()
+
+
 class _Codes:
     """Makes codes by tile, from tokens [G, N, H, .]: G sequences that share positions, or one."""
 
@@ -48,10 +97,7 @@ class _Codes:
         b, t = x.shape[:2]
         self.groups = (b, t) if positions.shape[0] == 1 else (1, b * t)
         self.dtype, self.fir = compute_dtype(x), fir
-        positions = positions.reshape(-1)
-        self.positions = positions.long()
-        if not torch.equal(self.positions.double(), positions):
-            raise ValueError("positions must be integers with ConvSPE, got others")
+        self.positions = _integers(positions)
         # row c of these Toeplitz matrices is the filter moved by c: [H, D, C, C + kappa - 1]
         weight = F.pad(fir.weight.to(self.dtype), (_TILE - 1, _TILE - 1))
         self.matrices = weight.unfold(-1, self.window, 1).flip(-2)
@@ -77,12 +123,9 @@ class _Codes:
                 yield part, self.positions[part] - i * _TILE, noise
 
     def _noise(self, first: int, before: Tensor | None) -> Tensor:  # [H, D, window, R]
-        weight, _, *key, r = self.fir
-        h, d, taps = weight.shape
         # what the tile before has of it is kept
-        kept = 0 if before is None else taps - 1
-        shape = [h * d, self.window - kept, r]
-        new = philox_normal(*key, CONV, shape, self.dtype, first + kept).unflatten(0, (h, d))
+        kept = 0 if before is None else self.window - _TILE
+        new = _noise(self.fir, self.dtype, first + kept, self.window - kept)
         return new if before is None else torch.cat((before[:, :, _TILE:], new), 2)
 
     def code(self, head: int, rows: Tensor, noise: Tensor) -> Tensor:
@@ -192,18 +235,21 @@ class ConvFeatures(torch.autograd.Function):
         return dx, None, dweight, dconstant, None, None, None, None
 
 
-def conv_features(x: Tensor, positions: Tensor, fir: Filter) -> Tensor:
+def conv_features(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) -> Tensor:
     """Return y[h, r] = sum_d x[h, d] code[h, d, r], the code that of the token's position.
 
     Args:
         x: Queries or keys, [B, T, H, D].
         positions: [B or 1, T, 1], float64; integers of either sign, in any order.
         fir: What codes are made of.
+        kept: Where noise is kept from one decoded token to the next.
     Returns:
         [B, T, H, R] in the dtype of x.
     Raises:
         ValueError: a position is no integer.
     """
     if _plain((x, positions, fir.weight, fir.constant)):
+        if x.shape[1] == 1 and x.shape[0]:
+            return _one_token(x, positions, fir, kept)
         return _forward(x, positions, fir)
     return ConvFeatures.apply(x, positions, *fir)

@@ -24,10 +24,10 @@ from torch import Tensor
 from . import attention, backends
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .features import Setting
 from .maps import SineMap
 from .ops import phase_features
 from .packing import Packing
-from .scan import Setting
 from .state import LinearAttentionState, check_state, config, kernel_widths
 from .validation import (
     check_encoding,

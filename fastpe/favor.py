@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import check_positive
 from .encoded import encoded
 from .feature_maps import FeatureMap
-from .log_scan import divided, log_scan
+from .log_scan import State, divided, log_scan
 from .maps import Rotation, SineMap
 from .noise import OMEGA, orthogonalized
 from .ops import ScanOptions, causal_dot, observed, philox_normal
@@ -30,7 +30,8 @@ class Favor(Resampled, FeatureMap):
 
     Attention measures features from the running maximum of each (MATH section 7), so that nothing
     overflows and no output depends on a later key; the sum of weights is at least 1. Hence
-    normalize=True without eps, which is ignored.
+    normalize=True without eps, which is ignored. Features are made in PyTorch on every backend; its
+    scan adds them up where they grow by less than e^40 within a call, else PyTorch (`log_scan`).
 
     Args:
         num_features: R, even with signs; default 2 F with signs, else F.
@@ -134,7 +135,7 @@ def favor_attention(
     a: Tensor,
     b: Tensor,
     v: Tensor,
-    state: tuple[Tensor, Tensor, Tensor] | None,
+    state: State | None,
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,33 +149,38 @@ def favor_attention(
         chunk_size: Tokens that are handled together.
         backend: Of the scan.
     """
-    if b.shape[1] > 1:
-        c0 = (b[:, 0] if state is None else state[2]).detach()
-        if _level(b, c0, backend):
-            return _level_scan(a, b, v, c0, state, chunk_size, backend)
+    if _level(b, state, backend):
+        return _level_scan(a, b, v, state, chunk_size, backend)
     num, den, state = log_scan(a, b, spread(v, a.shape[2]), state, chunk_size)
     return divided(num, den), *state
 
 
-def _level(b: Tensor, c0: Tensor, backend: str) -> bool:
+def _first(b: Tensor, state: State | None) -> Tensor:
+    """Return the running maximum at the first token, [B, H, R]."""
+    first = b[:, 0].detach()
+    return first if state is None else torch.maximum(state[2].detach(), first)
+
+
+def _level(b: Tensor, state: State | None, backend: str) -> bool:
+    """Return whether no feature grows much after the first token; not so if that is masked."""
     # a look at values, which a GPU would wait for and a compiler cannot take
-    if backend == "reference" or b.device.type != "cpu" or observed():
+    if backend == "reference" or b.device.type != "cpu" or observed() or not b.numel():
         return False
-    return b.numel() > 0 and bool((b.detach() - c0[:, None]).max() < _GROWTH)
+    return bool((b.detach().amax(1) - _first(b, state)).max() < _GROWTH)
 
 
 def _level_scan(
     a: Tensor,
     b: Tensor,
     v: Tensor,
-    c0: Tensor,
-    state: tuple[Tensor, Tensor, Tensor] | None,
+    state: State | None,
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the same where all features can be measured from the first key's, c0."""
-    top = (a.detach() + c0[:, None]).amax(-1, keepdim=True)
-    phi, psi = (a + c0[:, None] - top).exp(), (b - c0[:, None]).exp()
+    """Return the same where all features can be measured from those of the first token."""
+    c0 = _first(b, state)
+    a, b = a + c0[:, None], b - c0[:, None]
+    phi, psi = (a - a.detach().amax(-1, keepdim=True)).exp(), b.exp()
     options = ScanOptions(
         feature_map="identity",
         normalize="sum",
@@ -186,8 +192,11 @@ def _level_scan(
         chunk=chunk_size or 0,
         backend=backend,
     )
-    before = (None, None) if state is None else state[:2]
+    before = (None, None)
+    if state is not None:
+        decay = (state[2].detach() - c0).exp()
+        before = state[0] * decay[..., None], state[1] * decay
     o, s, z = causal_dot(phi, psi, v, *before, None, None, None, options=options)
-    c = torch.maximum(c0, b.detach().amax(1))
-    decay = (c0 - c).exp()
-    return o, s * decay[..., None], z * decay, c
+    growth = b.detach().amax(1).clamp(min=0)
+    decay = (-growth).exp()
+    return o, s * decay[..., None], z * decay, c0 + growth

@@ -5,45 +5,23 @@ Two halves of it stand alone: keys into a state (`absorb`), and queries out of o
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import banded, log_scan, reference
-from .checks import shape
-from .encoded import encoded
-from .encodings import PositionalEncoding
 from .favor import Favor, favor_attention
 from .feature_maps import FeatureMap
-from .maps import Rotation, SineMap
-from .ops import ScanOptions, causal_dot, compute_dtype, observed, step
+from .features import Setting, before_map, by_sequence, features, log_features
+from .maps import Rotation
+from .ops import ScanOptions, causal_dot, compute_dtype, step
 from .packing import Packing, Rows, blank
 
 _NORMALIZE = {False: "none", True: "sum", "abs": "abs"}
 # s and z, with Favor c too
 State = tuple[Tensor, ...]
-
-
-class Setting(NamedTuple):
-    """How to attend: what calls that share a state have in common, and by what."""
-
-    encoding: PositionalEncoding | None
-    feature_map: str | FeatureMap
-    normalize: bool | str
-    eps: float
-    chunk_size: int | None
-    backend: str
-
-    @property
-    def per_head(self) -> bool:
-        """Whether heads make features of keys in ways of their own."""
-        psi = self.feature_map
-        if isinstance(psi, FeatureMap) and (isinstance(psi, Favor) or psi.num_heads is not None):
-            return True
-        return self.encoding is not None and self.encoding.per_head
 
 
 def attend(
@@ -80,14 +58,7 @@ def attend(
     if setting.backend == "reference":
         return _attend_reference(q, k, v, positions, state, setting, packing.padding)
     if isinstance(setting.feature_map, FeatureMap):
-        dtype = v.dtype
-        q, k = (
-            _blank_features(x, positions, side, setting, packing)
-            for x, side in ((q, "q"), (k, "k"))
-        )
-        options = _options(setting._replace(feature_map="identity"), None)
-        o, *state = _scan(q, k, v.to(q.dtype), (None, None), state, options, packing)
-        return o.to(dtype), *state
+        return _attend_mapped(q, k, v, positions, state, setting, packing)
     return _attend_kernels(q, k, v, positions, state, setting, packing)
 
 
@@ -103,9 +74,13 @@ def _attend_kernels(
     encoding, where = setting.encoding, (None, None)
     maps = None if encoding is None else encoding.position_maps(q.device)
     options = _options(setting, maps)
-    sides = (q, "q"), (k, "k")
+
+    def made(x: Tensor, side: str) -> Tensor:
+        make = functools.partial(before_map, side=side, setting=setting)
+        return by_sequence(make, x, positions, packing)
+
     if encoding is not None and maps is None:
-        q, k = (_encoded(blank(x, packing.padding), positions, side, setting) for x, side in sides)
+        q, k = made(q, "q"), made(k, "k")
     if q.shape[1] == 1 and state is not None and not packing:
         done = step(q, k, v, *state, positions=positions, maps=maps, options=options)
         if done is not None:
@@ -114,8 +89,30 @@ def _attend_kernels(
         # rotations are fused into the scan; everything else makes features first
         where = positions, maps[0].freq
     elif maps is not None:
-        q, k = (_each_encoded(x, positions, side, setting, packing) for x, side in sides)
+        q, k = made(q, "q"), made(k, "k")
     return _scan(q, k, v, where, state, options, packing)
+
+
+def _attend_mapped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    state: State | None,
+    setting: Setting,
+    packing: Packing,
+) -> tuple[Tensor, ...]:
+    # features by a module are made before the scan
+
+    def made(x: Tensor, side: str) -> Tensor:
+        return by_sequence(
+            lambda x, positions: features(x, positions, side, setting)[0], x, positions, packing
+        )
+
+    dtype, options = v.dtype, _options(setting._replace(feature_map="identity"), None)
+    q, k = made(q, "q"), made(k, "k")
+    o, *state = _scan(q, k, v.to(q.dtype), (None, None), state, options, packing)
+    return o.to(dtype), *state
 
 
 def _scan(
@@ -191,28 +188,17 @@ def _attend_favor(
     dtype = v.dtype
     q, k, v = (blank(x.to(compute_dtype(x)), padding) for x in (q, k, v))
     # what all features of a query have in common cancels
-    a, _ = _exponents(q, positions, "q", setting)
-    b = _log_features(k, positions, setting, padding, q.shape[2])
+    a, _ = log_features(q, positions, "q", setting)
+    b = _log_keys(k, positions, setting, padding, q.shape[2])
     o, *state = favor_attention(a, b, v, state, setting.chunk_size, setting.backend)
     return blank(o, padding).to(dtype), *state
 
 
-def _exponents(
-    x: Tensor, positions: Tensor | None, side: str, setting: Setting
-) -> tuple[Tensor, Tensor]:
-    encoding = setting.encoding
-    maps = None if encoding is None else encoding.position_maps(x.device)
-    if encoding is not None and maps is None:
-        x = _encoded(x, positions, side, setting)
-    position_map = None if maps is None else maps["qk".index(side)]
-    return setting.feature_map.exponents(x, positions, position_map, setting.backend)
-
-
-def _log_features(
+def _log_keys(
     k: Tensor, positions: Tensor | None, setting: Setting, padding: Tensor | None, heads: int
 ) -> Tensor:
     """Return the logarithms of Favor's features of keys for all heads, -inf at padding."""
-    exponent, half_square = _exponents(reference.spread(k, heads), positions, "k", setting)
+    exponent, half_square = log_features(reference.spread(k, heads), positions, "k", setting)
     b = exponent - half_square
     return b if padding is None else b.masked_fill(padding[..., None, None], -torch.inf)
 
@@ -333,7 +319,7 @@ def absorb(
     k, v = (blank(x, padding) for x in (k, v))
     v = v.to(compute_dtype(v))
     if isinstance(setting.feature_map, Favor):
-        b = _log_features(k.to(v.dtype), positions, setting, padding, heads)
+        b = _log_keys(k.to(v.dtype), positions, setting, padding, heads)
         return log_scan.absorb(b, reference.spread(v, heads), state)
     psi, dk = (blank(x, padding) for x in features(k, positions, "k", setting))
     if not setting.normalize:
@@ -346,101 +332,9 @@ def absorb(
 def readout(q: Tensor, positions: Tensor | None, state: State, setting: Setting) -> Tensor:
     """Return what queries see of a state, [B, T, H, E] in the dtype of arithmetic."""
     if isinstance(setting.feature_map, Favor):
-        a, _ = _exponents(q.to(compute_dtype(q)), positions, "q", setting)
+        a, _ = log_features(q.to(compute_dtype(q)), positions, "q", setting)
         return log_scan.readout(a, state)
     phi, dq = features(q, positions, "q", setting)
     if not setting.normalize:
         dq = dq[..., :0]
     return reference.readout(phi, dq, *state, normalize=setting.normalize, eps=setting.eps)
-
-
-def features(
-    x: Tensor, positions: Tensor | None, side: str, setting: Setting
-) -> tuple[Tensor, Tensor]:
-    """Return the features of queries or keys ("q", "k") for numerator and normaliser.
-
-    [B, T, H, R] in the dtype of arithmetic, and [B, T, H or Hk, Rz]; keys of Hk heads keep them
-    unless each head makes features in its own way.
-    """
-    encoding, psi = setting.encoding, setting.feature_map
-    if encoding is not None and encoding.banded:
-        raise ValueError(
-            "pos_encoding must have features here, to attend both ways or to other tokens, got "
-            f"{encoding.signature}"
-        )
-    if setting.backend == "reference" or isinstance(psi, FeatureMap):
-        x = x.to(compute_dtype(x))
-    maps = None if encoding is None else encoding.position_maps(x.device)
-    position_map = None if maps is None else maps["qk".index(side)]
-    if encoding is not None and maps is None:
-        x = _encoded(x, positions, side, setting)
-    if isinstance(psi, FeatureMap):
-        x = _mapped(psi, encoded(x, positions, position_map, setting.backend))
-        return x, x
-    if isinstance(position_map, SineMap):
-        x, position_map = encoded(x, positions, position_map, setting.backend), None
-    return reference.features(x.to(compute_dtype(x)), positions, position_map, psi)
-
-
-def _blank_features(
-    x: Tensor, positions: Tensor | None, side: str, setting: Setting, packing: Packing
-) -> Tensor:
-    return _by_sequence(
-        lambda x, positions: features(x, positions, side, setting)[0],
-        *(blank(x, packing.padding), positions, packing.cu_seqlens),
-    )
-
-
-def _each_encoded(
-    x: Tensor, positions: Tensor, side: str, setting: Setting, packing: Packing
-) -> Tensor:
-    sines = setting.encoding.position_maps(x.device)["qk".index(side)]
-    return _by_sequence(
-        lambda x, positions: encoded(x, positions, sines, setting.backend),
-        *(blank(x, packing.padding), positions, packing.cu_seqlens),
-    )
-
-
-def _by_sequence(
-    make: Callable[[Tensor, Tensor | None], Tensor],
-    x: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Return features of x, made as if each sequence was alone, to the last bit.
-
-    On the CPU the tokens of a call decide how their sines are rounded, by what they share of them.
-    """
-    if cu_seqlens is None or x.device.type != "cpu" or observed() or len(cu_seqlens) <= 2:
-        return make(x, positions)
-    return torch.cat(
-        [
-            make(x[:, begin:end], None if positions is None else positions[:, begin:end])
-            for begin, end in itertools.pairwise(cu_seqlens.tolist())
-        ],
-        dim=1,
-    )
-
-
-def _encoded(x: Tensor, positions: Tensor, side: str, setting: Setting) -> Tensor:
-    # features of an encoding that is not ours: what the kernels rely on is checked
-    encoding = setting.encoding
-    if encoding.per_head and encoding.num_heads is not None:
-        x = reference.spread(x, encoding.num_heads)
-    return _checked(
-        encoding.features(x, positions, side), x, encoding.feature_dim, "pos_encoding.features"
-    )
-
-
-def _mapped(feature_map: FeatureMap, x: Tensor) -> Tensor:
-    # features of a map that may not be ours
-    if feature_map.num_heads is not None:
-        x = reference.spread(x, feature_map.num_heads)
-    return _checked(feature_map(x), x, feature_map.feature_dim(x.shape[-1]), "feature_map")
-
-
-def _checked(y: Tensor, x: Tensor, width: int, name: str) -> Tensor:
-    wanted = (*x.shape[:-1], width)
-    if not isinstance(y, Tensor) or tuple(y.shape) != wanted or y.device != x.device:
-        raise ValueError(f"{name} must return {wanted} on {x.device}, got {shape(y)}")
-    return y.to(x.dtype)

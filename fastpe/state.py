@@ -11,8 +11,8 @@ from .checks import require, shape
 from .encodings import PositionalEncoding
 from .favor import Favor
 from .feature_maps import FeatureMap
+from .features import Setting
 from .ops import compute_dtype
-from .scan import Setting
 
 
 class LinearAttentionState(NamedTuple):
@@ -121,11 +121,16 @@ def kernel_widths(
     q: Tensor, v: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
 ) -> tuple[int, int, int]:
     """Return the largest D, R and E that a kernel is to take."""
-    d, r = q.shape[-1], feature_widths(q, encoding, feature_map, True)[0]
-    if isinstance(feature_map, FeatureMap):
-        # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
-        # exact sines
-        exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
-        made = encoding is not None and not (exact and isinstance(feature_map, Favor))
-        d = max(d, r, encoding.feature_dim if made else 0)
-    return d, r, v.shape[-1]
+    d, e = q.shape[-1], v.shape[-1]
+    if encoding is not None and encoding.banded:
+        # the part of the gate, which adds up weights as one more value
+        return d, d, e + 1
+    r = d if encoding is None else encoding.feature_dim
+    if not isinstance(feature_map, FeatureMap):
+        return d, r, e
+    # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
+    # exact sines
+    exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
+    made = 0 if exact and isinstance(feature_map, Favor) else r
+    r = feature_map.feature_dim(r)
+    return max(d, r, made), r, e

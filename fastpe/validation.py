@@ -35,13 +35,14 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    (b, _, h, d), heads = q.shape, k.shape[2]
-    if k.shape[0] != b or k.shape[3] != d:
-        raise ValueError(
-            f"k must be [B, T, Hk, D] with B = {b} and D = {d} of q, got {tuple(k.shape)}"
-        )
-    if heads != h and (not heads or h % heads):
-        raise ValueError(f"k must have a divisor of q's {h} heads, got {heads}")
+    if k.shape != q.shape:
+        (b, _, h, d), heads = q.shape, k.shape[2]
+        if k.shape[0] != b or k.shape[3] != d:
+            raise ValueError(
+                f"k must be [B, T, Hk, D] with B = {b} and D = {d} of q, got {tuple(k.shape)}"
+            )
+        if heads != h and (not heads or h % heads):
+            raise ValueError(f"k must have a divisor of q's {h} heads, got {heads}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"v must be [B, T, Hk, E] with B, T, Hk of k = {tuple(k.shape[:3])}, "
@@ -114,6 +115,10 @@ def check_align(align: str | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | No
         raise ValueError(f"k must have as many tokens as q with cu_seqlens, got {lengths}")
 
 
+# each row of a batch is a sequence
+_ROWS = Packing()
+
+
 def check_packing(
     cu_seqlens: Tensor | None,
     padding: Tensor | None,
@@ -122,6 +127,8 @@ def check_packing(
     name: str = "cu_seqlens",
 ) -> Packing:
     """Return which tokens of x [B, T, ., .] are of which sequence."""
+    if padding is None and cu_seqlens is None:
+        return _ROWS
     b, t = x.shape[:2]
     if padding is not None:
         if cu_seqlens is not None:

@@ -239,3 +239,21 @@ def attention(
         z0 = q.new_zeros(kd[:, 0].shape)
     num, den, s, z = SCANS[form](phi, psi, v, pd, kd, s0, z0)
     return divided(num, den, normalize, eps), s, z
+
+
+# FAVOR+, MATH section 7
+
+
+def favor_exponents(omega, x):
+    """+-w . y and |y|^2 / 2 of y = x F^(-1/4), for columns w in omega [H, F, M]."""
+    y = x * x.shape[-1] ** -0.25
+    dots = torch.stack([y[..., h, :] @ omega[h] for h in range(x.shape[-2])], -2)
+    return torch.cat((dots, -dots), -1), y.square().sum(-1, keepdim=True) / 2
+
+
+def log_attention(a, b, v):
+    """Attention in log space: a softmax over every key up to the query's own."""
+    logits = (a.transpose(1, 2)[:, :, :, None] + b.transpose(1, 2)[:, :, None]).logsumexp(-1)
+    seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)

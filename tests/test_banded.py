@@ -12,6 +12,7 @@ from fastpe import (
     banded_attention,
     causal_linear_attention,
     causal_linear_attention_step,
+    linear_attention,
 )
 from fastpe.nn import CausalLinearAttention
 
@@ -235,6 +236,41 @@ def test_prefill_and_decode(backend, normalize, gated):
     assert state.length == T
 
 
+def test_packed_sequences(backend):
+    """Each as if it was alone; keys that heads share are each head's own."""
+    encoding, lengths = _encoding(), (3, 0, T - 3)
+    q, k, v = (x[:1] for x in _inputs().values())
+    k, v, bounds = k[:, :, :1], v[:, :, :1], torch.tensor([0, 3, 3, T])
+    options = {"normalize": False, "output_final_state": True, "backend": backend}
+    with torch.no_grad():
+        o, state = _attend(encoding, q, k, v, cu_seqlens=bounds, **options)
+        for i, parts in enumerate(zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)):
+            q_i, *kv = parts
+            k_i, v_i = (x.expand(-1, -1, H, -1) for x in kv)
+            alone, end = _attend(encoding, q_i, k_i, v_i, **options)
+            assert_within(o[:, bounds[i] : bounds[i + 1]], alone, 1e-12)
+            assert_within(state.s[i], end.s[0], 1e-12)
+            assert_within(state.z[i], end.z[0], 1e-12)
+    assert state.length.tolist() == list(lengths)
+
+
+def test_padding(backend):
+    """Padding does not count as a token between others, whatever it holds."""
+    encoding, kept = _encoding(), torch.ones(B, T, dtype=torch.bool)
+    kept[0, 4:7] = kept[1, :2] = kept[1, -1] = False
+    inputs = [x.masked_fill(~kept[..., None, None], torch.nan) for x in _inputs().values()]
+    options = {"normalize": "abs", "eps": 0.4, "output_final_state": True, "backend": backend}
+    with torch.no_grad():
+        o, state = _attend(encoding, *inputs, key_padding_mask=~kept, **options)
+        assert (o[~kept] == 0).all()
+        for i in range(B):
+            alone, end = _attend(encoding, *(x[i : i + 1, kept[i]] for x in inputs), **options)
+            assert_within(o[i][kept[i]], alone[0], 1e-12)
+            assert_within(state.s[i], end.s[0], 1e-12)
+            assert_within(state.z[i], end.z[0], 1e-12)
+    assert state.length.tolist() == kept.sum(1).tolist()
+
+
 def test_features_in_expectation():
     """The mean over noise of ConvSPE's linear attention is the exact one, within 5 sigma."""
     exact = _encoding()
@@ -273,8 +309,7 @@ def test_layer_compiles_and_decodes(compiled):
     ("options", "message"),
     [
         ({"feature_map": "elu1"}, "feature_map must be 'identity' with ConvSPE.*got 'elu1'"),
-        ({"positions": torch.arange(T) + 1}, "positions must be the default ones"),
-        ({"positions": 2 * torch.arange(T)}, "positions must be the default ones"),
+        ({"positions": torch.arange(T)}, "positions must be the default ones"),
     ],
 )
 def test_what_the_exact_form_cannot_do(options, message):
@@ -282,6 +317,8 @@ def test_what_the_exact_form_cannot_do(options, message):
         _attend(_encoding(), *_inputs().values(), normalize=False, **options)
     with pytest.raises(ValueError, match="num_realizations must be given for features"):
         _encoding().features(_inputs()["q"], torch.zeros(1, T, 1), "q")
+    with pytest.raises(ValueError, match="pos_encoding must have features here"):
+        linear_attention(*_inputs().values(), pos_encoding=_encoding())
 
 
 def test_a_state_of_another_form_is_refused():

@@ -295,6 +295,21 @@ def test_operators(gated):
         )
 
 
+def test_no_code_is_kept():
+    """T15: the gradient needs the tokens and the parameters, all else is made again."""
+    encoding, kept = _encoding(num_realizations=40), []
+    x = leaf(make_inputs(2, 200, H, D, 1)[0])
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoding.features(x, torch.arange(200).double().view(1, 200, 1), "q")
+    # of a code there are 200 H D R numbers
+    assert max(kept) == x.numel()
+
+
 def test_half_precision():
     """Arithmetic is float32, rounded at the ends."""
     encoding = _encoding().float()

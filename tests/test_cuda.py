@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import encodings
-from helpers import Problem, assert_within, make_inputs
+from helpers import Problem, assert_within, leaf, make_inputs
 
 import fastpe
 from fastpe import causal_linear_attention, causal_linear_attention_step
 from fastpe.backends import cuda, native
-from fastpe.ops import ScanOptions
+from fastpe.ops import ScanOptions, causal_dot
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -33,6 +33,26 @@ def test_no_race(cuda_host, cuda_host_backwards, make, dtype, monkeypatch):
         found.append(case.run("cpu") | {"step o": o, "step s": state.s, "step z": state.z})
     for name, x in found[0].items():
         assert torch.equal(x, found[1][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_race_of_ranges_and_shared_heads(cuda_host, cuda_host_backwards, dtype, monkeypatch):
+    """The same of sequences in one row, one of them empty, whose heads share keys and values."""
+    options = ScanOptions("elu1", "sum", 1e-6, True, False, True, 1.0, 0, "cpu")
+    ranges = torch.tensor([[3, 100], [100, 100], [101, 150]])
+    (q, *_), (_, k, v) = (make_inputs(1, 150, h, 20, 70, dtype) for h in (4, 2))
+    s0, z0 = torch.randn(3, 2, 20, 70), torch.rand(3, 2, 20)
+    positions, freq = torch.rand(1, 150, 2).double(), torch.rand(1, 10, 2).double()
+    found = []
+    for library in (cuda_host, cuda_host_backwards):
+        monkeypatch.setitem(native.libraries, "cpu", library)
+        leaves = [leaf(x) for x in (q, k, v, s0, z0, positions, freq)]
+        scanned = causal_dot(*leaves, ranges, options=options)
+        grads = torch.autograd.grad(sum(x.square().sum() for x in scanned), leaves)
+        stepped = native.step(q[:, :1], k[:, :1], v[:, :1], s0[:1], z0[:1], None, None, options)
+        found.append([*scanned, *grads, *stepped])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

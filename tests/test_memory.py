@@ -8,13 +8,14 @@ import pytest
 SCRIPT = """
 import sys
 import torch
-from fastpe import FStripe, RoPE, SineSPE, causal_linear_attention
+from fastpe import ConvSPE, FStripe, RoPE, SineSPE, causal_linear_attention
 
 name, backward, lengths = sys.argv[1], sys.argv[2] == "backward", map(int, sys.argv[3:])
 H, D, R, E = 4, 64, 48, 32
 encoding = {
     "rope": lambda: RoPE(D),
     "sinespe": lambda: SineSPE(D, H, num_sines=10, num_realizations=R),
+    "convspe": lambda: ConvSPE(D, H, kernel_size=16, num_realizations=R),
     "fstripe": lambda: FStripe(D, H, num_sines=R // 2),
 }[name]()
 
@@ -63,6 +64,7 @@ def _growth(name, direction):
     [
         ("rope", "forward", E + 1),
         ("sinespe", "forward", 2 * R + E + 1),
+        ("convspe", "forward", 2 * R + E + 1),
         ("fstripe", "forward", 2 * R + E + 1),
         ("rope", "backward", 2 * E + 1 + 2 * D + E),
         ("sinespe", "backward", 4 * R + 2 * E + 1 + 2 * D + E),

@@ -137,8 +137,9 @@ class _Scan:
     def outputs(self, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return memory for o, s and z, which the arguments then point to."""
         (q, _, v), args, (r, rz) = self.inputs, self.args, widths
-        o = self.by_token(*q.shape[:3], v.shape[-1], dtype=v.dtype)
-        s, z = self.empty(*self.counts, r, v.shape[-1]), self.empty(*self.counts, rz)
+        (b, t, h, _), e = q.shape, v.shape[-1]
+        o = self.by_token(b, t, h, e, dtype=v.dtype)
+        s, z = self.empty(*self.counts, r, e), self.empty(*self.counts, rz)
         args.o, args.s, args.z = strided(o), _pointer(s), _pointer(z)
         return o, s, z
 
@@ -350,7 +351,7 @@ def step(
 def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
     """Return the bytes of shared memory that blocks of the CUDA kernels need for D, R and E."""
     d, r, e = widths
-    args = CausalDot(2**10, 2**10, 1, max(d, r), e, normalize=1)
+    args = CausalDot(B=2**10, T=2**10, H=1, D=max(d, r), E=e, S=2**10, normalize=1)
     if r <= d:  # a rotation needs most
         args.freq, args.W, args.L, args.map_first, args.pool = 1, (d + 1) // 2, 1, 1, r < d
     args.q.dtype = DTYPES[dtype]

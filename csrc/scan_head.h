@@ -1,0 +1,42 @@
+// Where a head of a sequence finds its tokens, and the state that it may share with others.
+#pragma once
+#include "simd.h"
+
+namespace fastpe {
+namespace {
+
+// the tokens of sequence s: a row of the batch, or a range of the one row
+struct Sequence {
+  int64_t s, row, first, length;
+
+  Sequence(const FastpeCausalDot &args, int64_t s_) : s(s_), row(s_), first(0), length(args.T) {
+    if (!args.ranges) return;
+    row = 0, first = args.ranges[2 * s], length = args.ranges[2 * s + 1] - first;
+  }
+};
+
+template <class S>
+struct ScanHead {
+  // index: s H + h; state_index: that of the state it shares; first: of its first token in [B, H, T]
+  int64_t h, index, state_index, first;
+  bool owner;  // the first of those that share the state
+  Rows<S> q, k, v, o, grad_o, grad_q, grad_k, grad_v;
+  S *state, *running, *compensation, *inverse, *delta;
+  double *grad_freq;
+
+  void enter(const FastpeCausalDot &args, const Sequence &at, int64_t h_) {
+    const int64_t group = args.H / args.Hs, d = args.D, e = args.E;
+    h = h_, index = at.s * args.H + h, state_index = at.s * args.Hs + h / group;
+    owner = h % group == 0, first = (at.row * args.H + h) * args.T + at.first;
+    auto rows = [&](const FastpeTensor &x, int64_t heads, int64_t width) {
+      return Rows<S>(x, at.row, h / (args.H / heads), width, at.first);
+    };
+    q = rows(args.q, args.H, d), k = rows(args.k, args.Hk, d), v = rows(args.v, args.Hv, e);
+    o = rows(args.o, args.H, e), grad_o = rows(args.grad_o, args.H, e);
+    grad_q = rows(args.grad_q, args.H, d), grad_k = rows(args.grad_k, args.H, d);
+    grad_v = rows(args.grad_v, args.H, e);
+  }
+};
+
+}  // namespace
+}  // namespace fastpe
