@@ -52,7 +52,9 @@ class Scan {
         psi_(args.grad_o.data ? lc_ * ld_ : 1),
         c_transposed_(args.grad_o.data ? ld_ * lc_ : 1),
         state_transposed_(args.grad_o.data ? state_size() : 1),
-        states_(stepping(args.T) && args.Hs == args.H ? 1 : at_once_ * state_size()),
+        // a range may be empty, which is no step
+        states_(stepping(args.T) && !args.ranges && args.Hs == args.H ? 1
+                                                                      : at_once_ * state_size()),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),

@@ -114,7 +114,8 @@ def causal_linear_attention(
         check_state(initial_state, q, v, sizes, setting, made_with, noise)
         s, z, start, *_, c = initial_state
         state = (s, z) if c is None else (s, z, c)
-    positions = check_positions(positions, pos_encoding, q, max(t, tk), start, tokens)
+    counted = tokens if t == tk else tokens.along(max(t, tk), align)
+    positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
     with _full_precision(q.device.type):
         if t == tk:
             o, s, z, *c = scan.attend(q, k, v, positions, state, setting, tokens)

@@ -50,11 +50,12 @@ class Resampled(nn.Module):
         """Return what `_draw` makes of these arguments, kept as long as the noise lasts."""
         if torch.compiler.is_compiling():
             return self._draw(*wanted)
-        key = self.noise_key
-        if self._cache is None or self._cache[0] is not key or self._cache[1] != wanted:
+        # read and written in one piece: another thread may put its own there
+        key, cache = self.noise_key, self._cache
+        if cache is None or cache[0] is not key or cache[1] != wanted:
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = key, wanted, self._draw(*wanted)
-        return self._cache[2]
+                self._cache = cache = key, wanted, self._draw(*wanted)
+        return cache[2]
 
     @property
     def noise_key(self) -> Tensor | None:
@@ -66,11 +67,11 @@ class Resampled(nn.Module):
         if torch.compiler.is_compiling():
             return torch.stack((source.seed, source.step // every))
         # one tensor as long as the noise lasts: a state that has it needs no look at its values
-        stamp = _stamp(source.seed), _stamp(source.step)
-        if source._key is None or source._key[0] != stamp:
+        stamp, key = (_stamp(source.seed), _stamp(source.step)), source._key
+        if key is None or key[0] != stamp:
             with torch.inference_mode(False):
-                source._key = stamp, torch.stack((source.seed, source.step // every))
-        return source._key[1]
+                source._key = key = stamp, torch.stack((source.seed, source.step // every))
+        return key[1]
 
     def resample_(self) -> None:
         """Draw new noise (and go on from there)."""

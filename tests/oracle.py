@@ -118,8 +118,8 @@ def conv_features(encoding, params, x, positions, side):
     rows = range(low, int(at.max()) + taps) if at.numel() else range(taps)
     key = encoding.noise_key.tolist()
     z = normal(*key, 0, 2, h * d, rows, r).view(h, d, len(rows), r).to(x.device, dtype)
-    code = torch.stack([z[:, :, s - low : s - low + taps] for s in at.flatten().tolist()])
-    code = torch.einsum("hdj,nhdjr->nhdr", params[f"weight_{side}"], code)
+    code = z.unfold(2, taps, 1)[:, :, at.flatten() - low]
+    code = torch.einsum("hdj,hdnrj->nhdr", params[f"weight_{side}"], code)
     if encoding.gated:
         gate = torch.sigmoid(params["gate"])[..., None]
         eps = normal(*key, getattr(encoding, "module_id", 0), 1, h * d, 1, r).view(h, d, r)

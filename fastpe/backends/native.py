@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,8 @@ __all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
 ISAS = ("best", "portable", "avx2", "avx512")
 # the code path to run, an index into ISAS; tests try each
 isa = 0
+# the process whose OpenMP threads run
+_owner: int | None = None
 
 _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
@@ -54,6 +57,18 @@ def describe() -> str:
     """Return the code path and threading in use."""
     openmp = "OpenMP" if CPU.functions.fastpe_openmp() else "one thread, built without OpenMP"
     return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"
+
+
+def _threads() -> int:
+    """Return how many threads to run: one where the process was forked from one that had several.
+
+    GNU OpenMP would wait there for threads that did not come along.
+    """
+    global _owner
+    wanted = torch.get_num_threads()
+    if wanted > 1 and _owner is None:
+        _owner = os.getpid()
+    return wanted if wanted == 1 or _owner == os.getpid() else 1
 
 
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
@@ -104,7 +119,7 @@ class _Scan:
         self.counts = sequences, state_heads(q, k, v, freq)
         fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, self.counts, options)
         self.args = args = CausalDot.from_buffer_copy(fixed)
-        args.threads, args.isa = torch.get_num_threads(), isa
+        args.threads, args.isa = _threads(), isa
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
@@ -230,7 +245,7 @@ class _Sines:
         self.args = PhaseFeatures(
             *(*self.shape, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
             *(positions.shape[-1], positions.shape[0], hx),
-            *(torch.get_num_threads(), isa, sines.pool, group),
+            *(_threads(), isa, sines.pool, group),
             *map(_pointer, self.tensors),
             strided(x),
         )
@@ -361,7 +376,7 @@ def philox_normal(
         first=first & (2**32 - 1),
         module=module,
         kind=kind,
-        threads=torch.get_num_threads(),
+        threads=_threads(),
         isa=isa,
         dtype=DTYPES[dtype],
         hd=hd,

@@ -103,10 +103,12 @@ class PositionalEncoding(nn.Module):
         # decoding asks for the same maps at every token; contents, as `.data` leaves no other trace
         contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
         key = device, id(noise), [x.dtype for x in inputs], contents
-        if self._known[0] != key:
+        # read and written in one piece: another thread may put its own there
+        known = self._known
+        if known[0] != key:
             # the noise is kept, so that its id remains its own
-            self._known = key, self.make_maps(device), noise
-        return self._known[1]
+            self._known = known = key, self.make_maps(device), noise
+        return known[1]
 
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
         """Return the encoded queries or keys in plain PyTorch, before any feature map.
