@@ -47,26 +47,27 @@ class KeptNoise:
     """The noise of the tiles that single tokens stand in: they are likely to be asked for again."""
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._tiles: dict[int, Tensor] = {}
+        # what they were made of, and the noise of each; replaced in one piece
+        self._known: tuple[tuple, dict[int, Tensor]] = (), {}
 
     def codes(self, positions: Tensor, fir: Filter, dtype: torch.dtype) -> Tensor:
         """Return the codes of positions [N], [N, H, D, R]."""
         h, d, taps = fir.weight.shape
         key = int(fir.seed), int(fir.step), fir.module, fir.num_realizations, dtype, (h, d, taps)
-        if self._key != key:
-            self._key, self._tiles = key, {}
+        known, before = self._known
+        if known != key:
+            before = {}
         tiles, codes, weight = {}, [], fir.weight.to(dtype)
         for position in positions.tolist():
             i, row = divmod(position, _TILE)
-            noise = self._tiles.get(i) if i not in tiles else tiles[i]
+            noise = tiles.get(i, before.get(i))
             if noise is None:
                 noise = _noise(fir, dtype, i * _TILE, _TILE + taps - 1)
             if len(tiles) < _KEPT:
                 tiles[i] = noise
             code = torch.einsum("hdj,hdjr->hdr", weight, noise[:, :, row : row + taps])
             codes.append(code if fir.constant is None else code + fir.constant.to(dtype))
-        self._tiles = tiles
+        self._known = key, tiles
         return torch.stack(codes)
 
 

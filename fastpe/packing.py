@@ -40,7 +40,9 @@ class Packing(NamedTuple):
             return self
         more = tokens - self.padding.shape[1]
         return Packing(
-            padding=torch.nn.functional.pad(self.padding, (more, 0) if align == "end" else (0, more))
+            padding=torch.nn.functional.pad(
+                self.padding, (more, 0) if align == "end" else (0, more)
+            )
         )
 
     def default_positions(self, start: int | Tensor, tokens: int, device: torch.device) -> Tensor:

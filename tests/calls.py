@@ -121,7 +121,9 @@ class Call:
             backend=backend,
             **(self.options | options),
         )
-        outputs = {"o": o} if self.options["feature_map"] in WIDE else dict(zip("osz", (o, *end[:2])))
+        outputs = (
+            {"o": o} if self.options["feature_map"] in WIDE else dict(zip("osz", (o, *end[:2])))
+        )
         return self.derive(outputs, leaves)
 
     def compute(self, dtype=torch.float64, rounding=None):
