@@ -105,10 +105,19 @@ class Call:
         return leaves
 
     def derive(self, outputs, leaves):
-        """Return outputs and gradients; of Favor, whose eps is 0, the gradient of v alone."""
-        if not self.favor:
-            return results(outputs, leaves)
-        return results({"o": outputs["o"]}, {"v": leaves["v"]})
+        """Return outputs and the gradients that are no difference of equal numbers.
+
+        Of Favor, whose eps is 0, that of v alone; of parameters none where no query sees another
+        token: a relative encoding is then the identity.
+        """
+        if self.favor:
+            return results({"o": outputs["o"]}, {"v": leaves["v"]})
+        others = any(
+            keys[0] < queries[-1] for _, queries, keys in self.sequences if queries and keys
+        )
+        if self.state is None and not others:
+            leaves = {name: leaves[name] for name in "qkv"}
+        return results(outputs, leaves)
 
     def run(self, backend, **options):
         leaves, state = self.leaves(), self.state
