@@ -121,8 +121,8 @@ with torch.no_grad():
     exact = sizes = None
     for first in range(0, T, PIECE):
         part = [x[:, first : first + PIECE].double() for x in (q, k, v)]
-        last, exact = attend("reference", *part, exact)
-        absolute, sizes = attend("reference", *part[:2], part[2].abs(), sizes)
+        last, exact = attend("cpu", *part, exact)
+        absolute, sizes = attend("cpu", *part[:2], part[2].abs(), sizes)
 # what it is off by, in roundings of sums of the terms' sizes that grow as sqrt(T)
 unit = math.sqrt(T) * torch.finfo(torch.float32).eps / 2
 for name, x, y, size in (
