@@ -35,15 +35,12 @@ class Packing(NamedTuple):
         return self if self.padding is None else Packing(padding=self.padding[:, tokens])
 
     def along(self, tokens: int, align: str | None) -> Packing:
-        """Return the same of rows of so many tokens, of which those without a key are no padding."""
+        """Return the same of longer rows, whose tokens without a key are no padding."""
         if self.padding is None or self.padding.shape[1] == tokens:
             return self
         more = tokens - self.padding.shape[1]
-        return Packing(
-            padding=torch.nn.functional.pad(
-                self.padding, (more, 0) if align == "end" else (0, more)
-            )
-        )
+        sides = (more, 0) if align == "end" else (0, more)
+        return Packing(padding=torch.nn.functional.pad(self.padding, sides))
 
     def default_positions(self, start: int | Tensor, tokens: int, device: torch.device) -> Tensor:
         """Return 0, 1, 2, ... of each sequence's own tokens, from start on: [B or 1, T, 1]."""

@@ -55,7 +55,7 @@ def test_any_problem(backend, case, chunk_size):
 @fixed
 @given(case=calls(), chunk_size=st.none() | st.integers(1, 20))
 def test_any_arguments(backend, case, chunk_size):
-    """Packed, padded, aligned, with shared heads, any feature map: each query's sum over its keys."""
+    """Packed, padded, aligned, heads that share, any feature map: every query by its own keys."""
     actual, exact = case.run(backend, chunk_size=chunk_size), case.compute()
     # in float64 too, for gradients that cancel: of frequencies, where a sequence is one token
     plain = [case.compute(case.dtype)]
