@@ -12,8 +12,7 @@ from .checks import shape
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
 from .features import Setting
-from .ops import compute_dtype
-from .state import LinearAttentionState, check_state, config, kernel_widths
+from .state import LinearAttentionState, check_state, config, kernel_dtype, kernel_widths
 from .validation import (
     check_align,
     check_band,
@@ -104,8 +103,7 @@ def causal_linear_attention(
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     # a bool where T is a symbol too
     one_token = bool(initial_state is not None and t == 1)
-    # maps that are modules work in the dtype of arithmetic
-    dtype = compute_dtype(q) if isinstance(feature_map, FeatureMap) else q.dtype
+    dtype = kernel_dtype(q, feature_map)
     backend = backends.resolve(backend, q.device, dtype, widths, one_token)
     setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
@@ -117,6 +115,7 @@ def causal_linear_attention(
     counted = tokens if t == tk else tokens.along(max(t, tk), align)
     positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
     with _full_precision(q.device.type):
+        setting = setting.prepared(q.device)
         if t == tk:
             o, s, z, *c = scan.attend(q, k, v, positions, state, setting, tokens)
         else:
@@ -124,7 +123,9 @@ def causal_linear_attention(
             o, s, z, *c = scan.attend_aligned(*inputs, align)
     if not output_final_state:
         return o
-    return o, LinearAttentionState(s, z, start + tokens.lengths(tk), made_with, noise, *c)
+    # positions go on behind the last token, also of queries that stand before all keys
+    length = counted.lengths(t) if align == "end" and t > tk else tokens.lengths(tk)
+    return o, LinearAttentionState(s, z, start + length, made_with, noise, *c)
 
 
 def linear_attention(
@@ -175,6 +176,8 @@ def linear_attention(
     check_options(feature_map, normalize, eps, None)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
+    # positions of queries are those of keys where these are the same tokens, by all that is said
+    same = key_cu_seqlens is None and k.shape[1] == q.shape[1]
     if key_cu_seqlens is None:
         key_cu_seqlens = cu_seqlens
     of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
@@ -183,24 +186,24 @@ def linear_attention(
         cu_seqlens is not None and cu_seqlens.shape != key_cu_seqlens.shape
     ):
         raise ValueError("cu_seqlens and key_cu_seqlens must be of as many sequences")
-    if key_positions is None and k.shape[1] == q.shape[1]:
+    if key_positions is None and same:
         key_positions = positions
     at_q = check_positions(positions, pos_encoding, q, q.shape[1], 0, of_q)
     at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
     widths = kernel_widths(q, v, pos_encoding, feature_map)
-    backend = backends.resolve(backend, q.device, q.dtype, widths)
+    backend = backends.resolve(backend, q.device, kernel_dtype(q, feature_map), widths)
     setting = Setting(pos_encoding, feature_map, normalize, eps, None, backend)
     heads = q.shape[2]
     with _full_precision(q.device.type):
+        setting = setting.prepared(q.device)
         if cu_seqlens is None:
             state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
-            o = scan.readout(packing.blank(q, query_padding_mask), at_q, state, setting)
-            return packing.blank(o, query_padding_mask).to(v.dtype)
+            return scan.readout(q, at_q, state, setting, query_padding_mask).to(v.dtype)
         pad_q, pad_k = packing.Padded(cu_seqlens), packing.Padded(key_cu_seqlens)
         k, v, at_k = (None if x is None else pad_k.split(x) for x in (k, v, at_k))
         q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
         state = scan.absorb(k, v, at_k, None, setting, pad_k.padding, heads)
-        return pad_q.join(scan.readout(q, at_q, state, setting)).to(v.dtype)
+        return pad_q.join(scan.readout(q, at_q, state, setting, pad_q.padding)).to(v.dtype)
 
 
 _NOTHING = contextlib.nullcontext()

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from . import reference
 from .checks import shape
 from .maps import Band
-from .ops import ScanOptions, _first_order, _op, _plain, causal_dot, compute_dtype
+from .ops import (
+    ScanOptions,
+    _first_order,
+    _op,
+    _plain,
+    causal_dot,
+    compute_dtype,
+    refuse_transforms,
+)
 from .validation import check_inputs, check_options
 
 # numbers of a temporary, so that it stays in a cache
@@ -179,7 +187,11 @@ def _weigh(
         k, v = (torch.cat((w.to(x.dtype), x), 1) for w, x in zip(state, (k, v), strict=True))
     # a value of one adds up weights; where there was no key the weight is zero
     args = q, k, F.pad(v, (0, 1), value=1.0), kernel.to(q.dtype)
-    y = _forward(*args) if _plain(args) else Banded.apply(*args)
+    if _plain(args):
+        y = _forward(*args)
+    else:
+        refuse_transforms()
+        y = Banded.apply(*args)
     last = slice(k.shape[1] - before, None)
     return y[..., :-1], y[..., -1], (k[:, last], v[:, last])
 
@@ -229,15 +241,5 @@ def _linear(
         options = {"normalize": False, "state": state, "chunk_size": chunk_size}
         o, (s, _) = reference.chunked(q, k, v, q[..., :0], k[..., :0], **options)
         return o, s
-    options = ScanOptions(
-        feature_map="identity",
-        normalize="none",
-        eps=0.0,
-        interleaved=False,
-        pool=False,
-        map_first=True,
-        scale=1.0,
-        chunk=chunk_size or 0,
-        backend=backend,
-    )
+    options = ScanOptions.of_features("none", 0.0, chunk_size, backend)
     return causal_dot(q, k, v, *(state or (None, None)), None, None, None, options=options)[:2]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .noise import CONV
-from .ops import _first_order, _op, _plain, compute_dtype, philox_normal
+from .ops import _first_order, _op, _plain, compute_dtype, philox_normal, refuse_transforms
 
 # positions of a tile: always as many, wherever it begins, so that a code has the same bits for
 # whatever else is asked for
@@ -253,4 +253,5 @@ def conv_features(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) ->
         if x.shape[1] == 1 and x.shape[0]:
             return _one_token(x, positions, fir, kept)
         return _forward(x, positions, fir)
+    refuse_transforms()
     return ConvFeatures.apply(x, positions, *fir)

@@ -28,7 +28,7 @@ from .features import Setting
 from .maps import SineMap
 from .ops import phase_features
 from .packing import Packing
-from .state import LinearAttentionState, check_state, config, kernel_widths
+from .state import LinearAttentionState, check_state, config, kernel_dtype, kernel_widths
 from .validation import (
     check_encoding,
     check_feature_map,
@@ -103,7 +103,7 @@ def causal_linear_attention(
         sizes = q.shape[0], q.shape[2] if setting.per_head else k.shape[2]
         check_state(initial_state, q, v, sizes, setting, made_with, noise)
     widths = kernel_widths(q, v, pos_encoding, feature_map)
-    backend = backends.resolve(backend, q.device, q.dtype, widths)
+    backend = backends.resolve(backend, q.device, kernel_dtype(q, feature_map), widths)
     start = 0 if initial_state is None else initial_state.length
     has_gradient = torch.is_grad_enabled() and any(map(_learns, (k, v, positions, *learned)))
     given = made_with, eps, q.dtype, initial_state is None, output_final_state

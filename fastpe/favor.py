@@ -28,10 +28,11 @@ class Favor(Resampled, FeatureMap):
     usual exp(sum_d q_d k_d C_d / sqrt(D)). Of SineSPE(num_realizations=None) and
     FStripe(pool=False) the F features are never made: w_j . y is a projection of D (one stage).
 
-    Attention measures features from the running maximum of each (MATH section 7), so that nothing
-    overflows and no output depends on a later key; the sum of weights is at least 1. Hence
+    Attention measures features from the running maximum of each, so that nothing overflows and no
+    output depends on a later key but for its rounding; the sum of weights is at least 1. Hence
     normalize=True without eps, which is ignored. Features are made in PyTorch on every backend; its
     scan adds them up where they grow by less than e^40 within a call, else PyTorch (`log_scan`).
+    There is a state for each head of queries, also where these share keys.
 
     Args:
         num_features: R, even with signs; default 2 F with signs, else F.
@@ -187,17 +188,7 @@ def _level_scan(
     c0 = _first(b, state)
     a, b = a + c0[:, None], b - c0[:, None]
     phi, psi = (a - a.detach().amax(-1, keepdim=True)).exp(), b.exp()
-    options = ScanOptions(
-        feature_map="identity",
-        normalize="sum",
-        eps=0.0,
-        interleaved=False,
-        pool=False,
-        map_first=True,
-        scale=1.0,
-        chunk=chunk_size or 0,
-        backend=backend,
-    )
+    options = ScanOptions.of_features("sum", 0.0, chunk_size, backend)
     before = (None, None)
     if state is not None:
         decay = (state[2].detach() - c0).exp()

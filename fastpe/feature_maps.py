@@ -94,10 +94,11 @@ class FeatureMap(nn.Module):
         if torch.compiler.is_compiling():
             return torch.cat((key, mine))
         # one tensor as long as the noise lasts: a state that has it needs no look at its values
-        if self._joined[0] is not key or self._joined[1] is not mine:
+        joined = self._joined
+        if joined[0] is not key or joined[1] is not mine:
             with torch.inference_mode(False):
-                self._joined = key, mine, torch.cat((key, mine))
-        return self._joined[2]
+                self._joined = joined = key, mine, torch.cat((key, mine))
+        return joined[2]
 
     def __getstate__(self) -> dict[str, object]:
         """Return what is copied and pickled: not what can be made again."""

@@ -15,7 +15,7 @@ from .encoded import encoded
 from .encodings import PositionalEncoding
 from .favor import Favor
 from .feature_maps import FeatureMap
-from .maps import Rotation, SineMap
+from .maps import Band, Rotation, SineMap
 from .ops import compute_dtype, observed
 from .packing import Packing, blank
 
@@ -29,6 +29,13 @@ class Setting(NamedTuple):
     eps: float
     chunk_size: int | None
     backend: str
+    maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | tuple[Band, Band] | None = None
+
+    def prepared(self, device: torch.device) -> Setting:
+        """Return the same with the encoding's maps of queries and keys, made once for a call."""
+        if self.encoding is None:
+            return self
+        return self._replace(maps=self.encoding.position_maps(device))
 
     @property
     def per_head(self) -> bool:
@@ -47,12 +54,7 @@ def features(
     [B, T, H, R] in the dtype of arithmetic, and [B, T, H or Hk, Rz]; keys of Hk heads keep them
     unless each head makes features in its own way.
     """
-    encoding, psi = setting.encoding, setting.feature_map
-    if encoding is not None and encoding.banded:
-        raise ValueError(
-            "pos_encoding must have features here, to attend both ways or to other tokens, got "
-            f"{encoding.signature}"
-        )
+    psi = setting.feature_map
     if setting.backend == "reference" or isinstance(psi, FeatureMap):
         x = x.to(compute_dtype(x))
     x, position_map = _custom(x, positions, side, setting)
@@ -97,21 +99,21 @@ def by_sequence(
     x, bounds = blank(x, packing.padding), packing.cu_seqlens
     if bounds is None or x.device.type != "cpu" or observed() or len(bounds) <= 2:
         return make(x, positions)
-    return torch.cat(
-        [
-            make(x[:, begin:end], None if positions is None else positions[:, begin:end])
-            for begin, end in itertools.pairwise(bounds.tolist())
-        ],
-        dim=1,
-    )
+    lengths = bounds.diff().tolist()
+    at = itertools.repeat(None) if positions is None else positions.split(lengths, 1)
+    return torch.cat([make(*each) for each in zip(x.split(lengths, 1), at, strict=False)], 1)
 
 
 def _custom(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting
 ) -> tuple[Tensor, Rotation | SineMap | None]:
     """Return x and the map that is still to be applied; an encoding without one is."""
-    encoding = setting.encoding
-    maps = None if encoding is None else encoding.position_maps(x.device)
+    encoding, maps = setting.encoding, setting.maps
+    if encoding is not None and encoding.banded:
+        raise ValueError(
+            "pos_encoding must have features here, to attend both ways or to other tokens, got "
+            f"{encoding.signature}"
+        )
     if encoding is None or maps is not None:
         return x, None if maps is None else maps["qk".index(side)]
     # features of an encoding that is not ours: what the kernels rely on is checked

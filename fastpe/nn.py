@@ -66,6 +66,13 @@ class _Attention(nn.Module):
                 f"pos_encoding must be for head_dim = {head_dim} and num_heads = {num_heads}, got "
                 f"{pos_encoding.head_dim} and {pos_encoding.num_heads}"
             )
+        if isinstance(feature_map, FeatureMap):
+            if feature_map.num_heads not in (None, num_heads):
+                raise ValueError(
+                    f"feature_map must be for num_heads = {num_heads}, got {feature_map.num_heads}"
+                )
+            # refuses widths that it is not for
+            feature_map.feature_dim(head_dim if pos_encoding is None else pos_encoding.feature_dim)
         factory = {"bias": bias, "device": device, "dtype": dtype}
         self.embed_dim, self.num_heads, self.value_dim = embed_dim, num_heads, value_dim
         self.num_kv_heads = num_kv_heads

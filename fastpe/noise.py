@@ -72,9 +72,15 @@ def orthogonalized(z: Tensor) -> Tensor:
     The directions become uniform (Haar) frames, a function of z's directions alone, on which the
     lengths do not depend: each column is still Gaussian (Yu et al. 2016, arXiv 1610.09072).
     """
+    return frames(z) * z.norm(dim=-2, keepdim=True)
+
+
+def frames(z: Tensor) -> Tensor:
+    """Return orthonormal columns, in blocks of F, of Gaussian [..., F, M]: Haar distributed."""
     blocks = []
     for block in z.split(z.shape[-2], dim=-1):
         q, r = torch.linalg.qr(block)
+        # uniform once the signs of R's diagonal are moved to it
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(z.dtype)
         blocks.append(q * signs[..., None, :])
-    return torch.cat(blocks, -1) * z.norm(dim=-2, keepdim=True)
+    return torch.cat(blocks, -1)

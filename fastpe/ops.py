@@ -48,6 +48,16 @@ class ScanOptions(NamedTuple):
     chunk: int  # 0: the backend's choice
     backend: str
 
+    @staticmethod
+    def of_features(
+        normalize: str, eps: float, chunk_size: int | None, backend: str
+    ) -> ScanOptions:
+        """Return options for features that are made already."""
+        made = {"interleaved": False, "pool": False, "map_first": True, "scale": 1.0}
+        return ScanOptions(
+            "identity", normalize, eps, chunk=chunk_size or 0, backend=backend, **made
+        )
+
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Return R and Rz, the features of the numerator and of the normaliser."""
         r = head_dim // 2 if self.pool else head_dim
@@ -154,7 +164,7 @@ def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, T
     if _plain(tensors):
         o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
         return o, s, z
-    _refuse_transforms()
+    refuse_transforms()
     return CausalDot.apply(*tensors, options)
 
 
@@ -194,8 +204,8 @@ def observed() -> bool:
     )
 
 
-def _refuse_transforms() -> None:
-    # torch would name a Function and a method that it lacks
+def refuse_transforms() -> None:
+    """Raise RuntimeError under torch.func: torch would name a Function and what that lacks."""
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
@@ -283,7 +293,7 @@ def phase_features(
     """
     if _plain((x, positions, *sines[:-1])):
         return backends.load(backend).phase_features(x, positions, sines, group)
-    _refuse_transforms()
+    refuse_transforms()
     return PhaseFeatures.apply(x, positions, *sines, group, backend)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ops import refuse_transforms
+
 
 class Packing(NamedTuple):
     """Which tokens belong to which sequence; with neither, each row of the batch is one.
@@ -98,6 +100,7 @@ class Rows:
 
     def join(self, x: Tensor) -> Tensor:
         """Return [B, T, ...] as [1, B T, ...], each row's tokens first."""
+        refuse_transforms()
         return _Reorder.apply(x.flatten(0, 1), self.order, self.inverse).unsqueeze(0)
 
     def split(self, x: Tensor) -> Tensor:
@@ -124,11 +127,12 @@ class Padded:
         place = torch.arange(longest, device=bounds.device)
         #: [S, longest], True behind the end
         self.padding = place >= lengths[:, None]
-        self._rows = (bounds[:-1, None] + place).masked_fill(self.padding, 0)
 
     def split(self, x: Tensor) -> Tensor:
-        """Return [1, N, ...] as [S, longest, ...], the first token's numbers at padding."""
-        return x if x.shape[1] == 0 else x[0][self._rows]
+        """Return [1, N, ...] as [S, longest, ...], zeros at padding."""
+        rows = x.new_zeros(*self.padding.shape, *x.shape[2:])
+        inside = ~self.padding.view(*self.padding.shape, *(1,) * (x.ndim - 2))
+        return rows.masked_scatter(inside, x)
 
     def join(self, x: Tensor) -> Tensor:
         """Return [S, longest, ...] as [1, N, ...]."""

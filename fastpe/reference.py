@@ -103,16 +103,27 @@ def features(
     return x, x
 
 
-def normalized(num: Tensor, den: Tensor, normalize: bool | str, eps: float) -> Tensor:
+def normalized(
+    num: Tensor,
+    den: Tensor,
+    normalize: bool | str,
+    eps: float,
+    padding: Tensor | None = None,
+) -> Tensor:
     """Return num / (den + eps); num / max(|den|, eps) for "abs"; num for False.
 
     Args:
         num: [B, T, H, E].
         den: [B, T, H].
+        normalize: True, "abs" or False.
+        eps: See above.
+        padding: [B, T], True where num is not divided: it and den are 0 there.
     """
     if normalize is False:
         return num
     den = den.abs().clamp(min=eps) if normalize == "abs" else den + eps
+    if padding is not None:
+        den = den.masked_fill(padding[..., None], 1.0)
     return num / den[..., None]
 
 
@@ -136,7 +147,14 @@ def absorb(k: Tensor, v: Tensor, dk: Tensor, heads: int) -> tuple[Tensor, Tensor
 
 
 def readout(
-    q: Tensor, dq: Tensor, s: Tensor, z: Tensor, *, normalize: bool | str = True, eps: float = 1e-6
+    q: Tensor,
+    dq: Tensor,
+    s: Tensor,
+    z: Tensor,
+    *,
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """Return what queries see of a state: q s / (dq z + eps), [B, T, H, E].
 
@@ -149,7 +167,7 @@ def readout(
     q, dq = (x.unflatten(2, (s.shape[1], -1)) for x in (q, dq))
     num = torch.einsum("bthgr,bhre->bthge", q, s).flatten(2, 3)
     den = torch.einsum("bthgr,bhr->bthg", dq, z).flatten(2, 3)
-    return normalized(num, den, normalize, eps)
+    return normalized(num, den, normalize, eps, padding)
 
 
 def quadratic(
@@ -217,6 +235,7 @@ def chunked(
     eps: float = 1e-6,
     state: tuple[Tensor, Tensor] | None = None,
     chunk_size: int | None = None,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return the same as `quadratic` in O(T): quadratic inside chunks, the state between them.
 
@@ -248,4 +267,4 @@ def chunked(
     den = (dqc * (dkc.cumsum(2) + z[:, :-1, None])).sum(-1)
     num, den = num.flatten(1, 2)[:, :length], den.flatten(1, 2)[:, :length]
     final = (x[:, -1, :: max(heads // max(states, 1), 1)] for x in (s, z))
-    return normalized(num, den, normalize, eps), tuple(final)
+    return normalized(num, den, normalize, eps, padding), tuple(final)

@@ -72,8 +72,7 @@ def _attend_kernels(
     packing: Packing,
 ) -> tuple[Tensor, ...]:
     encoding, where = setting.encoding, (None, None)
-    maps = None if encoding is None else encoding.position_maps(q.device)
-    options = _options(setting, maps)
+    maps, options = setting.maps, _options(setting)
 
     def made(x: Tensor, side: str) -> Tensor:
         make = functools.partial(before_map, side=side, setting=setting)
@@ -109,7 +108,10 @@ def _attend_mapped(
             lambda x, positions: features(x, positions, side, setting)[0], x, positions, packing
         )
 
-    dtype, options = v.dtype, _options(setting._replace(feature_map="identity"), None)
+    dtype = v.dtype
+    options = ScanOptions.of_features(
+        _NORMALIZE[setting.normalize], float(setting.eps), setting.chunk_size, setting.backend
+    )
     q, k = made(q, "q"), made(k, "k")
     o, *state = _scan(q, k, v.to(q.dtype), (None, None), state, options, packing)
     return o.to(dtype), *state
@@ -138,7 +140,8 @@ def _scan(
     return o if rows is None else rows.split(o), s, z
 
 
-def _options(setting: Setting, maps: tuple | None) -> ScanOptions:
+def _options(setting: Setting) -> ScanOptions:
+    maps = setting.maps
     rotation = maps[0] if maps is not None and isinstance(maps[0], Rotation) else None
     return ScanOptions(
         feature_map=setting.feature_map,
@@ -165,11 +168,11 @@ def _attend_reference(
     # everything by reference.py: differentiable any number of times
     dtype = v.dtype
     q, k, v = (blank(x.to(compute_dtype(x)), padding) for x in (q, k, v))
-    q, dq = features(q, positions, "q", setting)
+    q, dq = (blank(x, padding) for x in features(q, positions, "q", setting))
     k, dk = (blank(x, padding) for x in features(k, positions, "k", setting))
     if not setting.normalize:
         dq, dk = dq[..., :0], dk[..., :0]
-    options = {"normalize": setting.normalize, "eps": setting.eps}
+    options = {"normalize": setting.normalize, "eps": setting.eps, "padding": padding}
     o, state = reference.chunked(
         q, k, v, dq, dk, state=state, chunk_size=setting.chunk_size, **options
     )
@@ -206,7 +209,7 @@ def _log_keys(
 def _attend_banded(
     q: Tensor, k: Tensor, v: Tensor, state: State | None, setting: Setting
 ) -> tuple[Tensor, ...]:
-    band, _ = setting.encoding.position_maps(q.device)
+    band, _ = setting.maps
     k, v = (reference.spread(x, q.shape[2]) for x in (k, v))
     return banded.attend(
         *(q, k, v, band),
@@ -242,13 +245,12 @@ def _one_by_one(
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return what `attend` does for packed sequences where no kernel takes them together."""
-    results, bounds = [], cu_seqlens.tolist()
+    lengths, none = cu_seqlens.diff().tolist(), itertools.repeat(None)
+    parts = [x.split(lengths, 1) for x in (q, k, v)]
+    at = none if positions is None else positions.split(lengths, 1)
     # of no sequence too there is a state, of no rows
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        tokens = slice(begin, end)
-        before = None if state is None else tuple(x[i : i + 1] for x in state)
-        at = None if positions is None else positions[:, tokens]
-        results.append(attend(*(x[:, tokens] for x in (q, k, v)), at, before, setting, Packing()))
+    before = none if state is None else zip(*(x.split(1) for x in state), strict=True)
+    results = [attend(*each, setting, Packing()) for each in zip(*parts, at, before, strict=False)]
     if not results:
         o, *state = attend(q, k, v, positions, None, setting, Packing())
         return o, *(x[:0] for x in state)
@@ -329,12 +331,20 @@ def absorb(
     return new if state is None else tuple(x + y for x, y in zip(state, new, strict=True))
 
 
-def readout(q: Tensor, positions: Tensor | None, state: State, setting: Setting) -> Tensor:
-    """Return what queries see of a state, [B, T, H, E] in the dtype of arithmetic."""
+def readout(
+    q: Tensor,
+    positions: Tensor | None,
+    state: State,
+    setting: Setting,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Return what queries see of a state, [B, T, H, E] in the dtype of arithmetic; 0 at padding."""
+    q = blank(q, padding)
     if isinstance(setting.feature_map, Favor):
         a, _ = log_features(q.to(compute_dtype(q)), positions, "q", setting)
-        return log_scan.readout(a, state)
-    phi, dq = features(q, positions, "q", setting)
+        return blank(log_scan.readout(a, state), padding)
+    phi, dq = (blank(x, padding) for x in features(q, positions, "q", setting))
     if not setting.normalize:
         dq = dq[..., :0]
-    return reference.readout(phi, dq, *state, normalize=setting.normalize, eps=setting.eps)
+    options = {"normalize": setting.normalize, "eps": setting.eps, "padding": padding}
+    return blank(reference.readout(phi, dq, *state, **options), padding)

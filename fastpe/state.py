@@ -80,6 +80,8 @@ def check_state(
     tensors = [("s", state.s, (*sizes, r, e)), ("z", state.z, (*sizes, rz))]
     if isinstance(setting.feature_map, Favor):
         tensors.append(("c", state.c, (*sizes, r)))
+    elif state.c is not None:
+        raise ValueError(f"initial_state.c must be None without Favor, got {shape(state.c)}")
     for name, x, size in tensors:
         if not isinstance(x, Tensor) or tuple(x.shape) != size:
             raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
@@ -100,7 +102,7 @@ def check_state(
         "initial_state was made with another (seed, step) of noise than pos_encoding or "
         "feature_map has now: "
         "noise stays for a whole sequence, in training too; layers that have one encoding in "
-        "common need its share()",
+        "common need its share(), and each a feature map of its own",
     )
 
 
@@ -118,6 +120,11 @@ def feature_widths(
     return (d, d if normalize else 0) if encoding is None else encoding.state_widths(normalize)
 
 
+def kernel_dtype(q: Tensor, feature_map: str | FeatureMap) -> torch.dtype:
+    """Return the dtype that a kernel is to take: maps that are modules work in arithmetic's."""
+    return compute_dtype(q) if isinstance(feature_map, FeatureMap) else q.dtype
+
+
 def kernel_widths(
     q: Tensor, v: Tensor, encoding: PositionalEncoding | None, feature_map: str | FeatureMap
 ) -> tuple[int, int, int]:
@@ -131,7 +138,7 @@ def kernel_widths(
         return d, r, e
     # the scan takes what comes out of the map; what goes in is made too, unless Favor projects
     # exact sines
-    exact = getattr(encoding, "num_realizations", 0) is None and not encoding.pool
+    exact = encoding is not None and encoding.exact
     made = 0 if exact and isinstance(feature_map, Favor) else r
     r = feature_map.feature_dim(r)
     return max(d, r, made), r, e

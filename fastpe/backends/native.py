@@ -186,7 +186,7 @@ def causal_dot_backward(
     def none() -> Tensor:
         return q.new_empty(0)
 
-    def of_tokens(i: int, x: Tensor) -> Tensor:
+    def of_tokens(x: Tensor) -> Tensor:
         # of each head of q: those that share keys or values are added behind
         alone = x.shape[2] == h
         return scan.by_token(b, t, h, x.shape[-1], dtype=x.dtype if alone else scan.dtype)
@@ -194,7 +194,9 @@ def causal_dot_backward(
     def of_states(x: Tensor) -> Tensor:
         return scan.empty(scan.counts[0], h, *x.shape[2:])
 
-    dq, dk, dv = (of_tokens(i, x) if needs[i] else none() for i, x in enumerate((q, k, v)))
+    dq, dk, dv = (
+        of_tokens(x) if need else none() for x, need in zip((q, k, v), needs, strict=False)
+    )
     ds0 = of_states(s0) if needs[3] else none()
     dz0 = of_states(z0) if needs[4] else none()
     dpositions = scan.by_token(b, h, t, args.L, dtype=wide) if needs[5] else none()

@@ -32,6 +32,8 @@ class PositionalEncoding(nn.Module):
 
     # whether positions other than integers are refused
     integer_positions = False
+    # whether its features are all rows of its sines, as they are
+    exact = False
     # whether it is attention to a band of lags, without features
     banded = False
     # random encodings have noise to redraw and a key that a state must match

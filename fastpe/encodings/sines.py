@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..checks import check_positive
 from ..maps import SineMap
-from ..noise import GATE, SINE
+from ..noise import GATE, SINE, frames
 from ..ops import philox_normal
 from ..resampling import Resampled
 from .base import PositionalEncoding
@@ -97,6 +97,11 @@ class SineEncoding(Resampled, PositionalEncoding):
                 self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
             if self.gated:
                 self.gate.normal_()
+
+    @property
+    def exact(self) -> bool:
+        """Whether all D (2 K + gate) rows are features, without noise or sums."""
+        return self.num_realizations is None and not self.pool
 
     @property
     def feature_dim(self) -> int:
@@ -221,10 +226,5 @@ class SineEncoding(Resampled, PositionalEncoding):
 
 
 def _orthogonal(z: Tensor) -> Tensor:  # of Gaussian [H, D, J, R], the same shape
-    # the factor Q of a Gaussian matrix is uniform once the signs of R's diagonal are moved to it
-    rows = z.shape[1] * z.shape[2]
-    blocks = []
-    for block in z.flatten(1, 2).double().split(rows, dim=-1):
-        q, r = torch.linalg.qr(block)
-        blocks.append(q * r.diagonal(dim1=-2, dim2=-1).sgn()[:, None])
-    return (rows**0.5 * torch.cat(blocks, -1)).to(z.dtype).view_as(z)
+    rows = z.flatten(1, 2).double()
+    return (rows.shape[1] ** 0.5 * frames(rows)).to(z.dtype).view_as(z)

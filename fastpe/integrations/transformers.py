@@ -68,7 +68,7 @@ def register(
     Args:
         name: Under which models ask for it.
         feature_map: phi, as in `causal_linear_attention`; a module is that of every layer of every
-            model, and moves between devices and learns only where you see to it.
+            model, and moves between devices, learns and redraws noise only where you see to it.
         normalize: As in `causal_linear_attention`.
         eps: Of the normaliser.
         backend: As in `causal_linear_attention`.
@@ -251,6 +251,11 @@ def _attention(
     padding = None if attention_mask is None else ~attention_mask.bool()
     options = {"key_padding_mask": padding, **options}
     if not causal:
+        if layer is not None:
+            raise ValueError(
+                "past_key_values must not be a StateCache in a module that is not causal: it keeps "
+                "sums up to a token"
+            )
         return linear_attention(q, k, v, **options), None
     if layer is None:
         return causal_linear_attention(q, k, v, align="end", **options), None
