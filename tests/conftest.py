@@ -157,11 +157,30 @@ _INTERPRETED = _THOROUGH | {
 _DISTINCT = ("none", "rope", "rope-before", "ropepool", "sinespe", "fstripe-pooled")
 
 
-def _too_slow(item):
-    """Return whether the interpreter would take too long for what a test adds."""
+# the files whose tests run on every code path of the CPU's kernels, and on the CUDA kernels; in
+# others they stand behind arguments and modules, for which the best path does
+_EVERY_PATH = {
+    "test_attention",
+    "test_causal_dot",
+    "test_cuda",
+    "test_encodings",
+    "test_errors",
+    "test_noise",
+    "test_packing",
+    "test_properties",
+    "test_ranges",
+    "test_robustness",
+    "test_spe",
+}
+
+
+def _left_out(item):
+    """Return whether a test would take too long for what it adds, in the interpreter above all."""
     spec = getattr(item, "callspec", None)
     params = spec.params if spec else {}
     name, path = params.get("backend", params.get("kernels", ("", 0)))
+    if name == "cpu" and item.path.stem not in _EVERY_PATH:
+        return path != native.CPU.functions.fastpe_best_isa()
     if name != "triton":
         return False
     dtype = params.get("dtype", torch.float64)
@@ -174,9 +193,9 @@ def _too_slow(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    left = [item for item in items if _too_slow(item)]
+    left = [item for item in items if _left_out(item)]
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if not _too_slow(item)]
+    items[:] = [item for item in items if not _left_out(item)]
 
 
 def _select(request, monkeypatch):
