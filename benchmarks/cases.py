@@ -17,13 +17,14 @@ MakeEncoding = Callable[[int, int], nn.Module]
 
 
 def attention(
-    make: MakeEncoding | None = None, positions: str | None = None
+    make: MakeEncoding | None = None, positions: str | None = None, favor: bool = False
 ) -> Callable[[Setup, int | None], Model]:
     """Return the builder of fastpe's attention with an encoding.
 
     Args:
         make: head_dim, num_heads to the encoding.
         positions: Field of the piece that holds the positions; default 0, 1, 2, ...
+        favor: FAVOR+ of 128 features instead of elu1.
     """
 
     def build(setup: Setup, variant: int | None) -> Model:
@@ -32,6 +33,7 @@ def attention(
         wide = deepcopy(encoding).double() if encoding else None
         if encoding and setup.dtype == "float64":
             encoding.double()
+        psi = fastpe.Favor(128, seed=0).to(setup.device).eval() if favor else "elu1"
         where = None
         if positions:
             where = torch.from_numpy(getattr(setup.piece(), positions)).to(setup.device)
@@ -41,7 +43,11 @@ def attention(
         ) -> Tensor:
             here = None if where is None else where[: q.shape[1]]
             return fastpe.causal_linear_attention(
-                q, k, v, pos_encoding=encoding, positions=here, backend=backend
+                *(q, k, v),
+                pos_encoding=encoding,
+                positions=here,
+                feature_map=psi,
+                backend=backend,
             )
 
         return Model(
@@ -105,6 +111,8 @@ OURS: dict[str, Case] = {
     "fastpe-rope": Case("RoPE", attention(rope), ours=True),
     "fastpe-ropepool": Case("RoPEPool", attention(ropepool), ours=True),
     "fastpe-sinespe": Case("SineSPE", attention(sinespe), ours=True),
+    "fastpe-favor": Case("FAVOR+", attention(favor=True), ours=True),
+    "fastpe-spe-favor": Case("SineSPE, FAVOR+", attention(sinespe, favor=True), ours=True),
     "fastpe-fstripe-sff": Case("F-StrIPE:SFF, chords", attention(fstripe_sff, "chord"), ours=True),
     "fastpe-fstripe-chroma": Case(
         "F-StrIPE:SFF, chroma", attention(fstripe_chroma, "chroma"), ours=True

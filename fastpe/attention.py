@@ -156,9 +156,9 @@ def linear_attention(
         q: Queries, [B, Tq, H, D].
         k: Keys, [B, Tk, Hk, D].
         v: Values, [B, Tk, Hk, E].
-        positions: Of the queries, default 0, 1, 2, ...
-        key_positions: Of the keys; default those of the queries if there are as many, else
-            0, 1, 2, ...
+        positions: Of the queries, default 0, 1, 2, ... of each sequence.
+        key_positions: Of the keys, likewise; given if, and only if, positions are. For the same
+            tokens give the same.
         cu_seqlens: Packed sequences of queries, [S + 1] from 0 to Tq, with B = 1; their longest is
             looked up, for which a GPU is waited for.
         key_cu_seqlens: Of the keys; default cu_seqlens.
@@ -176,8 +176,6 @@ def linear_attention(
     check_options(feature_map, normalize, eps, None)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
-    # positions of queries are those of keys where these are the same tokens, by all that is said
-    same = key_cu_seqlens is None and k.shape[1] == q.shape[1]
     if key_cu_seqlens is None:
         key_cu_seqlens = cu_seqlens
     of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
@@ -186,8 +184,11 @@ def linear_attention(
         cu_seqlens is not None and cu_seqlens.shape != key_cu_seqlens.shape
     ):
         raise ValueError("cu_seqlens and key_cu_seqlens must be of as many sequences")
-    if key_positions is None and same:
-        key_positions = positions
+    if (positions is None) != (key_positions is None):
+        raise ValueError(
+            "positions and key_positions must be given both or neither: are queries and keys the "
+            "same tokens?"
+        )
     at_q = check_positions(positions, pos_encoding, q, q.shape[1], 0, of_q)
     at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
     widths = kernel_widths(q, v, pos_encoding, feature_map)
@@ -253,7 +254,7 @@ def causal_linear_attention_step(
     if not isinstance(state, LinearAttentionState):
         raise TypeError(f"state must be a LinearAttentionState, got {type(state).__name__}")
     if positions is not None:
-        positions = check_step_positions(positions, pos_encoding)
+        positions = check_step_positions(positions, pos_encoding, q.shape[0])
     o, state = causal_linear_attention(
         q.unsqueeze(1),
         k.unsqueeze(1),

@@ -72,8 +72,11 @@ def num_realizations_for(snr: float, correlation: float) -> int:
         snr: Wanted ratio of mean and standard deviation, positive.
         correlation: c, of the codes weighted by content, in -1 .. 1 and not 0.
     Raises:
-        ValueError: an argument is not as above.
+        ValueError, TypeError: an argument is not as above.
     """
+    for name, x in (("snr", snr), ("correlation", correlation)):
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not snr > 0 or not math.isfinite(snr):
         raise ValueError(f"snr must be a positive number, got {snr!r}")
     if not 0 < abs(correlation) <= 1:
@@ -132,9 +135,11 @@ def content_kernel(
     if not 0 <= head < heads:
         raise ValueError(f"head must be in 0..{heads - 1}, got {head}")
     if draws is None:
-        # by rows, since all of C is D^2 times as large
-        rows = (encoding.kernel(p[None], positions).sum((-2, -1)) for p in positions)
-        return torch.stack([row[:, head if row.shape[1] > 1 else 0] for row in rows]) / d
+        # of different positions alone, and by rows, since all of C is D^2 times as large
+        places, which = torch.as_tensor(positions).unique(dim=0, return_inverse=True)
+        rows = (encoding.kernel(p[None], places).sum((-2, -1)) for p in places)
+        rows = torch.stack([row[:, head if row.shape[1] > 1 else 0] for row in rows])
+        return rows[which][:, which] / d
     check_positive("draws", draws)
     at, total = encoding._levels(positions), 0
     with torch.no_grad():

@@ -226,8 +226,24 @@ class LinearAttention(_Attention):
     """Multi-head linear attention that is not causal: of a sequence to itself or to another.
 
     Takes the place of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called
-    without a causal mask, in encoders, and between decoder and encoder. Arguments are those of
-    `CausalLinearAttention`.
+    without a causal mask, in encoders, and between decoder and encoder.
+
+    Args:
+        embed_dim: Width of the model, of both sequences.
+        num_heads: H; D = embed_dim / num_heads.
+        num_kv_heads: Hk, a divisor of H; default H.
+        bias: Of the projections.
+        value_dim: Width of all heads' outputs together, H E; default embed_dim.
+        pos_encoding: A `fastpe` encoding for (D, H), or None.
+        feature_map: Name or module, see `causal_linear_attention`.
+        normalize: True, False or "abs", see `causal_linear_attention`.
+        eps: Of the normaliser.
+        backend: That makes the features.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError, TypeError: as `CausalLinearAttention`.
     """
 
     def forward(
@@ -236,35 +252,41 @@ class LinearAttention(_Attention):
         context: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        context_positions: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        context_padding_mask: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_cu_seqlens: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend from every token of x to every one of context.
+
+        What is said of keys is said of context. Without it, x is both: give what is said of its
+        tokens once, with or without "key", "query".
 
         Args:
             x: [B, T, embed_dim]: where queries come from.
             context: [B, Tc, embed_dim]: where keys and values come from; default x.
-            positions: Of x, [T], [B, T], [T, L] or [B, T, L]; default time.
-            context_positions: Of the context; default those of x if it has as many, else time.
-            padding_mask: [B, T], True at padding of x.
-            context_padding_mask: [B, Tc], True at padding of the context.
+            positions: Of x, [T], [B, T], [T, L] or [B, T, L]; default time, 0, 1, 2, ...
+            key_positions: Of context, likewise; given if, and only if, positions are.
+            cu_seqlens: [S + 1], sequences of x packed in one row, see `linear_attention`.
+            key_cu_seqlens: Of context.
+            query_padding_mask: [B, T], True at padding of x, whose outputs are out_proj's bias.
+            key_padding_mask: [B, Tc], True at padding of context, which changes nothing.
         Returns:
             y: [B, T, embed_dim].
         """
         self._resample()
         if context is None:
-            for name, given in (
-                ("context_positions", context_positions),
-                ("context_padding_mask", context_padding_mask),
-            ):
-                if given is not None:
-                    raise ValueError(f"{name} must be None without context")
             q, k, v = self._project(x, 3)
-            context_padding_mask = padding_mask
+            positions = key_positions = _one("positions", positions, key_positions)
+            cu_seqlens = key_cu_seqlens = _one("cu_seqlens", cu_seqlens, key_cu_seqlens)
+            padding = _one("key_padding_mask", key_padding_mask, query_padding_mask)
+            query_padding_mask = key_padding_mask = padding
         else:
             self._check(x, 3)
             self._check(context, 3, "context")
+            if len(context) != len(x):
+                raise ValueError(f"context must be of x's batch of {len(x)}, got {len(context)}")
             weight, bias = self.in_proj.weight, self.in_proj.bias
             rows = (0, self.embed_dim), (self.embed_dim, len(weight))
             q, kv = (
@@ -275,9 +297,17 @@ class LinearAttention(_Attention):
         o = linear_attention(
             *(q, k, v),
             positions=positions,
-            key_positions=context_positions,
-            query_padding_mask=padding_mask,
-            key_padding_mask=context_padding_mask,
+            key_positions=key_positions,
+            cu_seqlens=cu_seqlens,
+            key_cu_seqlens=key_cu_seqlens,
+            query_padding_mask=query_padding_mask,
+            key_padding_mask=key_padding_mask,
             **self._options(),
         )
         return self.out_proj(o.flatten(-2))
+
+
+def _one(name: str, x: Tensor | None, same: Tensor | None) -> Tensor | None:
+    if x is not None and same is not None and x is not same:
+        raise ValueError(f"{name} must be given once without context, where x is both")
+    return same if x is None else x

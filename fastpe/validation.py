@@ -11,6 +11,7 @@ from .checks import require, shape
 from .encodings import PositionalEncoding
 from .favor import Favor
 from .feature_maps import FEATURE_MAPS, WIDE_MAPS, FeatureMap
+from .ops import observed
 from .packing import Packing
 
 # up to here float64 holds every integer
@@ -151,7 +152,12 @@ def check_packing(
             raise ValueError(f"{what} must be on the device of q, {x.device}, got {given.device}")
     if cu_seqlens is not None:
         ordered = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == t)
-        require(ordered, f"{name} must rise from 0 to T = {t}", wait=False)
+        came = ""
+        if x.device.type == "cpu" and not observed():
+            came = f", got {cu_seqlens[0]} .. {cu_seqlens[-1]}"
+        require(
+            ordered, f"{name} must rise from 0 to T = {t}, the sum of lengths{came}", wait=False
+        )
     return Packing(cu_seqlens, padding)
 
 
@@ -240,13 +246,15 @@ def check_positions(
             f"{name} must be {allowed}[{t}, {levels}] or [{b}, {t}, {levels}], got {came}"
         )
     positions = positions.double()
+    if packing.padding is not None:  # whatever stands there
+        positions = positions.masked_fill(packing.padding.unsqueeze(-1), 0)
     if positions.device.type == "cpu":  # on another device the look would wait for it
         require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
     return positions
 
 
 def check_step_positions(
-    positions: Tensor | float, encoding: PositionalEncoding | None
+    positions: Tensor | float, encoding: PositionalEncoding | None, b: int
 ) -> Tensor | float:
     """Return the positions of one token for `check_positions`: [B, 1, L], [B, 1], or a number."""
     # anything else is refused where encodings are checked
@@ -257,8 +265,8 @@ def check_step_positions(
         came, batched = (), False
     else:
         came, batched = tuple(positions.shape), positions.ndim == (1 if levels == 1 else 2)
-    if not batched and len(came) != (0 if levels == 1 else 1):
-        raise ValueError(
-            f"positions must be one position of {levels} level(s), or [B] of them, got shape {came}"
-        )
+    one = () if levels == 1 else (levels,)
+    if came not in (one, (1, *one), (b, *one)):
+        forms = f"a number or [{b}]" if levels == 1 else f"[{levels}] or [{b}, {levels}]"
+        raise ValueError(f"positions must be {forms}, got shape {came}")
     return positions.unsqueeze(1 if batched else 0) if isinstance(positions, Tensor) else positions

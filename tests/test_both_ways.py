@@ -123,9 +123,15 @@ def test_positions_of_keys_packed_in_another_way(backend):
     encoding = fastpe.RoPE(4).double()
     bounds = {"cu_seqlens": torch.tensor([0, 2, 6]), "key_cu_seqlens": torch.tensor([0, 4, 6])}
     options = bounds | {"pos_encoding": encoding, "backend": backend}
-    given = torch.tensor([0, 1, 0, 1, 2, 3])
+    at = {
+        "positions": torch.tensor([0, 1, 0, 1, 2, 3]),
+        "key_positions": torch.tensor([0, 1, 2, 3, 0, 1]),
+    }
     expected = linear_attention(q, k, v, **options)
-    assert torch.equal(linear_attention(q, k, v, positions=given, **options), expected)
+    assert torch.equal(linear_attention(q, k, v, **at, **options), expected)
+    for name, x in at.items():
+        with pytest.raises(ValueError, match="must be given both or neither"):
+            linear_attention(q, k, v, **{name: x}, **options)
 
 
 def test_exact_convspe_has_no_features(backend):

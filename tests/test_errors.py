@@ -253,7 +253,7 @@ def test_state_of_another_share():
         ({"q": Q}, ValueError, r"q must be one token, \[B, H, D\], got shape \(2, 5, 3, 8\)"),
         ({"k": K[0, 0]}, ValueError, "k must be one token"),
         ({"v": 1}, (ValueError, TypeError), "v must be"),
-        ({"positions": torch.zeros(2, 1)}, ValueError, "positions must be one position"),
+        ({"positions": torch.zeros(2, 1)}, ValueError, r"positions must be a number or \[2\]"),
         ({"positions": torch.zeros(3)}, ValueError, "positions must be"),
         ({"positions": "x"}, (ValueError, TypeError), "positions"),
         ({"positions": NAN}, ValueError, "positions must be finite"),

@@ -210,12 +210,19 @@ def test_attention_both_ways(backend, make):
         )
     )
     o = linear_attention(q, k, v, pos_encoding=encoding, key_padding_mask=mask, backend="reference")
-    y = layer(x, context, context_padding_mask=mask)
+    y = layer(x, context, key_padding_mask=mask)
     assert_within(y, layer.out_proj(o.flatten(-2)), 1e-11)
     # of the sequence to itself, padding is padding of both
     alone = layer(x[:1, 3:])
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[0, :3] = True
-    assert_within(layer(x, padding_mask=mask)[:1, 3:], alone, 1e-11)
-    with pytest.raises(ValueError, match="context_positions must be None without context"):
-        layer(x, context_positions=torch.arange(9))
+    assert_within(layer(x, key_padding_mask=mask)[:1, 3:], alone, 1e-11)
+    packed = layer(x.flatten(0, 1)[None], cu_seqlens=torch.tensor([0, 9, 18]))
+    assert_within(packed.view(2, 9, 12), layer(x), 1e-11)
+    with pytest.raises(ValueError, match="key_padding_mask must be given once without context"):
+        layer(x, key_padding_mask=mask, query_padding_mask=~mask)
+    with pytest.raises(ValueError, match="context must be of x's batch of 2, got 1"):
+        layer(x, context[:1])
+    if encoding is not None:
+        with pytest.raises(ValueError, match="positions and key_positions must be given both"):
+            layer(x, context, positions=torch.arange(9))
