@@ -34,7 +34,7 @@ ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer) {
   const PairMap<S> map(args);
   const int64_t width = along_features ? args.E : map.width();
   ScanPlan p = {};
-  p.chunk = int(smaller(chunk, larger(args.T, 1)));
+  p.chunk = chunk;  // whatever T: a packed sequence then has the bits that it has alone
   if (args.chunk > 0) p.chunk = int(smaller(p.chunk, args.chunk));
   p.rows = tiled(p.chunk);
   p.inner = tiled(along_features ? map.width() : args.E);

@@ -297,5 +297,5 @@ def test_no_leak(native_kernels, make):
     count, before = tensors(), _resident()
     for i in range(1000):
         _use(3 + i % 50, make, native_kernels)
-    assert tensors() == count
+    assert tensors() <= count
     assert _resident() - before < 100 * os.sysconf("SC_PAGE_SIZE")
