@@ -75,7 +75,9 @@ def test_peak_memory(native_kernels, name, direction, numbers):
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc: peak memory was not checked")
     growth = _growth(name, direction)
-    assert growth < 4 * numbers * 1.1 + 16
+    # of the tiles of noise, as large at both lengths, the allocator may hold one more
+    tile = 4 * H * D * R * (64 + 128 - 1) if name == "convspe" else 0
+    assert growth < 4 * numbers * 1.1 + 16 + tile / (LONG - SHORT) / H
     # a code is D R numbers, two orders of magnitude more
     assert growth < 4 * D * R / 8
 
