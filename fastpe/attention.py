@@ -12,7 +12,14 @@ from .checks import shape
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
 from .features import Setting
-from .state import LinearAttentionState, check_state, config, kernel_dtype, kernel_widths
+from .state import (
+    LinearAttentionState,
+    check_state,
+    config,
+    kernel_dtype,
+    kernel_widths,
+    noise_in_use,
+)
 from .validation import (
     check_align,
     check_band,
@@ -96,9 +103,7 @@ def causal_linear_attention(
     check_align(align, q, k, cu_seqlens)
     tokens = check_packing(cu_seqlens, key_padding_mask, k)
     made_with = config(pos_encoding, feature_map, normalize)
-    noise = None if pos_encoding is None else pos_encoding.noise_key
-    if isinstance(feature_map, FeatureMap):
-        noise = feature_map.state_noise(noise)
+    noise = noise_in_use(pos_encoding, feature_map)
     (b, t, h, _), tk, state, start = q.shape, k.shape[1], None, 0
     widths = kernel_widths(q, v, pos_encoding, feature_map)
     # a bool where T is a symbol too

@@ -28,7 +28,14 @@ from .features import Setting
 from .maps import SineMap
 from .ops import phase_features
 from .packing import Packing
-from .state import LinearAttentionState, check_state, config, kernel_dtype, kernel_widths
+from .state import (
+    LinearAttentionState,
+    check_state,
+    config,
+    kernel_dtype,
+    kernel_widths,
+    noise_in_use,
+)
 from .validation import (
     check_encoding,
     check_feature_map,
@@ -93,10 +100,9 @@ def causal_linear_attention(
     if pos_encoding is not None and pos_encoding.banded:
         raise ValueError("pos_encoding must have features, got ConvSPE without noise")
     made_with = config(pos_encoding, feature_map, normalize)
-    noise = None if pos_encoding is None else pos_encoding.noise_key
+    noise = noise_in_use(pos_encoding, feature_map)
     learned = [] if pos_encoding is None else pos_encoding.map_inputs()
     if isinstance(feature_map, FeatureMap):
-        noise = feature_map.state_noise(noise)
         learned = [*learned, *feature_map.parameters()]
     setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:

@@ -168,15 +168,21 @@ def _attend_reference(
     # everything by reference.py: differentiable any number of times
     dtype = v.dtype
     q, k, v = (blank(x.to(compute_dtype(x)), padding) for x in (q, k, v))
-    q, dq = (blank(x, padding) for x in features(q, positions, "q", setting))
-    k, dk = (blank(x, padding) for x in features(k, positions, "k", setting))
-    if not setting.normalize:
-        dq, dk = dq[..., :0], dk[..., :0]
+    q, dq = _streams(q, positions, "q", setting, padding)
+    k, dk = _streams(k, positions, "k", setting, padding)
     options = {"normalize": setting.normalize, "eps": setting.eps, "padding": padding}
     o, state = reference.chunked(
         q, k, v, dq, dk, state=state, chunk_size=setting.chunk_size, **options
     )
     return blank(o, padding).to(dtype), *state
+
+
+def _streams(
+    x: Tensor, positions: Tensor | None, side: str, setting: Setting, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return `features` with zeros at padding, none for a normaliser that there is not."""
+    x, norm = (blank(y, padding) for y in features(x, positions, side, setting))
+    return x, norm if setting.normalize else norm[..., :0]
 
 
 def _attend_favor(
@@ -323,9 +329,7 @@ def absorb(
     if isinstance(setting.feature_map, Favor):
         b = _log_keys(k.to(v.dtype), positions, setting, padding, heads)
         return log_scan.absorb(b, reference.spread(v, heads), state)
-    psi, dk = (blank(x, padding) for x in features(k, positions, "k", setting))
-    if not setting.normalize:
-        dk = dk[..., :0]
+    psi, dk = _streams(k, positions, "k", setting, padding)
     states = heads if setting.per_head else k.shape[2]
     new = reference.absorb(psi, v, dk, states)
     return new if state is None else tuple(x + y for x, y in zip(state, new, strict=True))
@@ -343,8 +347,6 @@ def readout(
     if isinstance(setting.feature_map, Favor):
         a, _ = log_features(q.to(compute_dtype(q)), positions, "q", setting)
         return blank(log_scan.readout(a, state), padding)
-    phi, dq = (blank(x, padding) for x in features(q, positions, "q", setting))
-    if not setting.normalize:
-        dq = dq[..., :0]
+    phi, dq = _streams(q, positions, "q", setting, padding)
     options = {"normalize": setting.normalize, "eps": setting.eps, "padding": padding}
     return blank(reference.readout(phi, dq, *state, **options), padding)

@@ -48,6 +48,14 @@ def config(
     return f"{name}, feature_map={psi}, normalize={normalize!r}"
 
 
+def noise_in_use(
+    encoding: PositionalEncoding | None, feature_map: str | FeatureMap
+) -> Tensor | None:
+    """Return the noise key that a state made now belongs to."""
+    noise = None if encoding is None else encoding.noise_key
+    return feature_map.state_noise(noise) if isinstance(feature_map, FeatureMap) else noise
+
+
 def check_state(
     state: LinearAttentionState,
     q: Tensor,

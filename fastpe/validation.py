@@ -152,12 +152,10 @@ def check_packing(
             raise ValueError(f"{what} must be on the device of q, {x.device}, got {given.device}")
     if cu_seqlens is not None:
         ordered = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == t)
-        came = ""
-        if x.device.type == "cpu" and not observed():
-            came = f", got {cu_seqlens[0]} .. {cu_seqlens[-1]}"
-        require(
-            ordered, f"{name} must rise from 0 to T = {t}, the sum of lengths{came}", wait=False
-        )
+        message = f"{name} must rise from 0 to T = {t}, the sum of lengths"
+        if x.device.type == "cpu" and not observed() and not ordered:
+            message += f", got {cu_seqlens[0]} .. {cu_seqlens[-1]}"
+        require(ordered, message, wait=False)
     return Packing(cu_seqlens, padding)
 
 

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import reference
 from ..checks import check_positive
@@ -161,6 +162,15 @@ class PositionalEncoding(nn.Module):
         if self._signature is None:
             self._signature = f"{type(self).__name__}({self.extra_repr()})"
         return self._signature
+
+
+def gate_roots(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(1 - g) and sqrt(g) of g = sigmoid(gate), float64.
+
+    Through logarithms: their slopes stay finite when g saturates.
+    """
+    gate = gate.double()
+    return (F.logsigmoid(-gate) / 2).exp(), (F.logsigmoid(gate) / 2).exp()
 
 
 def _readable(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from ..maps import Band
 from ..noise import GATE
 from ..ops import philox_normal
 from ..resampling import Resampled
-from .base import PositionalEncoding, check_positive
+from .base import PositionalEncoding, check_positive, gate_roots
 
 
 class ConvSPE(Resampled, PositionalEncoding):
@@ -121,11 +121,8 @@ class ConvSPE(Resampled, PositionalEncoding):
         return [source.weight_q, source.weight_k, *([self.gate] if self.gated else [])]
 
     def _roots(self) -> tuple[Tensor | float, Tensor | None]:
-        # sqrt(1 - g) and sqrt(g) through logarithms: their slopes stay finite when g saturates
-        if not self.gated:
-            return 1.0, None
-        gate = self.gate.double()
-        return (F.logsigmoid(-gate) / 2).exp(), (F.logsigmoid(gate) / 2).exp()
+        # of 1 - g and of g
+        return gate_roots(self.gate) if self.gated else (1.0, None)
 
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
         """Return the products of queries or keys with the codes of their positions."""

@@ -13,7 +13,7 @@ from ..maps import SineMap
 from ..noise import GATE, SINE, frames
 from ..ops import philox_normal
 from ..resampling import Resampled
-from .base import PositionalEncoding
+from .base import PositionalEncoding, gate_roots
 
 
 class SineEncoding(Resampled, PositionalEncoding):
@@ -140,9 +140,8 @@ class SineEncoding(Resampled, PositionalEncoding):
         dtype = torch.promote_types(self._sines().freqs.dtype, torch.float32)
         gate = None
         if self.gated:
-            # sqrt(g) and sqrt(1 - g) through logarithms: their slopes stay finite when g saturates
-            gate = (F.logsigmoid(self.gate.double()) / 2).exp() * scale
-            gain = gain * (F.logsigmoid(-self.gate.double()) / 2).exp()[..., None]
+            root, gate = gate_roots(self.gate)
+            gate, gain = gate * scale, gain * root[..., None]
         for_k = SineMap(
             # in float64: at position 10^6 its last float32 digit would be 4 % of a turn
             freq=self._sines().freqs.double().sigmoid() / 2,
