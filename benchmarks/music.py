@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from zipfile import BadZipFile
 
+import corpus
 import numpy as np
 import torch
+from corpus import PITCHES, by_first_appearance
 from torch import Tensor
 
 BACH = Path(__file__).parent / "data" / "bwv846.json"
-PITCHES = 128
-# the npz corpora: ticks a sixteenth, sixteenths a beat, beats a bar
-TICKS, STEPS, BEATS = 4, 4, 4
 _FIGURE = (0, 1, 2, 3, 4, 2, 3, 4)
 
 
@@ -74,7 +71,7 @@ def load(path: Path | None = None, song: int = 0) -> Piece:
         raise ValueError(f"data file must end in .json or .npz, got {path.name}")
     try:
         return (_load_json if path.suffix == ".json" else _load_npz)(path, song)
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, BadZipFile) as error:
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not in the expected format: {error!r}") from error
 
 
@@ -114,11 +111,6 @@ def embed(
         weight = torch.randn(width, num_heads * size, generator=generator) / width**0.5
         out.append((x @ weight).unflatten(-1, (num_heads, size)).to(dtype))
     return out[0], out[1], out[2]
-
-
-def _by_first_appearance(labels: Iterable[Hashable]) -> np.ndarray:
-    seen: dict[Hashable, int] = {}
-    return np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.int64)
 
 
 def _notes_of_bar(bar: dict) -> list[tuple[int, int, int]]:
@@ -168,37 +160,17 @@ def _load_json(path: Path, song: int) -> Piece:
         score["title"],
         np.array(notes),
         np.repeat(np.arange(len(bars)), per_bar),
-        np.repeat(_by_first_appearance(bar["chord"] for bar in bars), per_bar),
+        np.repeat(by_first_appearance(bar["chord"] for bar in bars), per_bar),
         np.repeat(np.array(chroma, dtype=np.int64), per_bar, axis=0),
-        np.repeat(_by_first_appearance(bar["phrase"] for bar in bars), per_bar),
+        np.repeat(by_first_appearance(bar["phrase"] for bar in bars), per_bar),
     )
 
 
 def _load_npz(path: Path, song: int) -> Piece:
-    with np.load(path, allow_pickle=False) as data:
-        count = len(data["n_bars"])
-        if not 0 <= song < count:
-            raise ValueError(f"song must be 0 to {count - 1} for {path.name}, got {song}")
-
-        def part(name: str, pointer: str) -> np.ndarray:
-            return data[name][data[pointer][song] : data[pointer][song + 1]].astype(np.int64)
-
-        bars = int(data["n_bars"][song])
-        notes = part("notes", "note_ptr")
-        chord = part("chord_per_beat", "beat_ptr")
-        phrases = part("phrase", "phrase_ptr")
-        mask = data["chord_mask"].astype(np.int64)[chord]
-        title = f"{path.stem}, song {song} (number {int(data['song_id'][song])})"
-    start = np.round(notes[:, 1] / TICKS).astype(np.int64)
-    end = np.round((notes[:, 1] + notes[:, 2]) / TICKS).astype(np.int64)
-    letter = np.full(bars, -1)  # bars outside every phrase share a label
-    for first, size, label in phrases:
-        letter[first : first + size] = label
-    return _piece(
-        title,
-        np.stack((start, np.maximum(end - start, 1), notes[:, 3]), axis=1),
-        np.repeat(np.arange(bars), STEPS * BEATS),
-        np.repeat(_by_first_appearance(chord.tolist()), STEPS),
-        np.repeat(mask[:, None] >> np.arange(12) & 1, STEPS, axis=0),
-        np.repeat(_by_first_appearance(letter.tolist()), STEPS * BEATS),
-    )
+    songs = corpus.load(path)
+    if not 0 <= song < len(songs):
+        raise ValueError(f"song must be 0 to {len(songs) - 1} for {path.name}, got {song}")
+    found = songs[song]
+    bar = np.repeat(np.arange(found.num_bars), corpus.BAR)
+    chord, chroma, phrase = (found.positions(prior) for prior in ("rep", "bin", "phrase"))
+    return _piece(found.title, found.notes[:, 1:], bar, chord, chroma, phrase)

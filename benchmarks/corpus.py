@@ -1,0 +1,174 @@
+"""Songs with their structure: notes on a grid of sixteenths, chords by the beat, key, phrases.
+
+`load` reads an .npz of songs with these fields, song i's part of an array being array[ptr[i] :
+ptr[i + 1]]: song_id, split, n_bars, bpm, key_tonic, key_mode (0 major, 1 minor); notes int [N, 5] /
+note_ptr: track, first tick, ticks, pitch, velocity, 4 ticks a sixteenth; chord_per_beat / beat_ptr:
+index into chord_root and chord_mask (bit p: pitch class p); phrase int [P, 3] / phrase_ptr: first
+bar, bars, letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+# sixteenths a beat, beats a bar: every song is in 4/4
+STEPS, BEATS = 4, 4
+BAR = STEPS * BEATS
+PITCHES = 128
+MELODY, BRIDGE, ACCOMPANIMENT = 0, 1, 2
+PRIORS = ("time", "rep", "key", "bin", "phrase")
+# of the .npz files: ticks a sixteenth
+_TICKS = 4
+
+
+@dataclass(frozen=True)
+class Song:
+    """A song in 4/4.
+
+    Args:
+        title: Of the song, or file and number.
+        notes: int [N, 4]: track (MELODY, BRIDGE, ACCOMPANIMENT), first step, number of steps (at
+            least 1), MIDI pitch; a step is a sixteenth.
+        num_bars: Length; notes may begin or end outside, which is cut off.
+        root: Root of the chord of each beat, 0..11 with C = 0, -1 for none, int [4 num_bars].
+        chroma: Pitch classes of the chord of each beat, bool [4 num_bars, 12].
+        phrase: Label of the phrase of each bar, -1 for none, int [num_bars].
+        tonic: Of the key, 0..11.
+        bpm: Beats a minute.
+        split: "train", "val" or "test" where the corpus says so, else "".
+    """
+
+    title: str
+    notes: np.ndarray
+    num_bars: int
+    root: np.ndarray
+    chroma: np.ndarray
+    phrase: np.ndarray
+    tonic: int
+    bpm: float = 90.0
+    split: str = ""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of sixteenths."""
+        return BAR * self.num_bars
+
+    def roll(self, *tracks: int) -> np.ndarray:
+        """Return what sounds in the tracks (default all), bool [num_steps, 128]."""
+        return self._draw(tracks, onset=False)
+
+    def onsets(self, *tracks: int) -> np.ndarray:
+        """Return what is struck in the tracks (default all), bool [num_steps, 128]."""
+        return self._draw(tracks, onset=True)
+
+    def _draw(self, tracks: tuple[int, ...], onset: bool) -> np.ndarray:
+        roll = np.zeros((self.num_steps, PITCHES), dtype=bool)
+        for track, step, steps, pitch in self.notes:
+            if (tracks and track not in tracks) or not 0 <= pitch < PITCHES:
+                continue
+            if not onset and step + steps > 0:
+                roll[max(step, 0) : step + steps, pitch] = True
+            elif onset and 0 <= step < self.num_steps:
+                roll[step, pitch] = True
+        return roll
+
+    def positions(self, prior: str) -> np.ndarray:
+        """Return the position of each step under a prior, int [num_steps], "bin" [num_steps, 12].
+
+        Args:
+            prior: "time": 0, 1, 2, ...; "rep": chords numbered by first appearance; "key": root
+                above the tonic 0..11, 12 for no chord, 13 more for minor thirds; "bin": pitch
+                classes of the chord, 0 or 1; "phrase": phrases by first appearance.
+        """
+        if prior == "time":
+            return np.arange(self.num_steps)
+        if prior == "rep":
+            chords = [(int(r), c.tobytes()) for r, c in zip(self.root, self.chroma, strict=True)]
+            return np.repeat(by_first_appearance(chords), STEPS)
+        if prior == "key":
+            minor = self.chroma[np.arange(len(self.root)), (self.root + 3) % 12]
+            degree = (self.root - self.tonic) % 12 + 13 * minor
+            return np.repeat(np.where(self.root < 0, 12, degree), STEPS)
+        if prior == "bin":
+            return np.repeat(self.chroma.astype(np.int64), STEPS, axis=0)
+        if prior == "phrase":
+            return np.repeat(by_first_appearance(self.phrase.tolist()), BAR)
+        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+
+    def cut(self, first: int, bars: int) -> Song:
+        """Return `bars` bars from bar `first` on; what sounds before is cut at its beginning."""
+        if not 0 <= first <= first + bars <= self.num_bars or bars < 1:
+            raise ValueError(
+                f"bars {first} to {first + bars} must lie in the song of {self.num_bars} bars"
+            )
+        notes = self.notes - np.array([0, first * BAR, 0, 0])
+        inside = (notes[:, 1] < bars * BAR) & (notes[:, 1] + notes[:, 2] > 0)
+        beats = slice(first * BEATS, (first + bars) * BEATS)
+        return Song(
+            f"{self.title}, bars {first + 1} to {first + bars}",
+            notes[inside],
+            bars,
+            self.root[beats],
+            self.chroma[beats],
+            self.phrase[first : first + bars],
+            self.tonic,
+            self.bpm,
+            self.split,
+        )
+
+
+def by_first_appearance(labels: Iterable[Hashable]) -> np.ndarray:
+    """Return labels numbered 0, 1, ... in the order in which they first appear, int [N]."""
+    seen: dict[Hashable, int] = {}
+    return np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.int64)
+
+
+def load(path: Path | str) -> list[Song]:
+    """Return the songs of an .npz file; its fields are above.
+
+    Raises:
+        ValueError: there is no such file, or it is not in this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+        return [_song(data, i, path.stem) for i in range(len(data["n_bars"]))]
+    except (KeyError, ValueError, IndexError, OSError, BadZipFile) as error:
+        raise ValueError(f"{path} is not in the expected format: {error!r}") from error
+
+
+def _song(data: dict[str, np.ndarray], i: int, name: str) -> Song:
+    def part(field: str, pointer: str) -> np.ndarray:
+        return data[field][data[pointer][i] : data[pointer][i + 1]].astype(np.int64)
+
+    notes, chord, bars = (
+        part("notes", "note_ptr"),
+        part("chord_per_beat", "beat_ptr"),
+        int(data["n_bars"][i]),
+    )
+    start = np.round(notes[:, 1] / _TICKS).astype(np.int64)
+    end = np.round((notes[:, 1] + notes[:, 2]) / _TICKS).astype(np.int64)
+    mask = data["chord_mask"].astype(np.int64)[chord]
+    letters = np.full(bars, -1)
+    for first, size, label in part("phrase", "phrase_ptr"):
+        # capitals are sung: the same letter is the same material
+        letters[first : first + size] = ord(chr(label).lower())
+    return Song(
+        f"{name}, song {i} (number {int(data['song_id'][i])})",
+        np.stack((notes[:, 0], start, np.maximum(end - start, 1), notes[:, 3]), axis=1),
+        bars,
+        data["chord_root"].astype(np.int64)[chord],
+        (mask[:, None] >> np.arange(12) & 1).astype(bool),
+        letters,
+        int(data["key_tonic"][i]),
+        float(data["bpm"][i]),
+        str(data["split"][i]),
+    )
