@@ -1,0 +1,119 @@
+"""Attention layers with one interface: fastpe's, softmax with a cache, and the literature's.
+
+Each takes x [B, T, dim] and positions [B, T, L] and returns y [B, T, dim] and a state; those that
+can go on from it have `step`, for x [B, dim] and positions [B, L].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastpe
+
+
+class LinearAttention(nn.Module):
+    """`fastpe.nn.CausalLinearAttention`; its state has one size however many tokens came.
+
+    Args:
+        dim: Width of the model.
+        heads: H.
+        encoding: For (dim / H, H), or None.
+        feature_map: Name or module.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        encoding: fastpe.PositionalEncoding | None,
+        feature_map: str | fastpe.FeatureMap,
+    ) -> None:
+        super().__init__()
+        self.layer = fastpe.nn.CausalLinearAttention(
+            dim, heads, pos_encoding=encoding, feature_map=feature_map
+        )
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, fastpe.LinearAttentionState]:
+        """Return y and the state after the last token."""
+        return self.layer(x, self._given(positions), output_final_state=True)
+
+    def step(
+        self, x: Tensor, positions: Tensor, state: fastpe.LinearAttentionState
+    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
+        """Return y for one more token, and the state after it."""
+        return self.layer.step(x, state, self._given(positions))
+
+    def _given(self, positions: Tensor) -> Tensor | None:
+        encoding = self.layer.pos_encoding
+        if encoding is None:
+            return None
+        return positions.squeeze(-1) if encoding.num_levels == 1 else positions
+
+
+class _Projected(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj, self.out_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, H, D]
+        return tuple(y.unflatten(-1, (self.heads, -1)) for y in self.in_proj(x).chunk(3, -1))
+
+
+class SoftmaxAttention(_Projected):
+    """Softmax attention; its state is a cache of all keys and values.
+
+    Args:
+        dim: Width of the model.
+        heads: H.
+        encoding: RoPE, which turns queries and keys, or None.
+    """
+
+    def __init__(self, dim: int, heads: int, encoding: fastpe.RoPE | None) -> None:
+        super().__init__(dim, heads)
+        self.encoding = encoding
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return y and the keys and values of all tokens, [B, H, T, D]."""
+        q, k, v = self._encoded(x, positions)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(o.transpose(1, 2).flatten(-2)), (k, v)
+
+    def step(
+        self, x: Tensor, positions: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return y for one more token, and the keys and values with its own."""
+        q, *new = self._encoded(x[:, None], positions[:, None])
+        k, v = (torch.cat((old, last), 2) for old, last in zip(state, new, strict=True))
+        o = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(o.flatten(1)), (k, v)
+
+    def _encoded(self, x: Tensor, positions: Tensor) -> list[Tensor]:  # [B, H, T, D]
+        q, k, v = self._heads(x)
+        if self.encoding is not None:
+            q, k = (
+                self.encoding.features(y, positions, side)
+                for y, side in ((q, "q"), (k, "k"))
+            )
+        return [y.transpose(1, 2) for y in (q, k, v)]
+
+
+class BaselineAttention(_Projected):
+    """An attention system of the literature between projections; it has no step.
+
+    Args:
+        dim: Width of the model.
+        heads: H.
+        core: q, k, v [B, T, H, D] and positions to o.
+    """
+
+    def __init__(self, dim: int, heads: int, core: nn.Module) -> None:
+        super().__init__(dim, heads)
+        self.core = core
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, None]:
+        """Return y, and no state."""
+        o = self.core(*self._heads(x), positions)
+        return self.out_proj(o.flatten(-2)), None
