@@ -17,11 +17,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from .ape import LearnedAPE, SinusoidalAPE, StructuralAPE
+from .compressive import Compressive
+from .fnet import FNet
+from .linformer import Linformer
 from .music_transformer import LocalMusicTransformer, MusicTransformer
 from .performer import Performer
+from .reformer import Reformer
 from .shaw import Shaw
 from .softmax import Softmax
 from .stripe import Stripe
+from .synthesizer import DenseSynthesizer, RandomSynthesizer
+from .transformer_xl import TransformerXL
 
 __all__ = ["BASELINES", "Baseline", "LearnedAPE", "SinusoidalAPE", "StructuralAPE"]
 
@@ -79,7 +85,16 @@ BASELINES: dict[str, Baseline] = {
     "music-transformer-local": Baseline(
         "Music Transformer, local", _sized(LocalMusicTransformer), **_LINEAR
     ),
+    "transformer-xl": Baseline("Transformer-XL", _sized(TransformerXL), **_LINEAR),
+    "compressive-mean": Baseline("Compressive, mean", _sized(Compressive, kind="mean"), **_LINEAR),
+    "compressive-max": Baseline("Compressive, max", _sized(Compressive, kind="max"), **_LINEAR),
+    "compressive-conv": Baseline("Compressive, conv", _sized(Compressive, kind="conv"), **_LINEAR),
     "stripe-srpe": Baseline("StrIPE, S-RPE", _stripe(sines=False), structured=True),
     "stripe-ssrpe": Baseline("StrIPE, SS-RPE", _stripe(sines=True), structured=True),
     "performer": Baseline("Performer", _unsized(Performer), **_LINEAR),
+    "reformer": Baseline("Reformer", _sized(Reformer), **_LINEAR),
+    "synthesizer": Baseline("Synthesizer, dense", _sized(DenseSynthesizer), bounded=True),
+    "synthesizer-random": Baseline("Synthesizer, random", _sized(RandomSynthesizer), bounded=True),
+    "linformer": Baseline("Linformer", _sized(Linformer), causal=False, bounded=True, **_LINEAR),
+    "fnet": Baseline("FNet", _unsized(FNet), causal=False, **_LINEAR),
 }

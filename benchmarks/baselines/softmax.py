@@ -9,8 +9,8 @@ from torch.nn import functional as F
 class Softmax(nn.Module):
     """Causal softmax attention, Vaswani et al. 2017 (arXiv 1706.03762, equation 1).
 
-    o_i = sum_(j <= i) softmax_j(q_i . k_j / sqrt(D)) v_j, by PyTorch's F.scaled_dot_product_attention.
-    Positions are added to the input: `ape`.
+    o_i = sum_(j <= i) softmax_j(q_i . k_j / sqrt(D)) v_j, by PyTorch's own function. Positions are
+    added to the input: `ape`.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
