@@ -1,0 +1,31 @@
+"""Linear attention of positive random features."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import fastpe
+
+from .parts import check_positive
+
+
+class Performer(nn.Module):
+    """FAVOR+ without positions, Choromanski et al. 2021 (arXiv 2009.14794).
+
+    E phi(q) . phi(k) = exp(q . k / sqrt(D)). fastpe's own, since the published code subtracts the
+    largest exponent of all keys, by which outputs depend on later ones; `fastpe.Favor` does not.
+    Training draws the features anew in each forward.
+
+    Args:
+        num_features: R, even; 256 in the paper.
+        seed: Of the features; default drawn from torch's generator.
+    """
+
+    def __init__(self, *, num_features: int = 256, seed: int | None = None) -> None:
+        super().__init__()
+        check_positive(num_features=num_features)
+        self.favor = fastpe.Favor(num_features, seed=seed)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return o of q, k, v, all [B, T, H, D]; positions are not used."""
+        return fastpe.causal_linear_attention(q, k, v, feature_map=self.favor)

@@ -1,0 +1,123 @@
+"""Attention within buckets of similar tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .parts import check_positive, in_blocks, previous
+
+# what the paper takes from the logit of a token with itself
+SELF = 1e5
+
+
+class Reformer(nn.Module):
+    """LSH attention, Kitaev et al. 2020 (arXiv 2001.04451, section 2 and appendix A), causal.
+
+    Queries are the keys: logits are q_i . q_j / |q_j|, the argument k is not used. (The published
+    code gives keys a root mean square of 1, and divides by sqrt(D): the same.) In each of several
+    rounds a token's bucket is argmax [q R; -q R] with a random R, and it sees the last `chunk`
+    tokens before it in its bucket; o is the softmax attention to what it sees in any round, and to
+    itself only where that is nothing.
+
+    Written anew, since the published chunks (transformers' LSHSelfAttention has them) are cut from
+    the sorted sequence: later tokens move the cuts, and with them earlier outputs. What is counted
+    within a bucket does not move.
+
+    Args:
+        head_dim: D.
+        num_heads: H; each has hashes of its own.
+        num_buckets: Even. The paper has two for each chunk of the sequence; fixed here, so that
+            what a token sees does not depend on T.
+        chunk: Tokens that one sees in a bucket; 64 in the paper.
+        num_hashes: Rounds; the paper trains with 1 to 8.
+        seed: Of R.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        num_buckets: int = 64,
+        chunk: int = 64,
+        num_hashes: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_positive(head_dim=head_dim, num_heads=num_heads, chunk=chunk, num_hashes=num_hashes)
+        check_positive(num_buckets=num_buckets)
+        if num_buckets % 2:
+            raise ValueError(f"num_buckets must be even, got {num_buckets}")
+        self.chunk = chunk
+        shape = (num_hashes, num_heads, head_dim, num_buckets // 2)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("rotations", torch.randn(shape, generator=generator))
+
+    def buckets(self, q: Tensor) -> Tensor:
+        """Return the bucket of each token in each round, [B, rounds, H, T]."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        turned = torch.einsum("bthd,rhdn->brhtn", q.to(wide), self.rotations.to(wide))
+        return torch.cat((turned, -turned), -1).argmax(-1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return o of q and v, [B, T, H, D]; k and positions are not used."""
+        length = q.shape[1]
+        with torch.no_grad():
+            bucket = self.buckets(q)
+            order = bucket.argsort(dim=-1, stable=True)
+            place = order.argsort(-1)  # of a token in the sorted sequence, [B, rounds, H, T]
+            # i sees j where 0 <= code_i - code_j <= chunk: no such pairs are of two buckets
+            code = (bucket + 1) * (length + self.chunk + 1) + place
+        # SELF needs the range of float32
+        wide = torch.promote_types(q.dtype, torch.float32)
+        x, y = (
+            self._sorted(z.transpose(1, 2)[:, None].expand(-1, code.shape[1], -1, -1, -1), order)
+            for z in (q.to(wide), v.to(wide))
+        )
+        keys = _with_previous(F.normalize(x, dim=-1))
+        logits = torch.einsum("gntd,gnsd->gnts", x, keys) + self._bias(code, order, wide)
+        o = torch.einsum("gnts,gnse->gnte", logits.softmax(-1), _with_previous(y))
+        z = logits.logsumexp(-1, keepdim=True)
+        o, z = (self._unsorted(r, place) for r in (o, z))  # [B, rounds, H, T, .]
+        return (z.softmax(1) * o).sum(1).transpose(1, 2).to(v.dtype)
+
+    def _bias(self, code: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the logits of sorted blocks, [B rounds H, N, chunk, 2 chunk].
+
+        -log(rounds in which one sees the other), -SELF for oneself, -inf for what is not seen: the
+        rounds together are then one softmax.
+        """
+        with torch.no_grad():
+            own, _ = self._lag(code, order)
+            seen = torch.zeros_like(own, dtype=dtype)
+            for other in range(code.shape[1]):
+                seen += self._lag(code[:, other : other + 1].expand_as(code), order)[1]
+            bias = -seen.clamp(min=1).log() - SELF * (own == 0)
+            return bias.masked_fill((own < 0) | (own > self.chunk), -torch.inf)
+
+    def _lag(self, code: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the differences of codes of pairs in sorted blocks, and whether one is seen."""
+        x = self._sorted(code[..., None], order)
+        lag = x - _with_previous(x).transpose(-1, -2)
+        return lag, (lag >= 0) & (lag <= self.chunk)
+
+    def _sorted(self, x: Tensor, order: Tensor) -> Tensor:
+        """Return x [B, rounds, H, T, E] as sorted, in blocks [B rounds H, N, chunk, E]."""
+        x = x.gather(3, order[..., None].expand(x.shape))
+        return in_blocks(x.flatten(0, 2), self.chunk)
+
+    def _unsorted(self, x: Tensor, place: Tensor) -> Tensor:
+        """Return blocks as tokens again, [B, rounds, H, T, E]."""
+        x = x.flatten(1, 2)[:, : place.shape[-1]].unflatten(0, place.shape[:3])
+        return x.gather(3, place[..., None].expand(x.shape))
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        hashes, _, _, half = self.rotations.shape
+        return f"num_buckets={2 * half}, chunk={self.chunk}, num_hashes={hashes}"
+
+
+def _with_previous(blocks: Tensor) -> Tensor:
+    return torch.cat((previous(blocks), blocks), 2)
