@@ -30,7 +30,9 @@ def load(cache: Path | None = None) -> list[Song]:
     The grid begins with a whole bar: a pickup stands at the end of bar 0. Repeats are not
     expanded. Phrases end at the fermatas of the soprano; a bar is of the phrase that has most of
     it, and phrases of one melody have one label. Chords are estimated from all parts. Of every ten
-    tunes one is in "val" and one in "test"; harmonisations of a tune stay together.
+    tunes one is in "val" and one in "test"; what begins with the same six moves is one tune.
+    The tonic is of two of these three, else the first: key in the score, last note of the bass,
+    `estimate_key`.
 
     Args:
         cache: An .npz file; it is read if it is there, else written, as parsing takes a minute.
@@ -87,8 +89,11 @@ def _song(title: str, score: Score) -> Song | None:
     tracks = ((MELODY, soprano), *((ACCOMPANIMENT, other) for other in others))
     notes = np.concatenate([np.insert(voice, 0, track, axis=1) for track, voice in tracks])
     notes = notes[np.lexsort((notes[:, 3], notes[:, 0], notes[:, 1]))]
-    num_bars = -(-int((notes[:, 1] + notes[:, 2]).max()) // BAR)
-    key = next(iter(parts[0].recurse().getElementsByClass("Key")), None)
+    end = notes[:, 1] + notes[:, 2]
+    num_bars = -(-int(end.max()) // BAR)
+    # signatures of modes mislead, and so do half closes: two of three are believed
+    tonics = [key.tonic.pitchClass for key in parts[0].recurse().getElementsByClass("Key")][:1]
+    tonics += [estimate_key(notes), int(notes[end == end.max(), 3].min()) % 12]
     ends = [step + steps for step, steps, _, fermata in voices[0] if fermata]
     return Song(
         title,
@@ -96,7 +101,7 @@ def _song(title: str, score: Score) -> Song | None:
         num_bars,
         *estimate_chords(notes, num_bars),
         _phrases(soprano, ends, num_bars),
-        estimate_key(notes) if key is None else key.tonic.pitchClass,
+        max(tonics, key=tonics.count),
         BPM,
     )
 
@@ -136,7 +141,7 @@ def _phrases(soprano: np.ndarray, ends: list[int], num_bars: int) -> np.ndarray:
 
 
 def _tune(song: Song) -> tuple[int, ...]:
-    # steps between the first eight different pitches of the melody
+    # the first moves of the melody
     pitch = song.notes[song.notes[:, 0] == MELODY, 3]
     moves = np.diff(pitch)
-    return tuple(moves[moves != 0][:8].tolist())
+    return tuple(moves[moves != 0][:6].tolist())
