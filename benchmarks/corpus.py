@@ -1,15 +1,16 @@
 """Songs with their structure: notes on a grid of sixteenths, chords by the beat, key, phrases.
 
-`load` reads an .npz of songs with these fields, song i's part of an array being array[ptr[i] :
-ptr[i + 1]]: song_id, split, n_bars, bpm, key_tonic, key_mode (0 major, 1 minor); notes int [N, 5] /
-note_ptr: track, first tick, ticks, pitch, velocity, 4 ticks a sixteenth; chord_per_beat / beat_ptr:
-index into chord_root and chord_mask (bit p: pitch class p); phrase int [P, 3] / phrase_ptr: first
-bar, bars, letter.
+`load` reads and `save` writes an .npz of songs with these fields, song i's part of an array being
+array[ptr[i] : ptr[i + 1]]: song_id, title (may be missing), split, n_bars, bpm, key_tonic; notes
+int [N, 5] / note_ptr: track, first tick, ticks, pitch, velocity, 4 ticks a sixteenth;
+chord_per_beat / beat_ptr: index into chord_root and chord_mask (bit p: pitch class p); phrase int
+[P, 3] / phrase_ptr: first bar, bars, letter. Other fields are not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import zlib
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -22,8 +23,20 @@ BAR = STEPS * BEATS
 PITCHES = 128
 MELODY, BRIDGE, ACCOMPANIMENT = 0, 1, 2
 PRIORS = ("time", "rep", "key", "bin", "phrase")
-# of the .npz files: ticks a sixteenth
-_TICKS = 4
+# what NumPy raises for files of other kinds, or cut short
+_UNREADABLE = (
+    AttributeError,
+    BadZipFile,
+    EOFError,
+    IndexError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+# of the .npz files: ticks a sixteenth, and the velocity that is written
+_TICKS, _VELOCITY = 4, 80
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ def load(path: Path | str) -> list[Song]:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
         return [_song(data, i, path.stem) for i in range(len(data["n_bars"]))]
-    except (KeyError, ValueError, IndexError, OSError, BadZipFile) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is not in the expected format: {error!r}") from error
 
 
@@ -154,15 +167,18 @@ def _song(data: dict[str, np.ndarray], i: int, name: str) -> Song:
         part("chord_per_beat", "beat_ptr"),
         int(data["n_bars"][i]),
     )
+    if len(chord) != BEATS * bars:
+        raise ValueError(f"song {i} has {len(chord)} beats in {bars} bars, expected {BEATS * bars}")
     start = np.round(notes[:, 1] / _TICKS).astype(np.int64)
     end = np.round((notes[:, 1] + notes[:, 2]) / _TICKS).astype(np.int64)
     mask = data["chord_mask"].astype(np.int64)[chord]
     letters = np.full(bars, -1)
     for first, size, label in part("phrase", "phrase_ptr"):
         # capitals are sung: the same letter is the same material
-        letters[first : first + size] = ord(chr(label).lower())
+        letters[first : first + size] = label + 32 if _is_capital(label) else label
+    untitled = f"{name}, song {i} (number {int(data['song_id'][i])})"
     return Song(
-        f"{name}, song {i} (number {int(data['song_id'][i])})",
+        str(data["title"][i]) if "title" in data else untitled,
         np.stack((notes[:, 0], start, np.maximum(end - start, 1), notes[:, 3]), axis=1),
         bars,
         data["chord_root"].astype(np.int64)[chord],
@@ -172,3 +188,60 @@ def _song(data: dict[str, np.ndarray], i: int, name: str) -> Song:
         float(data["bpm"][i]),
         str(data["split"][i]),
     )
+
+
+def save(songs: Sequence[Song], path: Path | str) -> None:
+    """Write songs to an .npz file from which `load` returns them as they are.
+
+    Raises:
+        ValueError: a phrase is labelled 65..90, the codes of capitals, which `load` takes for small
+            letters, or below -1.
+    """
+    chords: dict[tuple[int, int], int] = {}
+    notes, beats, phrases = [], [], []
+    for song in songs:
+        bad = song.phrase[(song.phrase < -1) | _is_capital(song.phrase)]
+        if len(bad):
+            raise ValueError(f"phrase must be -1, 0..64 or above 90, got {bad[0]} in {song.title}")
+        track, start, steps, pitch = song.notes.reshape(-1, 4).T
+        velocity = np.full_like(pitch, _VELOCITY)
+        notes.append(np.stack((track, start * _TICKS, steps * _TICKS, pitch, velocity), axis=1))
+        masks = song.chroma @ (1 << np.arange(12))
+        pairs = zip(song.root.tolist(), masks.tolist(), strict=True)
+        beats.append(np.array([chords.setdefault(chord, len(chords)) for chord in pairs], int))
+        phrases.append(_runs(song.phrase))
+    root, mask = np.array(list(chords), dtype=np.int64).reshape(-1, 2).T
+    np.savez_compressed(
+        path,
+        song_id=np.arange(len(songs)),
+        title=np.array([song.title for song in songs], dtype=str),
+        split=np.array([song.split for song in songs], dtype=str),
+        n_bars=np.array([song.num_bars for song in songs], dtype=np.int64),
+        bpm=np.array([song.bpm for song in songs], dtype=np.float64),
+        key_tonic=np.array([song.tonic for song in songs], dtype=np.int64),
+        chord_root=root,
+        chord_mask=mask,
+        **_ragged("notes", "note_ptr", notes, (0, 5)),
+        **_ragged("chord_per_beat", "beat_ptr", beats, (0,)),
+        **_ragged("phrase", "phrase_ptr", phrases, (0, 3)),
+    )
+
+
+def _is_capital(label: np.ndarray) -> np.ndarray:
+    return (ord("A") <= label) & (label <= ord("Z"))
+
+
+def _runs(labels: np.ndarray) -> np.ndarray:
+    # [P, 3]: first bar, bars, label of each run of a label other than -1
+    first = np.flatnonzero(np.diff(labels, prepend=-2))
+    size = np.diff(first, append=len(labels))
+    runs = np.stack((first, size, labels[first]), axis=1)
+    return runs[runs[:, 2] >= 0]
+
+
+def _ragged(
+    field: str, pointer: str, parts: list[np.ndarray], empty: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    ends = np.cumsum([0, *map(len, parts)])
+    whole = np.concatenate([np.zeros(empty, dtype=np.int64), *parts])
+    return {field: whole.astype(np.int32), pointer: ends}

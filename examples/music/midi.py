@@ -1,0 +1,214 @@
+"""MIDI files to songs and back, through symusic."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, PITCHES, STEPS, Song
+
+from .harmony import estimate_chords, estimate_key
+from .optional import need
+
+if TYPE_CHECKING:
+    from symusic import Score
+
+SUFFIXES = (".mid", ".midi")
+_SUNG = re.compile("melody|vocal|lead", re.IGNORECASE)
+_BRIDGE = re.compile("bridge", re.IGNORECASE)
+# notes at a time, on average, up to which a track is a single voice: players let notes overlap
+_ONE_VOICE = 1.25
+# an hour and more: what is longer has a broken length
+_MOST_BARS = 5000
+# ticks a beat, velocity and tempo of what is written or not said
+_TICKS, _VELOCITY, _BPM = 480, 80, 120.0
+
+
+def read(path: Path | str, accompanied: bool = True) -> Song:
+    """Return the song of a MIDI file in 4/4, on a grid of sixteenths.
+
+    The melody is the track named melody, vocal or lead, else the highest track of a single voice,
+    which must lie above the mean of all. Where all notes are in one track, as of a piano, the
+    melody is what is struck with no higher note sounding. A track named bridge is the bridge; the
+    others are accompaniment, drums left out. Chords and tonic are estimated from all notes; no
+    phrases are known. A file without a time signature is taken to be in 4/4.
+
+    Args:
+        path: A .mid or .midi file.
+        accompanied: Whether there must be notes besides the melody.
+    Raises:
+        ImportError: symusic is not installed.
+        ValueError: "file: reason"; the file is missing, broken, empty, not in 4/4 throughout,
+            shorter than a bar, or has no melody or no accompaniment.
+    """
+    path = Path(path)
+    try:
+        return _song(path, accompanied)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def read_folder(path: Path | str) -> tuple[list[Song], list[str]]:
+    """Return the songs of all .mid and .midi files below a folder, by path, and what was skipped.
+
+    Returns:
+        songs: Titled by their path in the folder.
+        skipped: "file: reason" for each file of which `read` makes no song.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"folder {path} does not exist")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    songs, skipped = [], []
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        try:
+            songs.append(replace(_song(file, accompanied=True), title=name))
+        except ValueError as error:
+            skipped.append(f"{name}: {error}")
+    return songs, skipped
+
+
+def write(
+    path: Path | str,
+    parts: dict[str, np.ndarray],
+    onsets: dict[str, np.ndarray] | None = None,
+    bpm: float = 90.0,
+) -> None:
+    """Write piano rolls as the tracks of a MIDI file in 4/4.
+
+    Args:
+        path: Where to.
+        parts: Name of each track and what sounds in it, bool [T, 128], a step a sixteenth.
+        onsets: What is struck, bool [T, 128], of some tracks; a note held there is struck anew.
+            Otherwise notes that follow each other at one pitch are one note.
+        bpm: Beats a minute.
+    Raises:
+        ImportError: symusic is not installed.
+        ValueError: a roll has another shape.
+    """
+    symusic = need("symusic")
+    onsets = onsets or {}
+    score = symusic.Score(_TICKS)
+    score.time_signatures.append(symusic.TimeSignature(0, BEATS, 4))
+    score.tempos.append(symusic.Tempo(0, bpm))
+    step = _TICKS // STEPS
+    for name, roll in parts.items():
+        track = symusic.Track(name, 0, False)
+        for first, steps, pitch in _runs(name, roll, onsets.get(name)):
+            track.notes.append(symusic.Note(first * step, steps * step, pitch, _VELOCITY))
+        score.tracks.append(track)
+    score.dump_midi(path)
+
+
+def _song(path: Path, accompanied: bool) -> Song:
+    # errors tell the reason, not the file
+    score = _parse(path)
+    for metre in score.time_signatures:
+        if (metre.numerator, metre.denominator) != (BEATS, 4):
+            verb = "changes to" if metre.time > 0 else "is"
+            raise ValueError(f"metre {verb} {metre.numerator}/{metre.denominator}, expected 4/4")
+    sounding = [track for track in score.tracks if not track.is_drum and len(track.notes)]
+    if not sounding:
+        raise ValueError("no notes besides drums" if score.note_num() else "no notes")
+    tracks = [_quantise(track.notes.numpy(), score.ticks_per_quarter) for track in sounding]
+    steps = max(int((track[:, 0] + track[:, 1]).max()) for track in tracks)
+    if not BAR <= steps <= BAR * _MOST_BARS:
+        raise ValueError(f"length is {steps / BAR:.4g} bars, expected 1 to {_MOST_BARS}")
+    notes = _assign([track.name for track in sounding], tracks)
+    if accompanied and (notes[:, 0] == MELODY).all():
+        raise ValueError("no accompaniment, expected notes besides the melody")
+    num_bars = -(-steps // BAR)
+    return Song(
+        path.stem,
+        notes,
+        num_bars,
+        *estimate_chords(notes, num_bars),
+        np.full(num_bars, -1),
+        estimate_key(notes),
+        float(score.tempos[0].qpm) if len(score.tempos) else _BPM,
+    )
+
+
+def _parse(path: Path) -> Score:
+    score = need("symusic").Score
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    try:
+        return score(path)
+    except (RuntimeError, ValueError) as error:
+        # on one line
+        reason = " ".join(str(error).split())
+        raise ValueError(f"broken, or not a MIDI file ({reason})") from error
+
+
+def _quantise(notes: dict[str, np.ndarray], ticks_per_quarter: int) -> np.ndarray:
+    # [N, 3]: first step, steps, pitch
+    time, duration, pitch = (notes[k].astype(np.int64) for k in ("time", "duration", "pitch"))
+    start, end = (np.rint(t * STEPS / ticks_per_quarter) for t in (time, time + duration))
+    found = np.stack((start, np.maximum(end - start, 1), pitch), axis=1).astype(np.int64)
+    return found[np.lexsort((pitch, start))]
+
+
+def _assign(names: list[str], tracks: list[np.ndarray]) -> np.ndarray:
+    # notes as in Song: tracks become melody, bridge and accompaniment
+    notes = np.concatenate(tracks)
+    if len(tracks) == 1 and not _is_one_voice(notes):
+        roles = np.where(_is_on_top(notes), MELODY, ACCOMPANIMENT)
+    else:
+        role = [BRIDGE if _BRIDGE.search(name) else ACCOMPANIMENT for name in names]
+        role[_melody(names, tracks)] = MELODY
+        roles = np.repeat(role, [len(track) for track in tracks])
+    notes = np.insert(notes, 0, roles, axis=1)
+    return notes[np.lexsort((notes[:, 3], notes[:, 0], notes[:, 1]))]
+
+
+def _melody(names: list[str], tracks: list[np.ndarray]) -> int:
+    sung = [i for i, name in enumerate(names) if _SUNG.search(name)]
+    if sung:
+        return sung[0]
+    mean = [track[:, 2].mean() for track in tracks]
+    voices = [i for i, track in enumerate(tracks) if _is_one_voice(track)]
+    best = max(voices, key=mean.__getitem__, default=None)
+    if best is None or mean[best] < np.concatenate(tracks)[:, 2].mean():
+        raise ValueError(
+            f"no melody, expected one of its {len(tracks)} tracks to be named melody, vocal or "
+            "lead, or to be a single voice above the rest"
+        )
+    return best
+
+
+def _is_one_voice(track: np.ndarray) -> bool:
+    start, steps = track[:, 0], track[:, 1]
+    change = np.bincount(start, minlength=(start + steps).max() + 1)
+    change -= np.bincount(start + steps, minlength=len(change))
+    sounding = change.cumsum()
+    return sounding.sum() <= _ONE_VOICE * (sounding > 0).sum()
+
+
+def _is_on_top(track: np.ndarray) -> np.ndarray:
+    # whether no note is higher where a note is struck
+    top = np.zeros((track[:, 0] + track[:, 1]).max(), dtype=np.int64)
+    for start, steps, pitch in track:
+        np.maximum(top[start : start + steps], pitch, out=top[start : start + steps])
+    return track[:, 2] == top[track[:, 0]]
+
+
+def _runs(name: str, roll: np.ndarray, onset: np.ndarray | None) -> np.ndarray:
+    # [N, 3]: first step, steps, pitch
+    roll = np.asarray(roll, dtype=bool)
+    onset = np.zeros_like(roll) if onset is None else np.asarray(onset, dtype=bool)
+    if roll.ndim != 2 or roll.shape[1] != PITCHES or onset.shape != roll.shape:
+        raise ValueError(
+            f"parts and onsets must be [T, {PITCHES}], got {roll.shape} and {onset.shape} in {name}"
+        )
+    silence = np.zeros((1, PITCHES), dtype=bool)
+    before, after = np.concatenate((silence, roll[:-1])), np.concatenate((roll[1:], silence))
+    anew = np.concatenate((onset[1:], silence))
+    # by pitch, then step, so that first and last steps of notes match
+    pitch, first = np.nonzero((roll & (onset | ~before)).T)
+    last = np.nonzero((roll & (anew | ~after)).T)[1]
+    return np.stack((first, last - first + 1, pitch), axis=1)
