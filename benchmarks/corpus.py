@@ -104,9 +104,7 @@ class Song:
             chords = [(int(r), c.tobytes()) for r, c in zip(self.root, self.chroma, strict=True)]
             return np.repeat(by_first_appearance(chords), STEPS)
         if prior == "key":
-            minor = self.chroma[np.arange(len(self.root)), (self.root + 3) % 12]
-            degree = (self.root - self.tonic) % 12 + 13 * minor
-            return np.repeat(np.where(self.root < 0, 12, degree), STEPS)
+            return np.repeat(degrees(self.root, self.chroma, self.tonic), STEPS)
         if prior == "bin":
             return np.repeat(self.chroma.astype(np.int64), STEPS, axis=0)
         if prior == "phrase":
@@ -139,6 +137,18 @@ def by_first_appearance(labels: Iterable[Hashable]) -> np.ndarray:
     """Return labels numbered 0, 1, ... in the order in which they first appear, int [N]."""
     seen: dict[Hashable, int] = {}
     return np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.int64)
+
+
+def degrees(root: np.ndarray, chroma: np.ndarray, tonic: int) -> np.ndarray:
+    """Return the roots above the tonic, 12 for no chord, 13 more for minor thirds, int [N].
+
+    Args:
+        root: Of each chord, 0..11, -1 for none, [N].
+        chroma: Its pitch classes, bool [N, 12].
+        tonic: Of the key, 0..11.
+    """
+    minor = chroma[np.arange(len(root)), (root + 3) % 12]
+    return np.where(root < 0, 12, (root - tonic) % 12 + 13 * minor)
 
 
 def load(path: Path | str) -> list[Song]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import corpus
 import numpy as np
 import torch
-from corpus import PITCHES, by_first_appearance
+from corpus import PITCHES, by_first_appearance, degrees
 from torch import Tensor
 
 BACH = Path(__file__).parent / "data" / "bwv846.json"
 _FIGURE = (0, 1, 2, 3, 4, 2, 3, 4)
+_LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Piece:
         bar: Bar number from 0, [N].
         chord: Chord ids by first appearance (REP), [N].
         chroma: Pitch classes of the chord, 0 or 1 (BIN), [N, 12].
+        key: Degree of the chord's root in the key (KEY), as `corpus.degrees`, [N].
         phrase: Phrase ids by first appearance, [N].
     """
 
@@ -38,6 +40,7 @@ class Piece:
     bar: np.ndarray
     chord: np.ndarray
     chroma: np.ndarray
+    key: np.ndarray
     phrase: np.ndarray
 
     def __len__(self) -> int:
@@ -132,6 +135,7 @@ def _piece(
     bar: np.ndarray,
     chord: np.ndarray,
     chroma: np.ndarray,
+    key: np.ndarray,
     phrase: np.ndarray,
 ) -> Piece:
     # notes [., 3]: step, duration, pitch; what lies outside the grid is cut off
@@ -142,7 +146,11 @@ def _piece(
             roll[max(step, 0) : step + duration, pitch] = True
             if 0 <= step < length:
                 onset[step, pitch] = True
-    return Piece(name, roll, onset, np.arange(length), bar, chord, chroma, phrase)
+    return Piece(name, roll, onset, np.arange(length), bar, chord, chroma, key, phrase)
+
+
+def _root(chord: str) -> int:
+    return (_LETTERS[chord[0]] + chord.count("#", 1, 2) - chord.count("b", 1, 2)) % 12
 
 
 def _load_json(path: Path, song: int) -> Piece:
@@ -155,13 +163,15 @@ def _load_json(path: Path, song: int) -> Piece:
         for i, bar in enumerate(bars)
         for step, duration, pitch in _notes_of_bar(bar)
     ]
-    chroma = [[p in bar["pitch_classes"] for p in range(12)] for bar in bars]
+    chroma = np.array([[p in bar["pitch_classes"] for p in range(12)] for bar in bars])
+    root = np.array([_root(bar["chord"]) for bar in bars])
     return _piece(
         score["title"],
         np.array(notes),
         np.repeat(np.arange(len(bars)), per_bar),
         np.repeat(by_first_appearance(bar["chord"] for bar in bars), per_bar),
-        np.repeat(np.array(chroma, dtype=np.int64), per_bar, axis=0),
+        np.repeat(chroma.astype(np.int64), per_bar, axis=0),
+        np.repeat(degrees(root, chroma, score["tonic"]), per_bar),
         np.repeat(by_first_appearance(bar["phrase"] for bar in bars), per_bar),
     )
 
@@ -172,5 +182,5 @@ def _load_npz(path: Path, song: int) -> Piece:
         raise ValueError(f"song must be 0 to {len(songs) - 1} for {path.name}, got {song}")
     found = songs[song]
     bar = np.repeat(np.arange(found.num_bars), corpus.BAR)
-    chord, chroma, phrase = (found.positions(prior) for prior in ("rep", "bin", "phrase"))
-    return _piece(found.title, found.notes[:, 1:], bar, chord, chroma, phrase)
+    labels = (found.positions(prior) for prior in ("rep", "bin", "key", "phrase"))
+    return _piece(found.title, found.notes[:, 1:], bar, *labels)
