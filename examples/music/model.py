@@ -17,8 +17,9 @@ import fastpe
 from .attention import BaselineAttention, LinearAttention, SoftmaxAttention
 from .windows import KEYS, input_size, num_levels, split, structural_levels
 
-LONGEST = 4096
-# median of sigmoid(raw) / 2 = 0.13 cycles
+# 64 bars, for what has a parameter for each step
+LONGEST = 1024
+# of freqs at the start: sigmoid(-1) / 2 = 0.13 cycles a label
 STRUCTURAL_FREQUENCY = -1.0
 # added to the input, so that any attention takes them; a model without has none of them
 ADDED: dict[str, Callable[[int, int], nn.Module]] = {
@@ -128,18 +129,15 @@ def make_encoding(config: Config) -> fastpe.PositionalEncoding | None:
 
 @torch.no_grad()
 def _start_frequencies_(encoding: fastpe.PositionalEncoding, structural: list[bool]) -> None:
-    # SPE's frequencies are for time: sines of some hundred steps. Labels differ by one or a few, and
-    # at those frequencies all would seem the same; about a seventh of a turn tells them apart
-    raw = STRUCTURAL_FREQUENCY + torch.randn(*_frequencies(encoding).shape[:-1], sum(structural))
+    # SPE's frequencies are for time, sines of some hundred steps: labels, which differ by one or a
+    # few, would all seem the same. About an eighth of a turn for each tells them apart
     where = torch.tensor(structural)
-    if hasattr(encoding, "freqs"):
-        encoding.freqs[..., where] = raw
-    elif hasattr(encoding, "theta"):
-        encoding.theta[..., where] = math.pi * raw.sigmoid()
-
-
-def _frequencies(encoding: fastpe.PositionalEncoding) -> Tensor:
-    return encoding.freqs if hasattr(encoding, "freqs") else getattr(encoding, "theta", torch.empty(0))
+    for name in ("freqs", "theta"):
+        if hasattr(encoding, name):
+            parameter = getattr(encoding, name)
+            raw = torch.randn(*parameter.shape[:-1], sum(structural)) + STRUCTURAL_FREQUENCY
+            # theta is in radians, freqs before sigmoid / 2
+            parameter[..., where] = raw if name == "freqs" else math.pi * raw.sigmoid()
 
 
 def make_attention(config: Config) -> nn.Module:
@@ -149,8 +147,10 @@ def make_attention(config: Config) -> nn.Module:
         return LinearAttention(*size, make_encoding(config), MAPS[config.feature_map]())
     if config.attention == "softmax":
         return SoftmaxAttention(*size, make_encoding(config))
-    make = BASELINES[config.attention].make
-    core = make(config.dim // config.heads, config.heads, num_levels(config.prior))
+    baseline = BASELINES[config.attention]
+    options = {"max_len": LONGEST} if baseline.bounded else {}
+    levels = num_levels(config.prior)
+    core = baseline.make(config.dim // config.heads, config.heads, levels, **options)
     return BaselineAttention(*size, core)
 
 
