@@ -1,6 +1,6 @@
 """Harmonize melodies: a small causal Transformer hears a melody and plays the accompaniment to it.
 
-    python examples/harmonize.py                      train, evaluate, generate: minutes on two cores
+    python examples/harmonize.py                 train, evaluate, generate: minutes on two cores
     python examples/harmonize.py train --pe rope --prior time --feature-map elu1 --out runs/rope
     python examples/harmonize.py evaluate --out runs/rope
     python examples/harmonize.py generate --out runs/rope --song 3 --bars 64
@@ -15,18 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from baselines import BASELINES
+from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 from music import evaluation, midi, pictures, sources
 from music.model import ADDED, ENCODINGS, MAPS, Config
 from music.training import Budget, Trainer, restore
-from music.windows import KEYS, LOWEST, Windows, input_size
-from baselines import BASELINES
-from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
+from music.windows import KEYS, LOWEST, Windows
 
 LENGTHS = (16, 64)
 
@@ -44,11 +43,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--attention", default=Config.attention, choices=("linear", *BASELINES), metavar="NAME",
+        "--attention",
+        default=Config.attention,
+        choices=("linear", *BASELINES),
+        metavar="NAME",
         help=f"linear, {', '.join(BASELINES)}; default %(default)s",
     )
     model.add_argument(
-        "--pe", choices=(*ADDED, *ENCODINGS), metavar="NAME",
+        "--pe",
+        choices=(*ADDED, *ENCODINGS),
+        metavar="NAME",
         help=f"{', '.join((*ADDED, *ENCODINGS))}; default {Config.pe}, none for other attention",
     )
     model.add_argument(
@@ -92,7 +96,7 @@ def load_songs(path: Path | None) -> dict[str, list[Song]]:
 
 def windows_of(songs: list[Song], config: Config) -> Windows:
     """Return the windows of songs that a model is for."""
-    return Windows(songs, config.task, config.prior, chords=config.chords)
+    return Windows(songs, config.task, config.prior, chords=config.chords, labels=config.labels)
 
 
 def train(args: argparse.Namespace, songs: dict[str, list[Song]]) -> bool:

@@ -93,10 +93,7 @@ class SoftmaxAttention(_Projected):
     def _encoded(self, x: Tensor, positions: Tensor) -> list[Tensor]:  # [B, H, T, D]
         q, k, v = self._heads(x)
         if self.encoding is not None:
-            q, k = (
-                self.encoding.features(y, positions, side)
-                for y, side in ((q, "q"), (k, "k"))
-            )
+            q, k = (self.encoding.features(y, positions, side) for y, side in ((q, "q"), (k, "k")))
         return [y.transpose(1, 2) for y in (q, k, v)]
 
 

@@ -41,7 +41,9 @@ def fit_threshold(model: Model, windows: Windows, bars: int, count: int = 64) ->
         count: Windows to look at, spread over the songs.
     """
     starts = windows.starts(bars)
-    starts = [starts[i] for i in np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)]
+    starts = [
+        starts[i] for i in np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
+    ]
     probability = logits_of(model, windows, starts, bars)[:, :, 0].sigmoid().flatten()
     share = targets_of(windows, starts, bars)[:, :, 0].mean().item()
     return float(np.quantile(probability.numpy(), 1 - share))

@@ -194,6 +194,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, 2 * KEYS)
+        # most keys are silent most of the time
+        nn.init.constant_(self.head.bias, -3.0)
 
     def forward(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, list[object]]:
         """Return logits [B, T, 2, 88] and the layers' states, of inputs [B, T, C]."""

@@ -81,7 +81,13 @@ class Windows:
     """
 
     def __init__(
-        self, songs: list[Song], task: str, priors: str, *, chords: bool = False, wrong: bool = False
+        self,
+        songs: list[Song],
+        task: str,
+        priors: str,
+        *,
+        chords: bool = False,
+        wrong: bool = False,
     ) -> None:
         if task not in ("harmonize", "next"):
             raise ValueError(f"task must be 'harmonize' or 'next', got {task!r}")
