@@ -110,8 +110,8 @@ class Config:
             raise ValueError(f"prior must be 'time' with pe {self.pe}, got {self.prior!r}")
         if self.pe in ("spe", "spe-exact") and num_levels(self.prior) > 1:
             raise ValueError(
-                f"prior must be one number with pe {self.pe}, got {self.prior!r}; SPE of vectors is "
-                "fstripe-sff"
+                f"prior must be one number with pe {self.pe}, got {self.prior!r}; SPE of vectors "
+                "is fstripe-sff"
             )
 
 

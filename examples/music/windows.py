@@ -76,8 +76,8 @@ class Windows:
         task: "harmonize" or "next".
         priors: Of the positions, joined by +.
         chords: Give the chords' pitch classes as inputs too.
-        wrong: Take the positions from another song: what remains of an encoding's advantage then is
-            not the music's structure.
+        labels: "own", or "another": positions are those of another song. What remains of an
+            encoding's advantage then is not the music's structure.
     """
 
     def __init__(
@@ -87,15 +87,17 @@ class Windows:
         priors: str,
         *,
         chords: bool = False,
-        wrong: bool = False,
+        labels: str = "own",
     ) -> None:
         if task not in ("harmonize", "next"):
             raise ValueError(f"task must be 'harmonize' or 'next', got {task!r}")
         split(priors)
-        if wrong and len(songs) < 2:
-            raise ValueError(f"wrong labels need two songs, got {len(songs)}")
+        if labels not in ("own", "another"):
+            raise ValueError(f"labels must be 'own' or 'another', got {labels!r}")
+        if labels == "another" and len(songs) < 2:
+            raise ValueError(f"labels of another song need two songs, got {len(songs)}")
         self.songs, self.task, self.priors = songs, task, priors
-        self.chords, self.wrong = chords, wrong
+        self.chords, self.labels = chords, labels
         self._rolls = [_rolls(song, task) for song in songs]
 
     def starts(self, bars: int) -> list[tuple[int, int]]:
@@ -116,7 +118,7 @@ class Windows:
         cut = self.songs[i].cut(first, bars)
         if self.chords:
             inputs = np.concatenate((inputs, cut.positions("bin").astype(bool)), axis=1)
-        where = self._other(i, first, bars) if self.wrong else cut
+        where = self._other(i, first, bars) if self.labels == "another" else cut
         return Window(
             torch.from_numpy(inputs).float(),
             torch.from_numpy(target).float(),
@@ -129,7 +131,7 @@ class Windows:
             song = self.songs[(i + step) % len(self.songs)]
             if song.num_bars >= bars:
                 return song.cut(first if first + bars <= song.num_bars else 0, bars)
-        raise ValueError(f"wrong labels need another song of {bars} bars, and there is none")
+        raise ValueError(f"labels need another song of {bars} bars, and there is none")
 
     def random(self, count: int, bars: int, generator: np.random.Generator) -> Window:
         """Return a batch of `count` windows, each at a random bar of a random song.
