@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import corpus
 import numpy as np
 import torch
-from corpus import PITCHES, by_first_appearance, degrees
 from torch import Tensor
+
+import corpus
+from corpus import PITCHES, by_first_appearance, degrees
 
 BACH = Path(__file__).parent / "data" / "bwv846.json"
 _FIGURE = (0, 1, 2, 3, 4, 2, 3, 4)

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from baselines import BASELINES
-from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 from music import evaluation, midi, pictures, sources
 from music.model import ADDED, ENCODINGS, MAPS, Config
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
+
+from baselines import BASELINES
+from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
 LENGTHS = (16, 64)
 

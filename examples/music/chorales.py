@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import corpus
 import numpy as np
-from corpus import ACCOMPANIMENT, BAR, MELODY, STEPS, Song
 
+import corpus
 from .harmony import estimate_chords, estimate_key
 from .optional import need
 from .split import split
+from corpus import ACCOMPANIMENT, BAR, MELODY, STEPS, Song
 
 if TYPE_CHECKING:
     from music21.stream import Part, Score

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, PITCHES, STEPS, Song
 
 from .harmony import estimate_chords, estimate_key
 from .optional import need
+from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, PITCHES, STEPS, Song
 
 if TYPE_CHECKING:
     from symusic import Score

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from baselines import BASELINES
-from baselines.ape import LearnedAPE, SinusoidalAPE, StructuralAPE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +14,8 @@ import fastpe
 
 from .attention import BaselineAttention, LinearAttention, SoftmaxAttention
 from .windows import KEYS, input_size, num_levels, split, structural_levels
+from baselines import BASELINES
+from baselines.ape import LearnedAPE, SinusoidalAPE, StructuralAPE
 
 # 64 bars, for what has a parameter for each step
 LONGEST = 1024

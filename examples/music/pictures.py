@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from corpus import BAR, PITCHES, STEPS, Song
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation, Transform, blended_transform_factory
 
 from .chords import chord_name, runs
+from corpus import BAR, PITCHES, STEPS, Song
 
 # hues of like lightness in the order of fifths from F: what is near in key is near in hue
 _FIFTHS = (

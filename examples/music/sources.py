@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import corpus
-from corpus import Song
-
 from . import chorales, midi
 from .split import split
+from corpus import Song
 
 
 def songs(path: Path | str | None = None, cache: Path | None = None) -> list[Song]:

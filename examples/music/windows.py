@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from corpus import ACCOMPANIMENT, BAR, MELODY, PRIORS, Song
 from torch import Tensor
+
+from corpus import ACCOMPANIMENT, BAR, MELODY, PRIORS, Song
 
 # the keys of a piano
 LOWEST, KEYS = 21, 88
