@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 from harmonize import load_songs, windows_of
+from tqdm import tqdm
+
 from music import evaluation
 from music.model import Config
 from music.training import Budget, Trainer
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
