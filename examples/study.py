@@ -159,9 +159,22 @@ def table(records: list[dict]) -> str:
 
 
 def base_of(name: str) -> str:
-    """Return the row without encoding that is otherwise like another."""
-    config = replace(ROWS[name].config, pe="none", prior="time", labels="own")
-    return next(base for base, row in ROWS.items() if row.config == config)
+    """Return the row without encoding for the same task and inputs, of the same map if there is."""
+    config = ROWS[name].config
+    bases = {
+        base: row.config.feature_map
+        for base, row in ROWS.items()
+        if replace(row.config, feature_map="favor")
+        == replace(
+            Config(),
+            pe="none",
+            prior="time",
+            task=config.task,
+            chords=config.chords,
+            feature_map="favor",
+        )
+    }
+    return min(bases, key=lambda base: bases[base] != config.feature_map)
 
 
 def gain(records: list[dict], name: str, other: str, bars: str) -> list[float]:
