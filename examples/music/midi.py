@@ -138,11 +138,14 @@ def _parse(path: Path) -> Score:
     if not path.is_file():
         raise ValueError("there is no such file")
     try:
-        return score(path)
+        parsed = score(path)
     except (RuntimeError, ValueError) as error:
         # on one line
         reason = " ".join(str(error).split())
         raise ValueError(f"broken, or not a MIDI file ({reason})") from error
+    if parsed.ticks_per_quarter < 1:
+        raise ValueError("broken (a beat has no ticks)")
+    return parsed
 
 
 def _quantise(notes: dict[str, np.ndarray], ticks_per_quarter: int) -> np.ndarray:
