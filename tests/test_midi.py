@@ -12,6 +12,7 @@ symusic = pytest.importorskip("symusic")
 
 # a bar of one voice, a bar of chords below it: first step, steps, pitch
 TUNE = [(4 * i, 4, pitch) for i, pitch in enumerate((72, 74, 76, 74))]
+LOWER_TUNE = [(step, steps, pitch - 3) for step, steps, pitch in TUNE]
 CHORDS = [(8 * i, 8, pitch) for i in range(2) for pitch in (48, 52, 55)]
 
 
@@ -102,7 +103,10 @@ def test_tempo_and_metre_may_be_missing(tmp_path):
     [
         pytest.param({"piano": CHORDS, "flute": TUNE}, TUNE, id="voice"),
         pytest.param({"MELODY": CHORDS, "flute": TUNE}, CHORDS, id="named"),
+        pytest.param({"Lead": LOWER_TUNE, "Vocals": TUNE}, TUNE, id="vocals-first"),
         pytest.param({"bass": [(0, 16, 36)], "a": CHORDS, "b": TUNE}, TUNE, id="highest"),
+        pytest.param({"fill": TUNE[:2], "a": CHORDS, "b": LOWER_TUNE}, LOWER_TUNE, id="sparse"),
+        pytest.param({"a": LOWER_TUNE, "b": TUNE, "c": CHORDS}, TUNE, id="two-voices"),
         pytest.param({"piano": TUNE + CHORDS}, TUNE, id="skyline"),
         pytest.param({"lead sheet": TUNE + CHORDS}, TUNE, id="skyline-named"),
         # players let notes overlap
@@ -175,7 +179,7 @@ def test_files_that_are_no_song(tmp_path, kind):
 
 def test_a_melody_alone_may_do(tmp_path):
     song = midi.read(write(tmp_path / "a.mid", {"flute": TUNE}), accompanied=False)
-    assert notes(song, MELODY) == list(map(list, TUNE))
+    assert notes(song, MELODY) == [list(n) for n in TUNE]
     assert len(song.notes) == len(TUNE)
 
 
@@ -241,10 +245,15 @@ def test_songs_of_a_folder(tmp_path, capsys):
 
 
 def test_a_song_is_no_corpus(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold two songs or more, .* got 1"):
-        sources.songs(_folder(tmp_path / "songs", 1))
-    with pytest.raises(ValueError, match=r"an \.npz file or a folder of MIDI files, got .*02"):
-        sources.songs(tmp_path / "02")
+    folder = _folder(tmp_path / "songs", 1)
+    for path in (folder, folder / "00.mid"):
+        with pytest.raises(ValueError, match=r"must hold 2 songs or more, got 1"):
+            sources.songs(path)
+        (song,) = sources.songs(path, at_least=1)
+        assert (song.split, notes(song, MELODY)) == ("", [list(n) for n in TUNE])
+    for path in (tmp_path / "none.mid", folder / "notes.txt"):
+        with pytest.raises(ValueError, match=rf"must be an \.npz file, .* got .*{path.name}"):
+            sources.songs(path)
 
 
 def test_songs_of_a_corpus(tmp_path):
