@@ -5,7 +5,7 @@ import pytest
 import songs
 from songs import ACCOMPANIMENT, BAR, MELODY, assert_same
 
-chorales, optional, sources = map(songs.module, ("chorales", "optional", "sources"))
+chorales, sources = map(songs.module, ("chorales", "sources"))
 pytest.importorskip("music21")
 pytest.importorskip("tqdm")
 

@@ -1,5 +1,7 @@
 """MIDI files in and out, and the songs of a folder (examples/music/midi.py and its neighbours)."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import songs
 from songs import ACCOMPANIMENT, BAR, BRIDGE, MELODY, assert_same, corpus, make_song
 
-midi, optional, sources, split = map(songs.module, ("midi", "optional", "sources", "split"))
+midi, sources, split = map(songs.module, ("midi", "sources", "split"))
 symusic = pytest.importorskip("symusic")
 
 # a bar of one voice, a bar of chords below it: first step, steps, pitch
@@ -283,6 +285,15 @@ def test_what_belongs_together_is_not_split():
         split.split(found, ["a"] * 10)
 
 
-def test_packages_that_are_missing():
-    with pytest.raises(ImportError, match=r"nonesuch is not installed: pip install 'fastpe\[music"):
-        optional.need("nonesuch")
+@pytest.mark.parametrize("package", ["music21", "tqdm", "symusic"])
+def test_packages_that_are_missing(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    path = _folder(tmp_path / "songs", 2) if package == "symusic" else None
+    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install 'fastpe\[mus"):
+        sources.songs(path)
+
+
+def test_packages_are_imported_when_needed():
+    code = "import sys; sys.path.insert(0, 'examples'); import music.sources; "
+    code += "assert not {'music21', 'symusic', 'tqdm', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=songs.ROOT, check=True)
