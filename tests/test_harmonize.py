@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from songs import EXAMPLES, corpus, make_song, save_songs
+from songs import corpus, save_songs, song_of_chords
 
 from music import evaluation, training, windows
 from music.model import ADDED, ENCODINGS, Config, Model, nats
@@ -18,7 +18,6 @@ from music.windows import Windows
 BASELINES = importlib.import_module("baselines").BASELINES
 harmonize = importlib.import_module("harmonize")
 SMALL = {"dim": 16, "heads": 2, "layers": 2}
-assert EXAMPLES
 
 
 def config(**options):
@@ -29,7 +28,7 @@ def config(**options):
 
 
 def test_windows_are_the_song():
-    song = make_song(3, 9)
+    song = song_of_chords(3, 9)
     window = Windows([song], "harmonize", "time+bin").window(0, 2, 4)
     low, high = windows.LOWEST, windows.LOWEST + windows.KEYS
     for channel, draw in enumerate((song.roll, song.onsets)):
@@ -46,13 +45,13 @@ def test_windows_are_the_song():
 
 
 def test_next_hears_what_came_before_and_no_more():
-    window = Windows([make_song()], "next", "time").window(0, 1, 3)
+    window = Windows([song_of_chords()], "next", "time").window(0, 1, 3)
     assert not window.inputs[0].any()
     assert torch.equal(window.inputs[1:].view(-1, 2, windows.KEYS), window.target[:-1])
 
 
 def test_labels_of_another_song():
-    songs = [make_song(i, bars) for i, bars in ((0, 8), (1, 12), (2, 8))]
+    songs = [song_of_chords(i, bars) for i, bars in ((0, 8), (1, 12), (2, 8))]
     made = {
         labels: Windows(songs, "harmonize", "bin", labels=labels) for labels in ("own", "another")
     }
@@ -64,7 +63,7 @@ def test_labels_of_another_song():
 
 
 def test_random_windows_are_a_function_of_the_generator():
-    made = Windows([make_song(i) for i in range(3)], "harmonize", "rep")
+    made = Windows([song_of_chords(i) for i in range(3)], "harmonize", "rep")
     a, b, c = (made.random(5, 4, np.random.default_rng((0, step))) for step in (1, 1, 2))
     assert torch.equal(a.inputs, b.inputs)
     assert not torch.equal(a.inputs, c.inputs)
@@ -83,7 +82,7 @@ def test_random_windows_are_a_function_of_the_generator():
 )
 def test_windows_refuse(options, message):
     with pytest.raises(ValueError, match=message):
-        Windows(**{"songs": [make_song()], "task": "harmonize", "priors": "time"} | options)
+        Windows(**{"songs": [song_of_chords()], "task": "harmonize", "priors": "time"} | options)
 
 
 # models
@@ -106,7 +105,7 @@ def test_models_are_causal(options):
     """What comes later changes nothing; what comes now does, here and later."""
     torch.manual_seed(0)
     model = Model(config(**options)).double().eval()
-    made = Windows([make_song(1)], "harmonize", model.config.prior)
+    made = Windows([song_of_chords(1)], "harmonize", model.config.prior)
     window = made.window(0, 0, 2)
     inputs, positions = window.inputs[None].double(), window.positions[None]
     at = 17
@@ -151,7 +150,7 @@ def test_configurations_refused(options, message):
 
 def test_structure_is_learned():
     """With its own chords as positions a model says them, with another song's it does not."""
-    songs = [make_song(i, 16) for i in range(8)]
+    songs = [song_of_chords(i, 16) for i in range(8)]
     found = {}
     for name, options in {
         "own": {},
@@ -188,7 +187,7 @@ def _trained(steps, path=None, resume=False, stop=None, monkeypatch=None):
             return update(window)
 
         monkeypatch.setattr(trainer, "update", interrupted)
-    songs = [make_song(i) for i in range(3)]
+    songs = [song_of_chords(i) for i in range(3)]
     return trainer, trainer.train(harmonize.windows_of(songs, made), path, quiet=True)
 
 
@@ -232,7 +231,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
 
 def test_a_threshold_keeps_the_density():
-    songs = [make_song(i) for i in range(3)]
+    songs = [song_of_chords(i) for i in range(3)]
     made = harmonize.windows_of(songs, config())
     torch.manual_seed(0)
     model = Model(config())
@@ -267,7 +266,9 @@ def test_commands(tmp_path, capsys):
     assert (out / "song-0.png").stat().st_size > 5000
     midi = importlib.import_module("music.midi")
     song = midi.read(out / "song-0.mid")
-    assert np.array_equal(song.roll(corpus.MELODY)[:48], make_song(6).cut(0, 3).roll(corpus.MELODY))
+    assert np.array_equal(
+        song.roll(corpus.MELODY)[:48], song_of_chords(6).cut(0, 3).roll(corpus.MELODY)
+    )
     assert "wrote" in text
     # what was trained is not trained again, of another configuration is refused
     code, _, error = _run(capsys, "train", *options, "--pe", "rope", "--resume")
