@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from harmonize import load_songs, windows_of
+from harmonize import default_bars, load_songs, windows_of
 from tqdm import tqdm
 
 from music import evaluation
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     data = args.data.name if args.data else "chorales"
     jobs = [
-        (name, Budget(steps=args.steps, seed=seed, data=data))
+        (name, Budget(steps=args.steps, seed=seed, data=data, bars=default_bars(args.data)))
         for seed in args.seeds
         for name in args.rows
     ]
