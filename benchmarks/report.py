@@ -96,6 +96,7 @@ def tables(records: list[dict]) -> str:
     lengths = sorted({r["length"] for r in records})
     peers_first = sorted(records, key=lambda r: r["ours"])
     names = list(dict.fromkeys(r["case"] for r in peers_first))
+    both_ways = {r["case"] for r in records if not r.get("causal", True)}
     for mode in MODES:
         head = ["case", *(f"T={length}" for length in lengths), "faster from"]
         lines = [head]
@@ -103,7 +104,7 @@ def tables(records: list[dict]) -> str:
             rows = [r for r in records if r["case"] == name and r["mode"] == mode]
             cells = {r["length"]: _cell(r, records) for r in rows}
             last = "" if name == BASELINE else crossover(rows, records)
-            shown = name if rows[0].get("causal", True) else f"{name} (bidirectional)"
+            shown = f"{name} (bidirectional)" if name in both_ways else name
             lines.append([shown, *(cells.get(length, "") for length in lengths), last])
         parts.append(f"**{mode.capitalize()}**\n\n{markdown(lines)}")
     parts.append(
