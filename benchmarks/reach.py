@@ -36,18 +36,17 @@ def longest(points: list[tuple[int, float]], limit: float, quadratic: bool) -> f
 
 def rows(records: list[dict]) -> list[list[str]]:
     """Return a table of where each case runs out of memory in training, its head first."""
-    head = ["case", "longest measured", "extra MB there", "grows as", f"{LIMIT_GB:g} GB at T ="]
-    lines = [[*head[:-1], f"{head[-1]} (extrapolated)"]]
-    for name in dict.fromkeys(r["case"] for r in records):
-        found = [
-            r for r in records
-            if r["case"] == name and r["mode"] == TRAINING and r["status"] == "ok"
-        ]  # fmt: skip
+    last = f"{LIMIT_GB:g} GB at T = (extrapolated)"
+    lines = [["case", "longest measured", "extra MB there", "grows as", last]]
+    # records of older versions do not say how memory grows
+    found = [r for r in records if r["mode"] == TRAINING and "quadratic_memory" in r]
+    for name in dict.fromkeys(r["case"] for r in found):
+        of_case = [r for r in found if r["case"] == name and r["status"] == "ok"]
         # below a megabyte it is the allocator's rounding that is measured
-        points = [(r["length"], r["extra_mb"]) for r in found if r["extra_mb"] >= 1]
+        points = [(r["length"], r["extra_mb"]) for r in of_case if r["extra_mb"] >= 1]
         if not points:
             continue
-        quadratic = found[0].get("quadratic_memory", False)
+        quadratic = of_case[0]["quadratic_memory"]
         length, megabytes = max(points)
         end = longest(points, LIMIT_GB * 1e3, quadratic)
         shown = "?" if end is None else rounded(end)

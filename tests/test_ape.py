@@ -60,6 +60,6 @@ def test_structural_ape():
 def test_stripe_and_structural_ape_encode_alike():
     """Queries at label 0 see in SS-RPE what S-APE adds to a token of the opposite label."""
     stripe, ape = Stripe(6, 1, sines=True).double(), StructuralAPE(6, 1).double()
-    e = stripe._encoded(torch.tensor([[0.0, 3.0, 7.0]]), 0)[0, :, 0]
+    e = stripe._encoded(torch.tensor([[0.0, 3.0, 7.0]]), 0, torch.float64)[0, :, 0]
     added = ape(torch.zeros(1, 3, 6, dtype=torch.float64), torch.tensor([0, 3, 7]))[0]
     assert_within(e @ ape.weight[0], added, 1e-12)

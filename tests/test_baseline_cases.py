@@ -104,6 +104,7 @@ def _record(name, length, megabytes, mode=harness.TRAINING, **more):
     sizes = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32", "date": "2026-01-01"}
     row = {"case": name, "length": length, "extra_mb": megabytes, "mode": mode, "status": "ok"}
     row |= {"label": name, "ours": False, "device": "cpu", "causal": True}
+    row |= {"quadratic_memory": False}
     return row | times | machine | sizes | more
 
 
@@ -114,6 +115,9 @@ def test_table_of_reach():
     records += [_record("shaw", 2048, 0.0, status="skipped", reason="too large", **square)]
     records += [_record("fnet", t, 0.5 * t, causal=False) for t in (512, 1024)]
     records += [_record("tiny", t, 0.1) for t in (512, 1024)]
+    old = _record("older", 512, 9.0)
+    del old["quadratic_memory"]
+    records.append(old)
     head, *rows = reach.rows(records)
     assert head[-1] == "16 GB at T = (extrapolated)"
     assert rows == [
