@@ -52,7 +52,7 @@ def build(baseline: Baseline) -> Callable[[Setup, int | None], Model]:
 
 BASELINE_CASES: dict[str, Case] = {
     name: Case(
-        baseline.label,
+        baseline.label if baseline.causal else f"{baseline.label} (bidirectional)",
         build(baseline),
         quadratic=baseline.quadratic_time,
         quadratic_memory=baseline.quadratic_memory,

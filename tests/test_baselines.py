@@ -199,7 +199,7 @@ def test_transformers_own_lsh_attention_is_not_causal():
 # memories
 
 
-@pytest.mark.parametrize("name", ["transformer-xl", *COMPRESSIVE])
+@pytest.mark.parametrize("name", [n for n in BASELINES if BASELINES[n].remembers])
 def test_memory_made_by_the_layer(name):
     """Keys and values given as memory change nothing but where gradients go."""
     module = make(name)
