@@ -10,9 +10,10 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from baselines import BASELINES, Baseline
 from harness import Case, Model, Setup
 from torch import Tensor, nn
+
+from baselines import BASELINES, Baseline
 
 
 def build(baseline: Baseline) -> Callable[[Setup, int | None], Model]:

@@ -20,12 +20,13 @@ import devices
 import options
 import report
 from baseline_cases import BASELINE_CASES
-from baselines import BASELINES
 from cases import CASES, GPU_CASES, TABLES
 from harness import BASELINE, MODES, TRAINING, Case, Setup, check, environment, measure_time
 from isolated import InProcess, Isolated, runner
 from memory import measure_memory
 from tqdm import tqdm
+
+from baselines import BASELINES
 
 
 @dataclass(frozen=True)
