@@ -211,7 +211,9 @@ class Model(nn.Module):
         """Return logits [B, 2, 88] after one more step, inputs [B, C], and the states."""
         if self.config.pe in ("ape", "sinusoidal"):
             raise ValueError(f"pe must not be {self.config.pe} to go on from a state")
-        x, after = self.added(self.embedding(inputs), positions), []
+        # what is added takes tokens in a row
+        x = self.added(self.embedding(inputs)[:, None], positions[:, None])[:, 0]
+        after = []
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, positions, state)
             after.append(state)
