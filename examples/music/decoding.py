@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
-from corpus import BAR, Song
 from torch import Tensor
 
 import fastpe
 
 from .model import Config, Model
 from .windows import KEYS, Windows, positions_of
+from corpus import BAR, Song
 
 
 def joined(songs: Sequence[Song], bars: int) -> Song:

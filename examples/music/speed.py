@@ -13,16 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from corpus import BAR, Song
 from harness import TOLERANCE, Setup, alternate, environment, relative_error, spread
 from torch import Tensor
 
 from .decoding import joined, size_of
 from .model import Config, Model
 from .windows import Windows
+from corpus import BAR, Song
 
 # of a measured call
-STEPS = 64
+STEPS = 32
 LINEAR, ELU, SOFTMAX = "F-StrIPE, FAVOR+", "RoPE, elu+1", "softmax with KV cache, RoPE"
 MODELS = {
     LINEAR: Config(task="next"),
@@ -112,6 +112,7 @@ def measure(
             waited[name] = time.perf_counter() - start, length
             if not row["relative_error"] <= TOLERANCE[setup.dtype][0]:
                 row["error"] = f"steps differ from one forward by {row['relative_error']:.1e}"
+                row["wrong"] = True
                 continue
             row["state_bytes"] = size_of(decoder.states)
             calls[name] = run
@@ -121,6 +122,17 @@ def measure(
                 row["ms"] = spread(times[row["model"]])
                 row["steps_per_second"] = 1e3 * STEPS / row["ms"]["median"]
             yield row
+
+
+def describe(record: dict) -> str:
+    """Return a record as a line."""
+    where = f"{record['bars']} bars, {record['model']}: "
+    if "error" in record:
+        return where + record["error"]
+    return (
+        f"{where}{record['steps_per_second']:.0f} steps/s, state {record['state_bytes'] / 1e3:.0f} "
+        f"KB, steps within {record['relative_error']:.0e} of one forward"
+    )
 
 
 def plot(records: Sequence[dict], path: Path) -> None:
