@@ -66,8 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--prompt-bars", type=int, nargs="+", default=[4], help="of each piece, of a song each"
     )
     pieces.add_argument("--bars", type=int, default=28, help="to add")
-    pieces.add_argument("--temperature", type=float, default=1.0, help="0: by the threshold")
-    pieces.add_argument("--top-k", type=int, default=KEYS, help="keys that may sound at once")
+    pieces.add_argument("--temperature", type=float, default=0.6, help="0: by the threshold")
+    pieces.add_argument("--top-k", type=int, default=8, help="keys that may sound at once")
     pieces.add_argument("--save", type=Path, metavar="STATE")
     pieces.add_argument("--resume", type=Path, metavar="STATE")
     measuring = parser.add_argument_group("measuring")
