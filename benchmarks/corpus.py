@@ -161,7 +161,8 @@ def load(path: Path | str) -> list[Song]:
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves what is no archive open
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
         return [_song(data, i, path.stem) for i in range(len(data["n_bars"]))]
     except _UNREADABLE as error:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import devices
-import music
+import pieces
 import torch
 from torch import Tensor
 
@@ -55,9 +55,9 @@ class Setup:
     song: int = 0
     backend: str = "auto"
 
-    def piece(self) -> music.Piece:
+    def piece(self) -> pieces.Piece:
         """Return the music, `length` steps of it."""
-        return music.load(Path(self.data) if self.data else None, self.song).tile(self.length)
+        return pieces.load(Path(self.data) if self.data else None, self.song).tile(self.length)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v, [B, T, H, D]."""
@@ -69,7 +69,7 @@ class Setup:
 
 @functools.lru_cache(maxsize=1)
 def _embedded(setup: Setup) -> tuple[Tensor, ...]:
-    made = music.embed(
+    made = pieces.embed(
         setup.piece(), setup.heads, setup.head_dim, setup.head_dim, setup.batch,
         dtype=getattr(torch, setup.dtype),
     )  # fmt: skip

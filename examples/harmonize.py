@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from music import evaluation, midi, pictures, sources
 from music.model import ADDED, ENCODINGS, MAPS, Config
 from music.training import Budget, Trainer, restore

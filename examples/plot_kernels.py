@@ -23,12 +23,12 @@ from torch import Tensor
 import fastpe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import music
+import pieces
 
 HEAD_DIM = 16
 
 
-def encodings(piece: music.Piece) -> dict[str, tuple[fastpe.PositionalEncoding, Tensor]]:
+def encodings(piece: pieces.Piece) -> dict[str, tuple[fastpe.PositionalEncoding, Tensor]]:
     """Return title -> encoding and positions [T] or [T, L]."""
     time, chord = torch.as_tensor(piece.time), torch.as_tensor(piece.chord)
     chroma = torch.as_tensor(piece.chroma).double()
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/kernels.png"))
     args = parser.parse_args()
     torch.manual_seed(0)
-    piece = music.load(args.data).tile(16 * args.bars)
+    piece = pieces.load(args.data).tile(16 * args.bars)
     cases = encodings(piece)
     figure, axes = plt.subplots(2, len(cases), figsize=(2.4 * len(cases), 5.4))
     with torch.no_grad():

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 from harmonize import load_songs, windows_of
+from tqdm import tqdm
+
 from music import evaluation
 from music.model import Config
 from music.training import Budget, Trainer
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,7 @@ class Row:
     config: Config
 
 
-ENCODINGS = {
-    "rope": "RoPE",
-    "spe": "SineSPE",
-    "fstripe": "F-StrIPE",
-    "fstripe-pooled": "F-StrIPE pooled",
-    "ropepool": "RoPEPool",
-}
+ENCODINGS = {"rope": "RoPE", "spe": "SineSPE", "fstripe": "F-StrIPE", "ropepool": "RoPEPool"}
 COLOURS = {
     "rope": "#1f77d0",
     "ropepool": "#3aa6c9",
@@ -72,21 +67,24 @@ def make_rows() -> dict[str, Row]:
             # SPE of vectors is what the paper calls F-StrIPE:SFF
             kind = "fstripe-sff" if (pe, prior) == ("spe", "bin") else pe
             rows[f"{pe}-{prior}"] = Row(f"{label}, {prior}", Config(pe=kind, prior=prior))
-    bin_ = rows["fstripe-bin"].config
-    rows["fstripe-bin-wrong"] = Row(
-        "F-StrIPE, bin of another song", replace(bin_, labels="another")
-    )
-    rows["fstripe-time+bin"] = Row("F-StrIPE, time and bin", replace(bin_, prior="time+bin"))
-    elu1 = {"feature_map": "elu1"}
-    for name in ("none", "rope-time", "fstripe-bin", "ropepool-bin", "rope-bin"):
-        row = rows[name]
-        rows[f"{name}-elu1"] = Row(f"{row.label}; elu+1", replace(row.config, **elu1))
-        rows[f"{name}-chords"] = Row(
-            f"{row.label}; chords as input", replace(row.config, chords=True)
-        )
-    for name in ("none", "fstripe-bin"):
-        row = rows[name]
-        rows[f"{name}-next"] = Row(f"{row.label}; next frame", replace(row.config, task="next"))
+    for prior in ("rep", "bin"):
+        config = Config(pe="fstripe-pooled", prior=prior)
+        rows[f"fstripe-pooled-{prior}"] = Row(f"F-StrIPE pooled, {prior}", config)
+
+    def more(name: str, base: str, label: str, **options: object) -> None:
+        row = rows[base]
+        rows[name] = Row(f"{row.label}{label}", replace(row.config, **options))
+
+    more("fstripe-bin-wrong", "fstripe-bin", " of another song", labels="another")
+    more("fstripe-time+bin", "fstripe-time", " and bin", prior="time+bin")
+    for name in ("none", "rope-time", "rope-bin", "fstripe-bin", "ropepool-bin"):
+        more(f"{name}-elu1", name, "; elu+1", feature_map="elu1")
+    more("ropepool-bin-wrong-elu1", "ropepool-bin-elu1", ", of another song", labels="another")
+    more("ropepool-time+bin-elu1", "ropepool-bin-elu1", ", and time", prior="time+bin")
+    for name in ("none", "rope-time-elu1", "fstripe-bin", "ropepool-bin-elu1"):
+        more(f"{name}-chords", name, "; chords as input", chords=True)
+    for name in ("none", "fstripe-bin", "ropepool-bin-elu1"):
+        more(f"{name}-next", name, "; next frame", task="next")
     return rows
 
 
@@ -161,9 +159,22 @@ def table(records: list[dict]) -> str:
 
 
 def base_of(name: str) -> str:
-    """Return the row without encoding that is otherwise like another."""
-    config = replace(ROWS[name].config, pe="none", prior="time", labels="own")
-    return next(base for base, row in ROWS.items() if row.config == config)
+    """Return the row without encoding for the same task and inputs, of the same map if there is."""
+    config = ROWS[name].config
+    bases = {
+        base: row.config.feature_map
+        for base, row in ROWS.items()
+        if replace(row.config, feature_map="favor")
+        == replace(
+            Config(),
+            pe="none",
+            prior="time",
+            task=config.task,
+            chords=config.chords,
+            feature_map="favor",
+        )
+    }
+    return min(bases, key=lambda base: bases[base] != config.feature_map)
 
 
 def gain(records: list[dict], name: str, other: str, bars: str) -> list[float]:

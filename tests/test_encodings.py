@@ -387,3 +387,13 @@ def test_what_is_not_overridden_says_so():
     for call in (lambda: encoding.feature_dim, lambda: encoding.kernel(torch.ones(1))):
         with pytest.raises(NotImplementedError):
             call()
+
+
+def test_initial_frequencies():
+    """Their median is what was asked for, at each level."""
+    torch.manual_seed(0)
+    for frequency, wanted in ((None, [0.009] * 2), (0.13, [0.13] * 2), ([0.01, 0.2], [0.01, 0.2])):
+        encoding = FStripe(64, 8, num_levels=2, frequency=frequency)
+        found = (encoding.freqs.sigmoid() / 2).flatten(0, -2).median(0).values
+        # 16384 normal numbers: their median is off by 0.01
+        torch.testing.assert_close(found, torch.tensor(wanted), rtol=0.05, atol=0)

@@ -306,6 +306,12 @@ def test_bad_steps(changes, error, message):
         (lambda: FStripe(8, 2, pool=False, num_realizations=4), "num_realizations"),
         (lambda: FStripe(8, 2, gated=True), "gated must be False for pooled features"),
         (lambda: FStripe(8, 2, num_levels=-1), "num_levels must be"),
+        (lambda: FStripe(8, 2, frequency=0.5), "frequency must be between 0 and 1/2, .* got 0.5"),
+        (lambda: FStripe(8, 2, frequency=["a"]), r"frequency must be .* got \['a'\]"),
+        (
+            lambda: FStripe(8, 2, num_levels=3, frequency=[0.1, 0.2]),
+            r"one for each of num_levels = 3, got \[0.1, 0.2\]",
+        ),
         (lambda: CausalLinearAttention(10, 3), "embed_dim must be divisible by num_heads = 3"),
         (lambda: CausalLinearAttention(12, 3, value_dim=10), "value_dim must be divisible"),
         (lambda: CausalLinearAttention(12, 0), "num_heads must be a positive int, got 0"),

@@ -56,7 +56,8 @@ def load(cache: Path | None = None) -> list[Song]:
 def paths() -> list[Path]:
     """Return the scores by Bach in music21's corpus, by name."""
     found = need("music21").corpus.getComposer("bach")
-    return sorted(path for path in found if path.suffix in (".mxl", ".xml", ".krn"))
+    # the .krn are there as .mxl too, the .rntxt are analyses
+    return sorted(path for path in found if path.suffix in (".mxl", ".xml"))
 
 
 def parse(scores: Sequence[Path]) -> list[Song]:

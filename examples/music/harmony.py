@@ -18,11 +18,11 @@ QUALITIES = {
     "suspended": (0, 5, 7),
 }
 # of the time that notes sound, the part that is of the chord; this and the next were chosen on 60
-# songs of POP909 that are in no test
+# training songs of POP909 and on the analyses of 15 chorales in music21
 _INSIDE = 0.75
 # log-probabilities: of what one beat sounds against that of a change of chord, in a bar and at its
 # beginning; and what the root in the bass is worth
-_CHANGE, _DOWNBEAT, _BASS = 3.0, 1.0, 1.5
+_CHANGE, _DOWNBEAT, _BASS = 2.0, 1.0, 1.5
 # Krumhansl, Cognitive Foundations of Musical Pitch (1990), table 2.1, from the tonic on
 _MAJOR = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
 _MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +16,13 @@ if TYPE_CHECKING:
     from symusic import Score
 
 SUFFIXES = (".mid", ".midi")
-_SUNG = re.compile("melody|vocal|lead", re.IGNORECASE)
-_BRIDGE = re.compile("bridge", re.IGNORECASE)
+# in names of tracks, best first
+_SUNG = ("melody", "vocal", "lead")
 # notes at a time, on average, up to which a track is a single voice: players let notes overlap
 _ONE_VOICE = 1.25
+# as many notes as the fullest voice has, times this: sparser ones are fills, not melodies; POP909's
+# bridges are, and the sopranos of chorales are not
+_FULL = 0.7
 # an hour and more: what is longer has a broken length
 _MOST_BARS = 5000
 # ticks a beat, velocity and tempo of what is written or not said
@@ -30,11 +32,12 @@ _TICKS, _VELOCITY, _BPM = 480, 80, 120.0
 def read(path: Path | str, accompanied: bool = True) -> Song:
     """Return the song of a MIDI file in 4/4, on a grid of sixteenths.
 
-    The melody is the track named melody, vocal or lead, else the highest track of a single voice,
-    which must lie above the mean of all. Where all notes are in one track, as of a piano, the
-    melody is what is struck with no higher note sounding. A track named bridge is the bridge; the
-    others are accompaniment, drums left out. Chords and tonic are estimated from all notes; no
-    phrases are known. A file without a time signature is taken to be in 4/4.
+    The melody is the track named melody, else vocal, else lead, else a track of a single voice that
+    lies above the mean of all notes; of several such the highest that is not much sparser than the
+    others. Where all notes are in one track, as of a piano, the melody is what is struck with no
+    higher note sounding. A track named bridge is the bridge; the others are accompaniment, drums
+    left out. Chords and tonic are estimated from all notes; no phrases are known. A file without a
+    time signature is taken to be in 4/4.
 
     Args:
         path: A .mid or .midi file.
@@ -138,11 +141,14 @@ def _parse(path: Path) -> Score:
     if not path.is_file():
         raise ValueError("there is no such file")
     try:
-        return score(path)
+        parsed = score(path)
     except (RuntimeError, ValueError) as error:
         # on one line
         reason = " ".join(str(error).split())
         raise ValueError(f"broken, or not a MIDI file ({reason})") from error
+    if parsed.ticks_per_quarter < 1:
+        raise ValueError("broken (a beat has no ticks)")
+    return parsed
 
 
 def _quantise(notes: dict[str, np.ndarray], ticks_per_quarter: int) -> np.ndarray:
@@ -159,7 +165,7 @@ def _assign(names: list[str], tracks: list[np.ndarray]) -> np.ndarray:
     if len(tracks) == 1 and not _is_one_voice(notes):
         roles = np.where(_is_on_top(notes), MELODY, ACCOMPANIMENT)
     else:
-        role = [BRIDGE if _BRIDGE.search(name) else ACCOMPANIMENT for name in names]
+        role = [BRIDGE if "bridge" in name.lower() else ACCOMPANIMENT for name in names]
         role[_melody(names, tracks)] = MELODY
         roles = np.repeat(role, [len(track) for track in tracks])
     notes = np.insert(notes, 0, roles, axis=1)
@@ -167,18 +173,20 @@ def _assign(names: list[str], tracks: list[np.ndarray]) -> np.ndarray:
 
 
 def _melody(names: list[str], tracks: list[np.ndarray]) -> int:
-    sung = [i for i, name in enumerate(names) if _SUNG.search(name)]
-    if sung:
-        return sung[0]
+    for word in _SUNG:
+        for i, name in enumerate(names):
+            if word in name.lower():
+                return i
     mean = [track[:, 2].mean() for track in tracks]
-    voices = [i for i, track in enumerate(tracks) if _is_one_voice(track)]
-    best = max(voices, key=mean.__getitem__, default=None)
-    if best is None or mean[best] < np.concatenate(tracks)[:, 2].mean():
+    middle = np.concatenate(tracks)[:, 2].mean()
+    voices = [i for i, t in enumerate(tracks) if mean[i] >= middle and _is_one_voice(t)]
+    if not voices:
         raise ValueError(
             f"no melody, expected one of its {len(tracks)} tracks to be named melody, vocal or "
             "lead, or to be a single voice above the rest"
         )
-    return best
+    most = max(len(tracks[i]) for i in voices)
+    return max((i for i in voices if len(tracks[i]) >= _FULL * most), key=mean.__getitem__)
 
 
 def _is_one_voice(track: np.ndarray) -> bool:

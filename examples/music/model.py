@@ -199,7 +199,7 @@ class Model(nn.Module):
 
     def forward(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, list[object]]:
         """Return logits [B, T, 2, 88] and the layers' states, of inputs [B, T, C]."""
-        x, states = self.added(self.embedding(inputs), positions), []
+        x, states = self._embed(inputs, positions), []
         for block in self.blocks:
             x, state = block(x, positions)
             states.append(state)
@@ -209,15 +209,18 @@ class Model(nn.Module):
         self, inputs: Tensor, positions: Tensor, states: list[object]
     ) -> tuple[Tensor, list[object]]:
         """Return logits [B, 2, 88] after one more step, inputs [B, C], and the states."""
-        if self.config.pe in ("ape", "sinusoidal"):
+        if self.config.pe in ("ape", "sinusoidal", "sape"):
             raise ValueError(f"pe must not be {self.config.pe} to go on from a state")
-        # what is added takes tokens in a row
-        x = self.added(self.embedding(inputs)[:, None], positions[:, None])[:, 0]
-        after = []
+        x, after = self.embedding(inputs), []
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, positions, state)
             after.append(state)
         return self.head(self.norm(x)).unflatten(-1, (2, KEYS)), after
+
+    def _embed(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(inputs)
+        # absolute positions are time's, which a window counts from its own beginning
+        return self.added(x, positions if self.config.pe == "sape" else None)
 
     def auxiliary_loss(self) -> Tensor | float:
         """Return the sum of what attention systems with a loss of their own ask for."""

@@ -10,32 +10,42 @@ from .split import split
 from corpus import Song
 
 
-def songs(path: Path | str | None = None, cache: Path | None = None) -> list[Song]:
+def songs(
+    path: Path | str | None = None, cache: Path | None = None, at_least: int = 2
+) -> list[Song]:
     """Return songs with their splits, "train", "val" and "test".
 
     MIDI files that are no song are skipped, with a line each and a count.
 
     Args:
-        path: None for Bach's chorales, an .npz file (`corpus.load`), or a folder of MIDI files.
+        path: None for Bach's chorales, an .npz file (`corpus.load`), or a MIDI file or a folder of
+            them.
         cache: Where the chorales are kept once parsed, an .npz file.
+        at_least: Number of songs that must be found; one alone is of no split.
     Raises:
         ImportError: what reads the songs is not installed.
-        ValueError: there is no such file, it is not a corpus, or fewer than two songs are left.
+        ValueError: there is no such file, it is not a corpus, or there are too few songs in it.
     """
     if path is None:
         return chorales.load(cache)
     path = Path(path)
     if path.suffix == ".npz":
         return corpus.load(path)
-    if not path.is_dir():
-        raise ValueError(f"data must be an .npz file or a folder of MIDI files, got {path}")
+    if path.suffix.lower() in midi.SUFFIXES and path.is_file():
+        found = [midi.read(path)]
+    elif path.is_dir():
+        found = _folder(path)
+    else:
+        raise ValueError(f"data must be an .npz file, a MIDI file or a folder of them, got {path}")
+    if len(found) < at_least:
+        raise ValueError(f"{path} must hold {at_least} songs or more, got {len(found)}")
+    return split(found) if len(found) > 1 else found
+
+
+def _folder(path: Path) -> list[Song]:
     found, skipped = midi.read_folder(path)
     for line in skipped:
         print(f"skipped {line}")
     if skipped:
         print(f"skipped {len(skipped)} of {len(skipped) + len(found)} files")
-    if len(found) < 2:
-        raise ValueError(
-            f"{path} must hold two songs or more, to train on and to test on, got {len(found)}"
-        )
-    return split(found)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class SineEncoding(Resampled, PositionalEncoding):
         noise: "gaussian" or "orthogonal".
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
         unit_gains: lambda = 1 and offsets 0, not learned.
+        frequency: Median of the frequencies at the start, in cycles per unit of position, one or L
+            of them; default SPE's, sigmoid(-4) / 2.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         noise: str,
         scale: str,
         unit_gains: bool = False,
+        frequency: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__(head_dim, num_heads, num_levels)
         check_positive("num_sines", num_sines)
@@ -76,6 +80,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         self.num_sines, self.num_realizations, self.pool = num_sines, num_realizations, pool
         self.gated, self.scale, self.unit_gains = gated, scale, unit_gains
         self._mean_over, self.noise = mean_over, noise
+        self._start = _raw_frequencies(frequency, num_levels)
         shape = (num_heads, head_dim, num_sines)
         self.freqs = nn.Parameter(torch.empty(*shape, num_levels))
         if not unit_gains:
@@ -89,7 +94,7 @@ class SineEncoding(Resampled, PositionalEncoding):
     def reset_parameters(self) -> None:
         """Draw the parameters as SPE's code does."""
         with torch.no_grad():
-            self.freqs.normal_().sub_(4)
+            self.freqs.normal_().add_(torch.tensor(self._start, device=self.freqs.device))
             if not self.unit_gains:
                 self.offsets.normal_()
                 self.gains.normal_()
@@ -222,6 +227,23 @@ class SineEncoding(Resampled, PositionalEncoding):
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
             f"noise={self.noise!r}, scale={self.scale!r}"
         )
+
+
+def _is_frequency(f: object) -> bool:
+    return isinstance(f, (int, float)) and 0 < f < 0.5
+
+
+def _raw_frequencies(frequency: float | Sequence[float] | None, num_levels: int) -> list[float]:
+    # the mean of freqs at each level: sigmoid's inverse of twice the frequency
+    if frequency is None:
+        return [-4.0] * num_levels
+    each = [frequency] * num_levels if isinstance(frequency, (int, float)) else list(frequency)
+    if len(each) != num_levels or not all(_is_frequency(f) for f in each):
+        raise ValueError(
+            "frequency must be between 0 and 1/2, one number or one for each of num_levels = "
+            f"{num_levels}, got {frequency!r}"
+        )
+    return [-math.log(0.5 / f - 1) for f in each]
 
 
 def _orthogonal(z: Tensor) -> Tensor:  # of Gaussian [H, D, J, R], the same shape
