@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from harmonize import load_songs, widened, windows_of
+
 from music import decoding, evaluation, midi, pictures, speed
 from music.model import ADDED, ENCODINGS, MAPS, Config
 from music.training import Budget, Trainer, restore
-from music.windows import KEYS
 
 from corpus import BAR, PRIORS, Song
 
