@@ -199,9 +199,7 @@ def test_prompts_are_checked():
     made = model.Model(model.Config("next", "softmax", "none", dim=16, heads=2))
     songs = [song_of_chords(0, 2), song_of_chords(1, 2)]
     for bars in ([0, 1], [3, 1]):
-        with pytest.raises(
-            ValueError, match=f"must be 1 to 2 bars of song 0, got {bars[0]}"
-        ):
+        with pytest.raises(ValueError, match=f"must be 1 to 2 bars of song 0, got {bars[0]}"):
             decoding.Pieces(made, songs, bars)
     with pytest.raises(ValueError, match=r"one length with softmax attention, got \[16, 32\]"):
         decoding.Pieces(made, songs, [1, 2])
