@@ -7,7 +7,8 @@
 
 Songs are Bach's chorales, or --data: an .npz (see benchmarks/corpus.py), or a folder of MIDI files.
 Everything goes into --out: checkpoint.pt, metrics.json, and of each generation a .mid and a .png.
-`train --resume` goes on from the checkpoint, which Ctrl-C leaves too.
+`train --resume` goes on from the checkpoint, which Ctrl-C leaves too. `generate --melody song.mid`
+harmonizes a melody of yours, under chords estimated from it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from music.windows import KEYS, LOWEST, Windows
 from baselines import BASELINES
 from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
-LENGTHS = (16, 64)
+# where Bach's chorales are kept once parsed, which takes a minute
+CHORALES = Path("runs/chorales.npz")
+STEPS = 1000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,13 +73,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             kind = type(field.default)
             name = f"--{field.name.replace('_', '-')}"
             training.add_argument(name, type=kind, default=field.default)
+    training.set_defaults(steps=STEPS, bars=None)
     training.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    training.add_argument("--overwrite", action="store_true", help="train anew, whatever is there")
     generation = parser.add_argument_group("generation")
     generation.add_argument("--song", type=int, default=0, help="which of the test songs")
+    generation.add_argument("--melody", type=Path, help="a MIDI file instead")
     generation.add_argument("--first-bar", type=int, default=0)
     generation.add_argument("--play-bars", type=int, default=16, help="to be harmonized")
     generation.add_argument("--temperature", type=float, default=0.0, help="0: by the threshold")
     args = parser.parse_args(argv)
+    args.bars = args.bars or default_bars(args.data)
     structured = BASELINES[args.attention].structured if args.attention in BASELINES else False
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else "none"
@@ -86,9 +93,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def default_bars(path: Path | None) -> int:
+    """Return the bars of a window: most chorales have fewer than 16."""
+    return Budget.bars if path else 8
+
+
 def load_songs(path: Path | None) -> dict[str, list[Song]]:
     """Return the songs to train on and those to test on, each with notes to be said."""
-    songs = [song for song in sources.songs(path) if len(song.notes)]
+    songs = [song for song in sources.songs(path, CHORALES) if len(song.notes)]
     tested = "test" if any(song.split == "test" for song in songs) else "val"
     return {
         "train": [song for song in songs if song.split == "train"],
@@ -108,12 +120,14 @@ def train(args: argparse.Namespace, songs: dict[str, list[Song]]) -> bool:
     names = {field.name for field in fields(Budget)} & vars(args).keys()
     data = args.data.name if args.data else "chorales"
     budget = Budget(**{name: getattr(args, name) for name in names if name != "data"}, data=data)
-    trainer = Trainer(config, budget)
+    trainer, path = Trainer(config, budget), args.out / "checkpoint.pt"
     if args.resume:
-        trainer.resume(args.out / "checkpoint.pt")
+        trainer.resume(path)
+    elif path.exists() and not args.overwrite:
+        raise ValueError(f"{path} exists: go on from it with train --resume, or --overwrite it")
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{len(songs['train'])} songs of {data}, {count} parameters")
-    if trainer.train(windows_of(songs["train"], config), args.out / "checkpoint.pt"):
+    if trainer.train(windows_of(songs["train"], config), path):
         return True
     print(f"stopped at step {trainer.step}; go on with train --resume")
     return False
@@ -141,12 +155,18 @@ def evaluate(args: argparse.Namespace, songs: dict[str, list[Song]]) -> None:
 def generate(args: argparse.Namespace, songs: dict[str, list[Song]]) -> None:
     """Write what the model plays to a melody it has not seen, as MIDI and as a picture."""
     trainer = restore(args.out / "checkpoint.pt")
-    if not 0 <= args.song < len(songs["test"]):
+    if args.melody:
+        test, i, name = [midi.read(args.melody, accompanied=False)], 0, args.melody.stem
+    elif 0 <= args.song < len(songs["test"]):
+        test, i, name = songs["test"], args.song, f"song-{args.song}"
+    else:
         raise ValueError(f"song must be 0 to {len(songs['test']) - 1}, got {args.song}")
-    song = songs["test"][args.song]
+    song = test[i]
+    if not 0 <= args.first_bar < song.num_bars:
+        raise ValueError(f"first-bar must be 0 to {song.num_bars - 1}, got {args.first_bar}")
     bars = min(args.play_bars, song.num_bars - args.first_bar)
-    windows = windows_of([song], trainer.config)
-    logits = evaluation.logits_of(trainer.model, windows, [(0, args.first_bar)], bars)[0]
+    windows = windows_of(test, trainer.config)
+    logits = evaluation.logits_of(trainer.model, windows, [(i, args.first_bar)], bars)[0]
     if args.temperature:
         torch.manual_seed(args.seed)
         said = torch.bernoulli((logits / args.temperature).sigmoid()) > 0
@@ -156,7 +176,7 @@ def generate(args: argparse.Namespace, songs: dict[str, list[Song]]) -> None:
         said = torch.stack((logits[:, 0].sigmoid() > threshold, logits[:, 1] > 0), 1)
     cut = song.cut(args.first_bar, bars)
     sounding, struck = (widened(x) for x in said.unbind(1))
-    path = args.out / f"song-{args.song}.mid"
+    path = args.out / f"{name}.mid"
     midi.write(
         path,
         {"melody": cut.roll(MELODY), "accompaniment": sounding},
@@ -164,6 +184,8 @@ def generate(args: argparse.Namespace, songs: dict[str, list[Song]]) -> None:
         song.bpm,
     )
     rolls = {"melody": cut.roll(MELODY), "truth": cut.roll(ACCOMPANIMENT), "generated": sounding}
+    if args.melody:
+        del rolls["truth"]
     pictures.piano_rolls(cut, rolls, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}: {cut.title}")
 

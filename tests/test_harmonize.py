@@ -10,7 +10,7 @@ import pytest
 import torch
 from songs import corpus, save_songs, song_of_chords
 
-from music import evaluation, training, windows
+from music import evaluation, findings, training, windows
 from music.model import ADDED, ENCODINGS, Config, Model, nats
 from music.training import Budget, Trainer
 from music.windows import Windows
@@ -297,16 +297,15 @@ def test_study(tmp_path, capsys):
     gains = [
         a["bars"]["16"]["nll"] - b["bars"]["16"]["nll"] for a, b in zip(none, own, strict=True)
     ]
-    assert study.gain(records, "fstripe-bin", "none", "16") == gains
+    assert findings.gain(records, "fstripe-bin", "none", "16") == gains
     text = capsys.readouterr().out
     assert f"{min(gains):.3f} to {max(gains):.3f}" in text
     assert (out / "study.png").stat().st_size > 5000
 
 
 def test_intervals():
-    study = importlib.import_module("study")
     # 4.303 s / sqrt(3) with s = 1
-    assert study.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"
-    assert study.interval([1.5]) == "1.500"
-    assert study.base_of("fstripe-bin-wrong") == "none"
-    assert study.base_of("ropepool-bin-elu1") == "none-elu1"
+    assert findings.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"
+    assert findings.interval([1.5]) == "1.500"
+    assert findings.base_of("fstripe-bin-wrong") == "none"
+    assert findings.base_of("ropepool-bin-elu1") == "none-elu1"

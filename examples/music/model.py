@@ -219,6 +219,9 @@ class Model(nn.Module):
 
     def _embed(self, inputs: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(inputs)
+        if self.config.pe in ("sinusoidal", "sape"):
+            # or the sines would drown it (Vaswani et al. 2017, section 3.4)
+            x = x * self.config.dim**0.5
         # absolute positions are time's, which a window counts from its own beginning
         return self.added(x, positions if self.config.pe == "sape" else None)
 

@@ -1,0 +1,59 @@
+"""The rows of the study: the grid, its controls, other feature maps, the other task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .model import Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the study.
+
+    Args:
+        label: In the table.
+        config: Of the model.
+    """
+
+    label: str
+    config: Config
+
+
+ENCODINGS = {"rope": "RoPE", "spe": "SineSPE", "fstripe": "F-StrIPE", "ropepool": "RoPEPool"}
+STRUCTURE = ("rep", "key", "bin")
+
+
+def make_rows() -> dict[str, Row]:
+    """Return the rows of the table by name: the grid, the controls, other maps, the other task."""
+    rows = {"none": Row("none", Config(pe="none", prior="time"))}
+    rows["ape-time"] = Row("APE, time", Config(pe="ape", prior="time"))
+    for prior in STRUCTURE:
+        rows[f"ape-{prior}"] = Row(f"APE, {prior}", Config(pe="sape", prior=prior))
+    for pe, label in ENCODINGS.items():
+        for prior in ("time", *STRUCTURE):
+            # SPE of vectors is what the paper calls F-StrIPE:SFF
+            kind = "fstripe-sff" if (pe, prior) == ("spe", "bin") else pe
+            rows[f"{pe}-{prior}"] = Row(f"{label}, {prior}", Config(pe=kind, prior=prior))
+    for prior in ("rep", "bin"):
+        config = Config(pe="fstripe-pooled", prior=prior)
+        rows[f"fstripe-pooled-{prior}"] = Row(f"F-StrIPE pooled, {prior}", config)
+
+    def more(name: str, base: str, label: str, **options: object) -> None:
+        row = rows[base]
+        rows[name] = Row(f"{row.label}{label}", replace(row.config, **options))
+
+    more("fstripe-bin-wrong", "fstripe-bin", " of another song", labels="another")
+    more("fstripe-time+bin", "fstripe-time", " and bin", prior="time+bin")
+    for name in ("none", "rope-time", "rope-bin", "fstripe-bin", "ropepool-bin"):
+        more(f"{name}-elu1", name, "; elu+1", feature_map="elu1")
+    more("ropepool-bin-wrong-elu1", "ropepool-bin-elu1", ", of another song", labels="another")
+    more("ropepool-time+bin-elu1", "ropepool-bin-elu1", ", and time", prior="time+bin")
+    for name in ("none", "rope-time-elu1", "fstripe-bin", "ropepool-bin-elu1"):
+        more(f"{name}-chords", name, "; chords as input", chords=True)
+    for name in ("none", "fstripe-bin", "ropepool-bin-elu1"):
+        more(f"{name}-next", name, "; next frame", task="next")
+    return rows
+
+
+ROWS = make_rows()
