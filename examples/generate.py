@@ -9,8 +9,9 @@ The first bars of test songs are read at once, then each step costs the same how
 is: attention is linear, its state has one size. Chords that come, where the encoding is of them,
 are the song's own, from its first bar again after its last. Songs are Bach's chorales, or --data:
 an .npz (see benchmarks/corpus.py), or a folder of MIDI files. Everything goes into --out: of each
-piece a .mid and a .png, checkpoint.pt, and of --measure speed.jsonl and speed.png. --save keeps
-model and states in a file, from which --resume goes on as if nothing had happened.
+piece a .mid and a .png, checkpoint.pt (Ctrl-C leaves it too; --model goes on from it), and of
+--measure speed.jsonl and speed.png. --save keeps model and states in a file, from which --resume
+goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harmonize import load_songs, widened, windows_of
+from harmonize import default_bars, load_songs, widened, windows_of
 
 from music import decoding, evaluation, midi, pictures, speed
 from music.model import ADDED, ENCODINGS, MAPS, Config
@@ -47,7 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, help="checkpoint of a training for the task 'next'")
     model.add_argument("--steps", type=int, default=Budget.steps, help="of training without one")
-    model.add_argument("--train-bars", type=int, default=Budget.bars, help="of a window")
+    model.add_argument("--train-bars", type=int, help="of a window; default 16, of chorales 8")
+    model.add_argument("--overwrite", action="store_true", help="a checkpoint that is there")
     model.add_argument("--attention", default="linear", choices=("linear", "softmax"))
     names = (*ADDED, *ENCODINGS)
     model.add_argument(
@@ -66,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--prompt-bars", type=int, nargs="+", default=[4], help="of each piece, of a song each"
     )
     pieces.add_argument("--bars", type=int, default=28, help="to add")
-    pieces.add_argument("--temperature", type=float, default=0.6, help="0: by the threshold")
+    pieces.add_argument("--temperature", type=float, default=0.75, help="0: by the threshold")
     pieces.add_argument("--top-k", type=int, default=8, help="keys that may sound at once")
     pieces.add_argument("--save", type=Path, metavar="STATE")
     pieces.add_argument("--resume", type=Path, metavar="STATE")
@@ -75,6 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
     measuring.add_argument("--seconds", type=float, default=4.0, help="for repeats at a length")
     args = parser.parse_args(argv)
+    args.train_bars = args.train_bars or default_bars(args.data)
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else "rope"
     if args.prior is None:
@@ -83,19 +86,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def trained(args: argparse.Namespace, songs: list[Song]) -> Trainer | None:
-    """Return a trained model, from its checkpoint or new; None after Ctrl-C."""
+    """Return a trained model, new or from a checkpoint that is first trained to its end.
+
+    None after Ctrl-C.
+    """
+    path = args.model or args.out / "checkpoint.pt"
     if args.model:
-        return restore(args.model)
-    names = ("attention", "pe", "prior", "feature_map", "dim", "heads", "layers")
-    config = Config(task="next", **{name: getattr(args, name) for name in names})
-    decoding.check(config)
-    data = args.data.name if args.data else "chorales"
-    budget = Budget(steps=args.steps, bars=args.train_bars, seed=args.seed, data=data)
-    trainer = Trainer(config, budget)
-    print(f"{len(songs)} songs of {data}")
-    if trainer.train(windows_of(songs, config), args.out / "checkpoint.pt"):
-        return trainer
-    return None
+        trainer = restore(path)
+    elif path.exists() and not args.overwrite:
+        raise ValueError(f"{path} exists: take it with --model, or --overwrite it")
+    else:
+        names = ("attention", "pe", "prior", "feature_map", "dim", "heads", "layers")
+        config = Config(task="next", **{name: getattr(args, name) for name in names})
+        data = args.data.name if args.data else "chorales"
+        budget = Budget(steps=args.steps, bars=args.train_bars, seed=args.seed, data=data)
+        trainer = Trainer(config, budget)
+    decoding.check(trainer.config)
+    if trainer.step < trainer.budget.steps:
+        print(f"trains on {len(songs)} songs")
+        if not trainer.train(windows_of(songs, trainer.config), path):
+            print(f"stopped at step {trainer.step}; go on with --model {path}")
+            return None
+    return trainer
 
 
 def begin(

@@ -255,7 +255,9 @@ def test_program_trains_plays_and_resumes(data, tmp_path, capsys):
 
 def test_program_tells_what_is_wrong(data, tmp_path, capsys):
     (tmp_path / "other.pt").write_text("nothing of ours")
+    (tmp_path / "checkpoint.pt").touch()
     for options, message in (
+        ((), "checkpoint.pt exists: take it with --model, or --overwrite it"),
         (("--resume", str(tmp_path / "none.pt")), "none.pt does not exist"),
         (("--resume", str(tmp_path / "other.pt")), "other.pt is no file of --save"),
         (("--model", str(tmp_path / "none.pt")), "none.pt does not exist"),
@@ -265,7 +267,9 @@ def test_program_tells_what_is_wrong(data, tmp_path, capsys):
         (("--song", "-1"), "songs -1 to -1 must be of the 2 test songs"),
         (("--prompt-bars", "9"), "prompt must be 1 to 3 bars"),
     ):
-        assert _run(data, tmp_path, *options) == 1
+        # by one of the options, or by what is there
+        more = ("--overwrite",) if options else ()
+        assert _run(data, tmp_path, *options, *more) == 1
         assert message in capsys.readouterr().err
 
 
@@ -300,7 +304,7 @@ def test_speed(small, data, tmp_path):
 def test_speed_refuses_wrong_steps_and_long_waits(small, data, monkeypatch):
     songs = corpus.load(data)
     last = list(speed.measure(songs, [1, 2], 0.01, patience=0))[-1]
-    assert last["error"].startswith("its forward would take")
+    assert last["error"].startswith("left out: its forwards may take")
     assert "ms" not in last
     step = model.Model.step
     wrong = lambda *args: (step(*args)[0] + 1, step(*args)[1])  # noqa: E731

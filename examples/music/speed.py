@@ -78,7 +78,7 @@ class Decoder:
 
 
 def measure(
-    songs: Sequence[Song], bars: Sequence[int], seconds: float = 2.0, patience: float = 120.0
+    songs: Sequence[Song], bars: Sequence[int], seconds: float = 2.0, patience: float = 300.0
 ) -> Iterator[dict]:
     """Yield a record of each model at each length.
 
@@ -86,8 +86,8 @@ def measure(
         songs: Real music, repeated as often as needed.
         bars: Lengths of what was decoded before, in ascending order.
         seconds: For the repeats at a length.
-        patience: Seconds that may pass before the steps of a softmax model, whose forward grows
-            with the square of the length; where more are predicted there is no row.
+        patience: Seconds that the prompt and the check of softmax attention may take, which grow
+            with the square of the length at most; where more are predicted it is left out.
     """
     waited: dict[str, tuple[float, int]] = {}
     for length in bars:
@@ -103,10 +103,10 @@ def measure(
             if config.attention == "softmax" and name in waited:
                 predicted = waited[name][0] * (length / waited[name][1]) ** 2
                 if predicted > patience:
-                    row["error"] = f"its forward would take {predicted:.0f} s"
+                    row["error"] = f"left out: its forwards may take {predicted:.0f} s"
                     continue
-            start = time.perf_counter()
             decoder = Decoder(config, songs, setup.length)
+            start = time.perf_counter()
             run = decoder.prepare()
             row["relative_error"] = decoder.error(run)
             waited[name] = time.perf_counter() - start, length
