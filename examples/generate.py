@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--measure", action="store_true")
     measuring.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
-    measuring.add_argument("--seconds", type=float, default=4.0, help="for repeats at a length")
+    measuring.add_argument("--seconds", type=float, default=20.0, help="for all repeats")
     args = parser.parse_args(argv)
     args.train_bars = args.train_bars or default_bars(args.data)
     if args.pe is None:
@@ -210,12 +210,10 @@ def measure(args: argparse.Namespace) -> int:
     """Write steps a second and bytes of state over the length, as lines and as a picture."""
     songs = load_songs(args.data)["test"]
     args.out.mkdir(parents=True, exist_ok=True)
-    path, records = args.out / "speed.jsonl", []
-    with path.open("w") as file:
-        for record in speed.measure(songs, sorted(args.lengths), args.seconds):
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            print(speed.describe(record), flush=True)
+    path = args.out / "speed.jsonl"
+    records = speed.measure(songs, sorted(args.lengths), args.seconds)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print("\n".join(map(speed.describe, records)))
     speed.plot(records, path.with_suffix(".png"))
     print(f"wrote {path} and {path.stem}.png")
     return int(any(r.get("wrong") for r in records))

@@ -8,7 +8,7 @@ training, which the time of a step does not depend on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -78,50 +78,61 @@ class Decoder:
 
 
 def measure(
-    songs: Sequence[Song], bars: Sequence[int], seconds: float = 2.0, patience: float = 300.0
-) -> Iterator[dict]:
-    """Yield a record of each model at each length.
+    songs: Sequence[Song], bars: Sequence[int], seconds: float = 20.0, patience: float = 300.0
+) -> list[dict]:
+    """Return a record of each model at each length.
+
+    All are timed in turn, those of different lengths too, so that a machine that is slow for a
+    while is so for all of them.
 
     Args:
         songs: Real music, repeated as often as needed.
         bars: Lengths of what was decoded before, in ascending order.
-        seconds: For the repeats at a length.
+        seconds: For all repeats, of which there are three or more.
         patience: Seconds that the prompt and the check of softmax attention may take, which grow
             with the square of the length at most; where more are predicted it is left out.
     """
-    waited: dict[str, tuple[float, int]] = {}
-    for length in bars:
-        calls, rows = {}, []
-        for name, config in MODELS.items():
-            setup = Setup(
-                length * BAR, 1, config.heads, config.dim // config.heads,
-                threads=torch.get_num_threads(),
-            )  # fmt: skip
-            row = {"model": name, "bars": length, "steps": STEPS, "config": asdict(config)}
-            row |= asdict(setup) | environment(setup)
+    rows, calls = [], {}
+    for name, config in MODELS.items():
+        waited = 0.0
+        for before, length in zip((bars[0], *bars[:-1]), bars, strict=True):
+            row = _describe(name, config, length)
             rows.append(row)
-            if config.attention == "softmax" and name in waited:
-                predicted = waited[name][0] * (length / waited[name][1]) ** 2
-                if predicted > patience:
-                    row["error"] = f"left out: its forwards may take {predicted:.0f} s"
-                    continue
-            decoder = Decoder(config, songs, setup.length)
-            start = time.perf_counter()
-            run = decoder.prepare()
-            row["relative_error"] = decoder.error(run)
-            waited[name] = time.perf_counter() - start, length
-            if not row["relative_error"] <= TOLERANCE[setup.dtype][0]:
-                row["error"] = f"steps differ from one forward by {row['relative_error']:.1e}"
-                row["wrong"] = True
+            predicted = waited * (length / before) ** 2
+            if config.attention == "softmax" and predicted > patience:
+                row["error"] = f"left out: its forwards may take {predicted:.0f} s"
+                waited = predicted
                 continue
-            row["state_bytes"] = size_of(decoder.states)
-            calls[name] = run
-        times = alternate(calls, "cpu", seconds)
-        for row in rows:
-            if row["model"] in times:
-                row["ms"] = spread(times[row["model"]])
-                row["steps_per_second"] = 1e3 * STEPS / row["ms"]["median"]
-            yield row
+            start = time.perf_counter()
+            call = _checked(Decoder(config, songs, length * BAR), row)
+            waited = time.perf_counter() - start
+            if call:
+                calls[name, length] = call
+    times = alternate(calls, "cpu", seconds) if calls else {}
+    for row in rows:
+        if (key := (row["model"], row["bars"])) in times:
+            row["ms"] = spread(times[key])
+            row["steps_per_second"] = 1e3 * STEPS / row["ms"]["median"]
+    return rows
+
+
+def _describe(name: str, config: Config, bars: int) -> dict:
+    heads, threads = config.heads, torch.get_num_threads()
+    setup = Setup(bars * BAR, 1, heads, config.dim // heads, threads=threads)
+    row = {"model": name, "bars": bars, "steps": STEPS, "config": asdict(config)}
+    return row | asdict(setup) | environment(setup)
+
+
+def _checked(decoder: Decoder, row: dict) -> Callable[[], Tensor] | None:
+    # what is to be timed; None if it is wrong
+    run = decoder.prepare()
+    row["relative_error"] = decoder.error(run)
+    if not row["relative_error"] <= TOLERANCE[row["dtype"]][0]:
+        row["error"] = f"steps differ from one forward by {row['relative_error']:.1e}"
+        row["wrong"] = True
+        return None
+    row["state_bytes"] = size_of(decoder.states)
+    return run
 
 
 def describe(record: dict) -> str:
@@ -138,29 +149,30 @@ def describe(record: dict) -> str:
 def plot(records: Sequence[dict], path: Path) -> None:
     """Draw steps a second, and bytes of state, over the length of the piece."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axis, value, title in zip(
-        figure.subplots(1, 2),
-        ("steps_per_second", "state_bytes"),
-        ("steps a second (higher is better)", "bytes of state (lower is better)"),
-        strict=True,
-    ):
+    titles = {
+        "steps_per_second": "steps a second (higher is better)",
+        "state_bytes": "bytes of state (lower is better)",
+    }
+    lengths = sorted({r["bars"] for r in records})
+    for axis, (value, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for name in MODELS:
             found = [r for r in records if r["model"] == name and "error" not in r]
-            lengths = [r["bars"] for r in found]
-            axis.plot(
-                lengths, [r[value] for r in found], "o-", color=_COLOURS[name], label=name
-            )  # fmt: skip
-        axis.set_xscale("log", base=4)
-        axis.set(yscale="log", xlabel="bars before the steps", title=title)
-        axis.set_xticks(ticks := sorted({r["bars"] for r in records}), map(str, ticks))
+            line = [r["bars"] for r in found], [r[value] for r in found]
+            axis.plot(*line, "o-", color=_COLOURS[name], label=name)
+        axis.set(xscale="log", yscale="log", xlabel="bars before the steps", title=title)
+        axis.set_xticks(lengths, map(str, lengths))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(EngFormatter())
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].legend()
     r = records[-1]
     figure.suptitle(
         f"A sixteenth at a time: dim {r['config']['dim']}, {r['config']['layers']} layers, "
-        f"{r['dtype']}, {r['threads']} threads, {r['cpu']}, torch {r['torch']}",
+        f"{r['dtype']}, threads: {r['threads']}, {r['cpu']}, torch {r['torch']}",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)
