@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+from baseline_cases import BASELINE_CASES
 from gpu_peers import GPU_PEERS
 from harness import Case, Model, Setup
 from peers import NUM_REALIZATIONS, NUM_SINES, PEERS
@@ -123,7 +124,7 @@ OURS: dict[str, Case] = {
     ),
 }
 
-CASES: dict[str, Case] = {**PEERS, **OURS}
-GPU_CASES: dict[str, Case] = {**PEERS, **GPU_PEERS, **OURS}
+CASES: dict[str, Case] = {**PEERS, **OURS, **BASELINE_CASES}
+GPU_CASES: dict[str, Case] = {**PEERS, **GPU_PEERS, **OURS, **BASELINE_CASES}
 # {device: where `harness.find` finds its cases}
 TABLES = {"cpu": "cases.CASES", "cuda": "cases.GPU_CASES"}

@@ -108,6 +108,8 @@ class Case:
         extra_bytes: Predicted peak, of a setup and whether it trains; None if it is small.
         variants: Settings of which the fastest counts, such as chunk sizes.
         quadratic: Time grows with the square of the length.
+        quadratic_memory: So does memory.
+        causal: No output depends on later tokens.
         slow_start: Compiles for seconds before the first call; left out by --quick.
         ours: One of fastpe's.
         unavailable: Returns why the case cannot run here with a setup, or None.
@@ -118,6 +120,8 @@ class Case:
     extra_bytes: Callable[[Setup, bool], float] | None = None
     variants: tuple[int | None, ...] = (None,)
     quadratic: bool = False
+    quadratic_memory: bool = False
+    causal: bool = True
     slow_start: bool = False
     ours: bool = False
     unavailable: Callable[[Setup], str | None] = lambda setup: None
@@ -149,9 +153,11 @@ def check(table: str, name: str, setup: Setup, length: int = CHECK_LENGTH) -> di
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
         o, o_wide = model.forward(q, k, v), model.reference(*wide)
         do = output_gradient(o)
-        grads = torch.autograd.grad(o, [q, k, v, *model.parameters], do)
+        # not every baseline uses q and k
+        options = {"materialize_grads": True}
+        grads = torch.autograd.grad(o, [q, k, v, *model.parameters], do, **options)
         wide += model.reference_parameters
-        grads_wide = torch.autograd.grad(o_wide, wide, do.to(o_wide.dtype))
+        grads_wide = torch.autograd.grad(o_wide, wide, do.to(o_wide.dtype), **options)
         names = ["o", "dq", "dk", "dv"] + ["dparameters"] * len(model.parameters)
         for key, x, y in zip(names, (o, *grads), (o_wide, *grads_wide), strict=True):
             worst[key] = max(worst.get(key, 0.0), relative_error(x, y))
@@ -182,7 +188,7 @@ def call(model: Model, inputs: tuple[Tensor, ...], mode: str, do: Tensor) -> Cal
     def training() -> Tensor:
         model.redraw()
         o = model.forward(*leaves)
-        torch.autograd.grad(o, [*leaves, *model.parameters], do)
+        torch.autograd.grad(o, [*leaves, *model.parameters], do, allow_unused=True)
         return o
 
     return training

@@ -211,7 +211,9 @@ def no_compiler(setup: Setup) -> str | None:
 
 PEERS: dict[str, Case] = {
     "sdpa": Case("SDPA (softmax)", build_sdpa, quadratic=True),
-    "softmax": Case("naive softmax", build_softmax, bytes_of_scores, quadratic=True),
+    "softmax": Case(
+        "naive softmax", build_softmax, bytes_of_scores, quadratic=True, quadratic_memory=True
+    ),
     "chunked": Case("chunked PyTorch", build_chunked, variants=(64, 128)),
     "chunked-compile": Case(
         "torch.compile",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import reach
 from harness import BASELINE, FORWARD, MODES
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def tables(records: list[dict]) -> str:
     lengths = sorted({r["length"] for r in records})
     peers_first = sorted(records, key=lambda r: r["ours"])
     names = list(dict.fromkeys(r["case"] for r in peers_first))
+    both_ways = {r["case"] for r in records if not r.get("causal", True)}
     for mode in MODES:
         head = ["case", *(f"T={length}" for length in lengths), "faster from"]
         lines = [head]
@@ -102,7 +104,8 @@ def tables(records: list[dict]) -> str:
             rows = [r for r in records if r["case"] == name and r["mode"] == mode]
             cells = {r["length"]: _cell(r, records) for r in rows}
             last = "" if name == BASELINE else crossover(rows, records)
-            lines.append([name, *(cells.get(length, "") for length in lengths), last])
+            shown = f"{name} (bidirectional)" if name in both_ways else name
+            lines.append([shown, *(cells.get(length, "") for length in lengths), last])
         parts.append(f"**{mode.capitalize()}**\n\n{markdown(lines)}")
     parts.append(
         "Each cell: ms, median / times as fast as SDPA / extra peak MB. Ratios are of times taken "
@@ -111,6 +114,12 @@ def tables(records: list[dict]) -> str:
         "noise; forward+backward has the gradients of q, k, v and of what is learned, and draws "
         "noise anew. SDPA is F.scaled_dot_product_attention with is_causal=True."
     )
+    lines = reach.rows(peers_first)
+    if len(lines) > 1:
+        parts.append(
+            f"**{reach.LIMIT_GB:g} GB**\n\n{markdown(lines)}\n\nOf the extra memory of one "
+            "forward+backward, extrapolated from the two longest lengths measured."
+        )
     parts.append(_gaps(records))
     parts.append(describe(records[-1]))
     return "\n\n".join(part for part in parts if part) + "\n"

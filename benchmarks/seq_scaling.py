@@ -2,6 +2,7 @@
 
     python benchmarks/seq_scaling.py            256 .. 16384 tokens
     python benchmarks/seq_scaling.py --quick    two minutes on two cores
+    python benchmarks/seq_scaling.py --baselines all    the literature's systems too
     python benchmarks/seq_scaling.py --device cuda --dtype bfloat16 --batch 4 --heads 16
 
 Every case is checked against float64 before it is timed. Writes DIR/seq_scaling.jsonl, .md, .png.
@@ -18,11 +19,14 @@ from dataclasses import asdict, dataclass, replace
 import devices
 import options
 import report
+from baseline_cases import BASELINE_CASES
 from cases import CASES, GPU_CASES, TABLES
 from harness import BASELINE, MODES, TRAINING, Case, Setup, check, environment, measure_time
 from isolated import InProcess, Isolated, runner
 from memory import measure_memory
 from tqdm import tqdm
+
+from baselines import BASELINES
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-len", type=int, help="default 256, 512 with --quick")
     parser.add_argument("--max-len", type=int, help="default 16384, 4096 with --quick")
     options.add(parser)
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(GPU_CASES)}")
+    cases = [name for name in GPU_CASES if name not in BASELINE_CASES]
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(cases)}")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help=f"further rows: all, or of {', '.join(BASELINES)}",
+    )
     parser.add_argument("--data", help="an .npz of songs instead of Bach's prelude")
     parser.add_argument("--song", type=int, default=0, help="which song of --data")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, shorter, no compile")
@@ -64,10 +76,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.min_len = 512 if args.quick else 256
     args.max_len = args.max_len or (4096 if args.quick else 16384)
     args.max_seconds = args.max_seconds or (1.0 if args.quick else 30.0)
-    known = cases_of(args.device)
-    unknown = set(args.cases or ()) - set(known)
-    if unknown:
-        parser.error(f"--cases must be of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    known = [name for name in cases_of(args.device) if name not in BASELINE_CASES]
+    for option, allowed in (("cases", known), ("baselines", ["all", *BASELINES])):
+        unknown = set(getattr(args, option) or ()) - set(allowed)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            parser.error(f"--{option} must be of {', '.join(allowed)}, got {names}")
     options.check(parser, args, "min_len")
     if args.max_len < args.min_len:
         parser.error(f"--max-len {args.max_len} is below --min-len {args.min_len}")
@@ -78,6 +92,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def cases_of(device: str) -> dict[str, Case]:
     """Return the cases that run on a device."""
     return CASES if device == "cpu" else GPU_CASES
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Return the rows to measure, in order.
+
+    SDPA first: the others are timed in turn with it where it is affordable. Then fastpe's; the
+    literature's last.
+    """
+    cases = cases_of(args.device)
+    names = [n for n in cases if n not in BASELINE_CASES and n in (args.cases or cases)]
+    names += [n for n in BASELINE_CASES if n in args.baselines or "all" in args.baselines]
+    names = list(dict.fromkeys([BASELINE, *names]))
+    return sorted(names, key=lambda n: (n != BASELINE, not cases[n].ours, n in BASELINE_CASES))
 
 
 class Sweep:
@@ -169,7 +196,8 @@ class Sweep:
             length, ms, extra = self.last[name, mode]
             ratio = setup.length / length
             seconds = ms / 1e3 * ratio ** (2 if case.quadratic else 1)
-            megabytes = megabytes if case.extra_bytes else extra * ratio
+            if not case.extra_bytes:
+                megabytes = extra * ratio ** (2 if case.quadratic_memory else 1)
             if seconds > self.limits.call_seconds:
                 return (
                     f"predicted {seconds:.1f} s a call, over --max-seconds "
@@ -184,6 +212,7 @@ class Sweep:
     def _record(self, name: str, setup: Setup, mode: str) -> dict:
         case = self.cases[name]
         row = {"case": name, "label": case.label, "ours": case.ours, "mode": mode}
+        row |= {"causal": case.causal, "quadratic_memory": case.quadratic_memory}
         return row | asdict(setup) | environment(setup)
 
 
@@ -197,16 +226,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     lengths = [args.min_len * 2**i for i in range(64) if args.min_len * 2**i <= args.max_len]
-    # SDPA first: the others are timed in turn with it where it is affordable; then fastpe's
-    cases = cases_of(args.device)
-    names = [n for n in cases if n == BASELINE or not args.cases or n in args.cases]
-    names.sort(key=lambda n: (n != BASELINE, not cases[n].ours))
+    names = chosen(args)
     limits = Limits(
         gigabytes=args.max_memory,
         call_seconds=args.max_seconds,
         seconds=0.15 if args.quick else 4.0,
         slow_start=not args.quick or bool(args.cases),
-        minutes=1.6 if args.quick else None,
+        minutes=(3.2 if args.baselines else 1.6) if args.quick else None,
     )
     found = asdict(setup) | environment(setup)
     print(f"{piece.name}; {report.describe(found)}", file=sys.stderr)

@@ -43,6 +43,8 @@ class Baseline:
         structured: Needs positions: labels of the structure.
         quadratic_time: Grows with the square of T, else with T.
         quadratic_memory: Grows with the square of T, else with T.
+        remembers: forward takes memory, keys and values [B, T, H, D] made from inputs without
+            gradients, by which projections learn from what is remembered.
         bounded: Parameters grow with the longest T: make takes max_len, forward refuses more.
     """
 
@@ -52,6 +54,7 @@ class Baseline:
     structured: bool = False
     quadratic_time: bool = True
     quadratic_memory: bool = True
+    remembers: bool = False
     bounded: bool = False
 
 
@@ -77,6 +80,7 @@ def _stripe(sines: bool) -> Callable[..., nn.Module]:
 
 
 _LINEAR = {"quadratic_time": False, "quadratic_memory": False}
+_MEMORY = _LINEAR | {"remembers": True}
 
 BASELINES: dict[str, Baseline] = {
     "softmax": Baseline("softmax", _unsized(Softmax), quadratic_memory=False),
@@ -85,10 +89,10 @@ BASELINES: dict[str, Baseline] = {
     "music-transformer-local": Baseline(
         "Music Transformer, local", _sized(LocalMusicTransformer), **_LINEAR
     ),
-    "transformer-xl": Baseline("Transformer-XL", _sized(TransformerXL), **_LINEAR),
-    "compressive-mean": Baseline("Compressive, mean", _sized(Compressive, kind="mean"), **_LINEAR),
-    "compressive-max": Baseline("Compressive, max", _sized(Compressive, kind="max"), **_LINEAR),
-    "compressive-conv": Baseline("Compressive, conv", _sized(Compressive, kind="conv"), **_LINEAR),
+    "transformer-xl": Baseline("Transformer-XL", _sized(TransformerXL), **_MEMORY),
+    "compressive-mean": Baseline("Compressive, mean", _sized(Compressive, kind="mean"), **_MEMORY),
+    "compressive-max": Baseline("Compressive, max", _sized(Compressive, kind="max"), **_MEMORY),
+    "compressive-conv": Baseline("Compressive, conv", _sized(Compressive, kind="conv"), **_MEMORY),
     "stripe-srpe": Baseline("StrIPE, S-RPE", _stripe(sines=False), structured=True),
     "stripe-ssrpe": Baseline("StrIPE, SS-RPE", _stripe(sines=True), structured=True),
     "performer": Baseline("Performer", _unsized(Performer), **_LINEAR),

@@ -71,7 +71,8 @@ class StructuralAPE(nn.Module):
     """S-APE: adds sines of structure labels, Agarwal et al. 2024 (arXiv 2402.13301).
 
     x_i + sum_l W_l e(s_il), with e the sinusoids of base `base` and a learned matrix W_l for each
-    level; what `stripe.Stripe` takes of differences of labels, of the labels themselves.
+    level: what `stripe.Stripe` takes of differences of labels, of the labels themselves. The
+    published code has this without the matrices, or a learned table for each level.
 
     Args:
         dim: Of the input.

@@ -77,7 +77,7 @@ class Compressive(nn.Module):
                 values of all tokens made from inputs without gradients, so that projections learn.
         """
         t = q.shape[1]
-        old = memory or (k.detach(), v.detach())
+        old = (k.detach(), v.detach()) if memory is None else memory
         q, k, v, *old = (in_blocks(x, self.memory) for x in (q, k, v, *old))  # [B, N, S, H, D]
         self.auxiliary_loss = None
         if torch.is_grad_enabled():

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpe import checks
+
 
 def attend(logits: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Return softmax attention, [..., T, H, E].
@@ -50,21 +52,22 @@ def skew(x: Tensor) -> Tensor:
     return F.pad(x, (1, 0)).flatten(-2)[..., t:].unflatten(-1, (t, s))
 
 
-def sinusoids(positions: Tensor, dim: int, base: float = 1e4) -> Tensor:
+def sinusoids(
+    positions: Tensor, dim: int, base: float = 1e4, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Return sin and cos of positions in turn, [..., dim], Vaswani et al. 2017 (section 3.5).
 
-    e[n, 2i] = sin(n base^(-2i / dim)), e[n, 2i + 1] = cos(...).
+    e[n, 2i] = sin(n base^(-2i / dim)), e[n, 2i + 1] = cos(...), in a dtype from float32 on.
     """
     steps = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
-    angle = positions.double()[..., None] * base ** (-steps / dim)
+    angle = positions.to(dtype)[..., None] * (base ** (-steps / dim)).to(dtype)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., :dim]
 
 
 def check_positive(**sizes: int) -> None:
     """Raise ValueError unless all are positive ints."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive int, got {size!r}")
+        checks.check_positive(name, size)
 
 
 def check_length(length: int, max_len: int) -> None:

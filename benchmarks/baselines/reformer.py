@@ -57,8 +57,8 @@ class Reformer(nn.Module):
 
     def buckets(self, q: Tensor) -> Tensor:
         """Return the bucket of each token in each round, [B, rounds, H, T]."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        turned = torch.einsum("bthd,rhdn->brhtn", q.to(wide), self.rotations.to(wide))
+        # in one dtype: rounding can move a token to another bucket
+        turned = torch.einsum("bthd,rhdn->brhtn", q.float(), self.rotations.float())
         return torch.cat((turned, -turned), -1).argmax(-1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:

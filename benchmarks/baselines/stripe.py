@@ -14,8 +14,9 @@ class Stripe(nn.Module):
 
     softmax((q_i . k_j + sum_l q_i . W_l e_l(s_il - s_jl)) / sqrt(D)), causal, where s are the
     labels of L levels of structure. e_l is a learned table of differences, or fixed sines of them;
-    heads have matrices W_l of their own (the paper's product of two is one here). As published it
-    makes e for every pair, [B, T, T, D].
+    heads have matrices W_l of their own (the published product of two is one here; its biases
+    change no softmax). As published, e is made for every pair, [B, T, T, D]; the published one has
+    H D entries, and H times the memory.
 
     Args:
         head_dim: D.
@@ -60,17 +61,18 @@ class Stripe(nn.Module):
         t, d = q.shape[1], q.shape[-1]
         logits = torch.einsum("bthd,bshd->bhts", q, k)
         s = labels(positions, t, len(self.weight))
+        wide = torch.promote_types(q.dtype, torch.float32)
         for level, weight in enumerate(self.weight.to(q.dtype)):
-            e = self._encoded(s[..., level], level).to(q.dtype).expand(len(q), -1, -1, -1)
+            e = self._encoded(s[..., level], level, wide).to(q.dtype).expand(len(q), -1, -1, -1)
             turned = torch.einsum("bthd,hde->bthe", q, weight)
             logits = logits + torch.einsum("bthe,btse->bhts", turned, e)
         return attend(logits * d**-0.5, v, causal(t, q.device))
 
-    def _encoded(self, s: Tensor, level: int) -> Tensor:
+    def _encoded(self, s: Tensor, level: int, dtype: torch.dtype) -> Tensor:
         """Return e of the differences of labels [B or 1, T], [B or 1, T, T, D]."""
         if self.table is None:
-            s = s.double()
-            return sinusoids(s[:, :, None] - s[:, None], self.weight.shape[-1], self.base)
+            lag = s[:, :, None].double() - s[:, None].double()
+            return sinusoids(lag, self.weight.shape[-1], self.base, dtype)
         s = s.double().round().long()
         far = self.max_difference
         return F.embedding((s[:, :, None] - s[:, None]).clamp(-far, far) + far, self.table[level])

@@ -78,7 +78,7 @@ class TransformerXL(nn.Module):
         t = q.shape[1]
         # a piece shorter than a segment is one segment of its length
         size = min(self.segment, t)
-        old = memory or (k.detach(), v.detach())
+        old = (k.detach(), v.detach()) if memory is None else memory
         q, k, v, *old = (in_blocks(x, size) for x in (q, k, v, *old))  # [B, N, size, H, D]
         k, v = (torch.cat((previous(x), y), 2) for x, y in zip(old, (k, v), strict=True))
         visible = causal(size, q.device, before=size).repeat(q.shape[1], 1, 1, 1)

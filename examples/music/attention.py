@@ -114,13 +114,16 @@ class BaselineAttention(_Projected):
         dim: Width of the model.
         heads: H.
         core: q, k, v [B, T, H, D] and positions to o.
+        remembers: It keeps keys and values of earlier segments, through which no gradient reaches
+            what they were made of.
     """
 
-    def __init__(self, dim: int, heads: int, core: nn.Module) -> None:
+    def __init__(self, dim: int, heads: int, core: nn.Module, remembers: bool = False) -> None:
         super().__init__(dim, heads)
-        self.core = core
+        self.core, self.remembers = core, remembers
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, None]:
         """Return y, and no state."""
-        o = self.core(*self._heads(x), positions)
+        memory = {"memory": self._heads(x.detach())[1:]} if self.remembers else {}
+        o = self.core(*self._heads(x), positions, **memory)
         return self.out_proj(o.flatten(-2)), None

@@ -151,7 +151,7 @@ def make_attention(config: Config) -> nn.Module:
     options = {"max_len": LONGEST} if baseline.bounded else {}
     levels = num_levels(config.prior)
     core = baseline.make(config.dim // config.heads, config.heads, levels, **options)
-    return BaselineAttention(*size, core)
+    return BaselineAttention(*size, core, baseline.remembers)
 
 
 class Block(nn.Module):
