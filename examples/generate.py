@@ -1,177 +1,234 @@
-"""Generate melodies with a small model of fastpe layers, at a time and memory a token that stay.
+"""Go on with songs: a small causal Transformer says the next sixteenth, again and again.
 
-    python examples/generate.py [--tokens 64] [--temperature 0.8] [--top-k 5] [--save STATE]
-    python examples/generate.py --resume STATE
+    python examples/generate.py                       train for minutes, go on with a song
+    python examples/generate.py --prompt-bars 2 4 8 --bars 64 --save runs/state.pt
+    python examples/generate.py --resume runs/state.pt --bars 64
+    python examples/generate.py --measure             steps a second and memory, beside softmax
 
-Two layers learn for a few seconds to arpeggiate a chord progression in three keys. Prompts of
-different lengths are read as one batch; then each token costs one step on the states of the layers.
---save keeps the model and the states in a file, --resume goes on from there as if nothing had
-happened.
+The first bars of test songs are read at once, then each step costs the same however long the piece
+is: attention is linear, its state has one size. Chords that come, where the encoding is of them,
+are the song's own, from its first bar again after its last. Songs are Bach's chorales, or --data:
+an .npz (see benchmarks/corpus.py), or a folder of MIDI files. Everything goes into --out: of each
+piece a .mid and a .png, checkpoint.pt (Ctrl-C leaves it too; --model goes on from it), and of
+--measure speed.jsonl and speed.png. --save keeps model and states in a file, from which --resume
+goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from harmonize import default_bars, load_songs, widened, windows_of
 
-import fastpe
+from music import decoding, evaluation, midi, pictures, speed
+from music.model import ADDED, ENCODINGS, MAPS, Config
+from music.training import Budget, Trainer, restore
 
-NOTES = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
-PITCHES = 36
-KEYS = (0, 4, 7)
-# I vi IV V, each chord as its root, fifth, third, fifth
-CHORDS = ((0, 4, 7), (9, 12, 16), (5, 9, 12), (7, 11, 14))
-FIGURE = (0, 2, 1, 2)
-States = list[fastpe.LinearAttentionState]
+from corpus import BAR, PRIORS, Song
+
+# a picture has no more
+DRAWN_BARS = 64
 
 
-def melody(key: int, start: int, length: int) -> Tensor:
-    """Return the pitches [length] of the progression in a key, from a step on."""
-    notes = torch.tensor([chord[i] + key for chord in CHORDS for i in FIGURE])
-    return notes[(start + torch.arange(length)) % len(notes)]
-
-
-class Block(nn.Module):
-    """Attention and two linear layers, each on what is normalised and added."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        encoding = fastpe.RoPE(dim // heads, heads)
-        self.attention = fastpe.nn.CausalLinearAttention(dim, heads, pos_encoding=encoding)
-        self.norm = nn.LayerNorm(dim)
-        self.rest = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
-        )
-
-    def forward(
-        self, x: Tensor, padding: Tensor | None
-    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
-        """Return y [B, T, dim] for x [B, T, dim] and the state after the last token."""
-        y, state = self.attention(self.norm(x), key_padding_mask=padding, output_final_state=True)
-        x = x + y
-        return x + self.rest(x), state
-
-    def step(
-        self, x: Tensor, state: fastpe.LinearAttentionState
-    ) -> tuple[Tensor, fastpe.LinearAttentionState]:
-        """Return y [B, dim] for one more token x [B, dim], and the state after it."""
-        y, state = self.attention.step(self.norm(x), state)
-        x = x + y
-        return x + self.rest(x), state
-
-
-class Model(nn.Module):
-    """A decoder-only model of pitches."""
-
-    def __init__(self, dim: int = 64, heads: int = 4, layers: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(PITCHES, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
-        self.head = nn.Linear(dim, PITCHES)
-
-    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> tuple[Tensor, States]:
-        """Return logits [B, T, PITCHES] and the states of the layers, tokens and padding [B, T]."""
-        x, states = self.embedding(tokens), []
-        for block in self.blocks:
-            x, state = block(x, padding)
-            states.append(state)
-        return self.head(x), states
-
-    def step(self, tokens: Tensor, states: States) -> tuple[Tensor, States]:
-        """Return logits [B, PITCHES] after one more token [B] of each sequence, and the states."""
-        x, after = self.embedding(tokens), []
-        for block, state in zip(self.blocks, states, strict=True):
-            x, state = block.step(x, state)
-            after.append(state)
-        return self.head(x), after
-
-
-def train(model: Model, steps: int, length: int = 48) -> float:
-    """Learn melodies of all keys from random steps on; return the last loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loss = torch.tensor(0.0)
-    for _ in range(steps):
-        starts = torch.randint(16, (4, len(KEYS))).tolist()
-        pieces = [melody(*at, length + 1) for row in starts for at in zip(KEYS, row, strict=True)]
-        tokens = torch.stack(pieces)
-        logits, _ = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def prefill(model: Model, prompts: list[Tensor]) -> tuple[Tensor, States]:
-    """Return the logits [B, PITCHES] after prompts of any lengths, and the states."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
-    logits, states = model(tokens, padding)
-    return logits[torch.arange(len(prompts)), lengths - 1], states
-
-
-def sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Return a token [B] for logits [B, PITCHES], of the top_k likeliest; at 0 the likeliest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    best, tokens = logits.topk(top_k)
-    chosen = (best / temperature).softmax(-1).multinomial(1)
-    return tokens.gather(-1, chosen).squeeze(-1)
-
-
-@torch.no_grad()
-def generate(
-    model: Model, logits: Tensor, states: States, count: int, temperature: float, top_k: int
-) -> tuple[Tensor, Tensor, States]:
-    """Return `count` tokens [B, count], and the logits and states to go on from."""
-    tokens = []
-    for _ in range(count):
-        tokens.append(sample(logits, temperature, top_k))
-        logits, states = model.step(tokens[-1], states)
-    return torch.stack(tokens, 1), logits, states
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train or resume, generate, print, and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64, help="to generate for each prompt")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    parser.add_argument("--top-k", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--save", help="file for the model and its states")
-    parser.add_argument("--resume", help="such a file")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/generate"))
+    parser.add_argument("--data", type=Path, help=".npz, folder of MIDI files; default chorales")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="of training and sampling")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, help="checkpoint of a training for the task 'next'")
+    model.add_argument("--steps", type=int, default=Budget.steps, help="of training without one")
+    model.add_argument("--train-bars", type=int, help="of a window; default 16, of chorales 8")
+    model.add_argument("--overwrite", action="store_true", help="a checkpoint that is there")
+    model.add_argument("--attention", default="linear", choices=("linear", "softmax"))
+    names = (*ADDED, *ENCODINGS)
+    model.add_argument(
+        "--pe", choices=names, metavar="NAME",
+        help=f"{', '.join(names)}; default {Config.pe}, rope with softmax",
+    )  # fmt: skip
+    model.add_argument(
+        "--prior", help=f"{', '.join(PRIORS)}, joined by +; default {Config.prior} with structure"
+    )
+    model.add_argument("--feature-map", default=Config.feature_map, choices=MAPS)
+    for name in ("dim", "heads", "layers"):
+        model.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+    pieces = parser.add_argument_group("pieces")
+    pieces.add_argument("--song", type=int, default=0, help="the first one's, of the test songs")
+    pieces.add_argument(
+        "--prompt-bars", type=int, nargs="+", default=[4], help="of each piece, of a song each"
+    )
+    pieces.add_argument("--bars", type=int, default=28, help="to add")
+    pieces.add_argument("--temperature", type=float, default=0.75, help="0: by the threshold")
+    pieces.add_argument("--top-k", type=int, default=8, help="keys that may sound at once")
+    pieces.add_argument("--save", type=Path, metavar="STATE")
+    pieces.add_argument("--resume", type=Path, metavar="STATE")
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--measure", action="store_true")
+    measuring.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
+    measuring.add_argument("--seconds", type=float, default=20.0, help="for all repeats")
     args = parser.parse_args(argv)
-    torch.manual_seed(0)
-    model = Model()
-    if args.resume:
-        saved = torch.load(args.resume, weights_only=True)
-        model.load_state_dict(saved["model"])
-        logits, states = saved["logits"], saved["states"]
+    args.train_bars = args.train_bars or default_bars(args.data)
+    if args.pe is None:
+        args.pe = Config.pe if args.attention == "linear" else "rope"
+    if args.prior is None:
+        args.prior = Config.prior if args.pe.startswith(("fstripe", "sape")) else "time"
+    return args
+
+
+def trained(args: argparse.Namespace, songs: list[Song]) -> Trainer | None:
+    """Return a trained model, new or from a checkpoint that is first trained to its end.
+
+    None after Ctrl-C.
+    """
+    path = args.model or args.out / "checkpoint.pt"
+    if args.model:
+        trainer = restore(path)
+    elif path.exists() and not args.overwrite:
+        raise ValueError(f"{path} exists: take it with --model, or --overwrite it")
     else:
-        print(f"trained: loss {train(model, args.steps):.3f}")
-        prompts = [melody(key, 0, length) for key, length in zip(KEYS, (8, 13, 20), strict=True)]
-        logits, states = prefill(model, prompts)
+        names = ("attention", "pe", "prior", "feature_map", "dim", "heads", "layers")
+        config = Config(task="next", **{name: getattr(args, name) for name in names})
+        data = args.data.name if args.data else "chorales"
+        budget = Budget(steps=args.steps, bars=args.train_bars, seed=args.seed, data=data)
+        trainer = Trainer(config, budget)
+    decoding.check(trainer.config)
+    if trainer.step < trainer.budget.steps:
+        print(f"trains on {len(songs)} songs")
+        if not trainer.train(windows_of(songs, trainer.config), path):
+            print(f"stopped at step {trainer.step}; go on with --model {path}")
+            return None
+    return trainer
+
+
+def begin(
+    args: argparse.Namespace, trainer: Trainer, songs: dict[str, list[Song]]
+) -> tuple[decoding.Pieces, decoding.Sampler]:
+    """Return the prompts as read, and how keys are chosen."""
+    chosen = songs["test"][args.song :][: len(args.prompt_bars)] if args.song >= 0 else []
+    if len(chosen) < len(args.prompt_bars):
+        raise ValueError(
+            f"songs {args.song} to {args.song + len(args.prompt_bars) - 1} must be of the "
+            f"{len(songs['test'])} test songs, which count from 0"
+        )
+    pieces = decoding.Pieces(trainer.model, chosen, args.prompt_bars)
+    threshold = evaluation.fit_threshold(
+        trainer.model, windows_of(songs["train"], trainer.config), trainer.budget.bars
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    return pieces, decoding.Sampler(threshold, args.temperature, args.top_k, generator)
+
+
+def save(
+    path: Path, pieces: decoding.Pieces, sampler: decoding.Sampler, prompt_bars: list[int]
+) -> None:
+    """Write what `resume` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    more = {"threshold": sampler.threshold, "coins": sampler.generator.get_state()}
+    torch.save(pieces.content() | more | {"prompt_bars": prompt_bars}, path)
+
+
+def resume(
+    args: argparse.Namespace,
+) -> tuple[decoding.Pieces, decoding.Sampler]:
+    """Return pieces and coins as they were; temperature and top-k are those of the options.
+
+    Raises:
+        ValueError: there is no such file, or it is another one.
+    """
+    if not args.resume.is_file():
+        raise ValueError(f"state {args.resume} does not exist")
+    try:
+        content = torch.load(args.resume, weights_only=True)
+        pieces = decoding.Pieces.restore(content)
+        args.prompt_bars = content["prompt_bars"]
+        generator = torch.Generator()
+        generator.set_state(content["coins"])
+        threshold = content["threshold"]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{args.resume} is no file of --save: {reason}") from error
+    return pieces, decoding.Sampler(threshold, args.temperature, args.top_k, generator)
+
+
+def write(pieces: decoding.Pieces, prompt_bars: list[int], out: Path) -> None:
+    """Write each piece as MIDI and as a picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (song, roll, prompt) in enumerate(
+        zip(pieces.songs, pieces.rolls, prompt_bars, strict=True)
+    ):
+        sounding, struck = (widened(x) for x in roll.unbind(1))
+        read = np.arange(len(roll))[:, None] < prompt * BAR
+        parts = {"prompt": sounding & read, "generated": sounding & ~read}
+        path = out / f"piece-{i}.mid"
+        midi.write(path, parts, dict.fromkeys(parts, struck), song.bpm)
+        bars = min(len(roll) // BAR, DRAWN_BARS)
+        drawn = decoding.joined([song], bars)
+        rolls = {"song": drawn.roll(), "piece": sounding[: bars * BAR]}
+        title = f"{song.title}: {prompt} bars, then the model"
+        pictures.piano_rolls(drawn, rolls, path.with_suffix(".png"), title)
+        print(f"wrote {path}, {len(roll) // BAR} bars, and {path.stem}.png, the first {bars}")
+
+
+def play(args: argparse.Namespace) -> int:
+    """Go on with pieces, new or resumed; return the exit status."""
+    if args.bars < 1:
+        raise ValueError(f"bars must be 1 or more, got {args.bars}")
+    if args.resume:
+        pieces, sampler = resume(args)
+    else:
+        songs = load_songs(args.data)
+        trainer = trained(args, songs["train"])
+        if trainer is None:
+            return 130
+        pieces, sampler = begin(args, trainer, songs)
     start = time.perf_counter()
-    tokens, logits, states = generate(
-        model, logits, states, args.tokens, args.temperature, args.top_k
-    )
+    pieces.go_on(args.bars * BAR, sampler)
     seconds = time.perf_counter() - start
-    for row in tokens:
-        print(" ".join(NOTES[pitch % 12] for pitch in row))
-    size = sum(x.nbytes for state in states for x in (state.s, state.z))
+    count = args.bars * BAR * len(pieces.rolls)
+    lengths = ", ".join(str(len(roll)) for roll in pieces.rolls)
     print(
-        f"{tokens.numel() / seconds:.0f} tokens/s; states of {size / 1e3:.0f} KB after "
-        f"{states[0].length.tolist()} tokens, as after one"
+        f"{count / seconds:.0f} sixteenths a second; states of {pieces.state_bytes() / 1e3:.0f} KB "
+        f"after {lengths} sixteenths"
     )
+    write(pieces, args.prompt_bars, args.out)
     if args.save:
-        torch.save({"model": model.state_dict(), "logits": logits, "states": states}, args.save)
+        save(args.save, pieces, sampler, args.prompt_bars)
+    return 0
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Write steps a second and bytes of state over the length, as lines and as a picture."""
+    songs = load_songs(args.data)["test"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "speed.jsonl"
+    records = speed.measure(songs, sorted(args.lengths), args.seconds)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print("\n".join(map(speed.describe, records)))
+    speed.plot(records, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.stem}.png")
+    return int(any(r.get("wrong") for r in records))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Play or measure; return 1 if it could not be, 130 after Ctrl-C."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        return measure(args) if args.measure else play(args)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,5 @@
 """The examples that are worked: they run, and what they show is so."""
 
-import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,10 +20,7 @@ def _load(name):
     return module
 
 
-generate, swap = _load("generate"), _load("swap_attention")
-
-
-# swap_attention.py
+swap = _load("swap_attention")
 
 
 def test_swap_keeps_weights_and_calls():
@@ -82,52 +78,3 @@ def test_swap_trains(capsys):
     assert after.startswith("fastpe, 2 layers swapped: loss ")
     first, last = (float(word) for word in after.split(";")[0].split("loss ")[1].split(" -> "))
     assert last < first / 2
-
-
-# generate.py
-
-
-def _model():
-    torch.manual_seed(2)
-    return generate.Model(dim=16, heads=2).double().eval()
-
-
-def _prompts():
-    return [generate.melody(key, 0, length) for key, length in ((0, 3), (5, 9), (11, 1))]
-
-
-def test_prompts_of_different_lengths_are_each_alone():
-    model, prompts = _model(), _prompts()
-    logits, states = generate.prefill(model, prompts)
-    tokens, last, _ = generate.generate(model, logits, states, 6, 0, 1)
-    for b, prompt in enumerate(prompts):
-        alone, end, _ = generate.generate(model, *generate.prefill(model, [prompt]), 6, 0, 1)
-        assert torch.equal(alone[0], tokens[b])
-        assert_within(end[0], last[b], 1e-11)
-        # and as one pass over all of it says
-        with torch.no_grad():
-            whole, _ = model(torch.cat((prompt, alone[0]))[None])
-        assert_within(end[0], whole[0, -1], 1e-11)
-
-
-def test_generation_learns_and_resumes(tmp_path, capsys):
-    """Two runs through a file are one run, and it plays on in key."""
-    options, file = ["--temperature", "0"], str(tmp_path / "state.pt")
-    generate.main([*options, "--tokens", "12", "--save", file])
-    loss, *first, _ = capsys.readouterr().out.splitlines()
-    assert float(loss.removeprefix("trained: loss ")) < 0.5
-    saved = copy.deepcopy(torch.load(file, weights_only=True))
-    generate.main([*options, "--tokens", "8", "--resume", file])
-    *second, size = capsys.readouterr().out.splitlines()
-    for row, (key, length) in enumerate(((0, 8), (4, 13), (7, 20))):
-        notes = [generate.NOTES[pitch % 12] for pitch in generate.melody(key, length, 20).tolist()]
-        assert f"{first[row]} {second[row]}".split() == notes
-    assert [state.length.tolist() for state in saved["states"]] == [[20, 25, 32]] * 2
-    assert "after [28, 33, 40] tokens" in size
-
-
-def test_sampling():
-    logits = torch.tensor([[0.0, 3.0, 2.0, -50.0]]).expand(500, -1)
-    assert set(generate.sample(logits, 0, 1).tolist()) == {1}
-    assert set(generate.sample(logits, 1.0, 2).tolist()) == {1, 2}
-    assert set(generate.sample(logits, 5.0, 3).tolist()) == {0, 1, 2}

@@ -6,11 +6,14 @@ can go on from it have `step`, for x [B, dim] and positions [B, L].
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastpe
+
+Cache = tuple[Tensor, Tensor, int]
+# tokens by which a full cache grows
+_ROOM = 256
 
 
 class LinearAttention(nn.Module):
@@ -63,7 +66,10 @@ class _Projected(nn.Module):
 
 
 class SoftmaxAttention(_Projected):
-    """Softmax attention; its state is a cache of all keys and values.
+    """Softmax attention; its state is a cache of all keys and values, and the number of tokens.
+
+    Keys and values, [B, H, room, D], have room ahead, which `step` writes into: from one state a
+    sequence goes on in one way only.
 
     Args:
         dim: Width of the model.
@@ -75,20 +81,24 @@ class SoftmaxAttention(_Projected):
         super().__init__(dim, heads)
         self.encoding = encoding
 
-    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return y and the keys and values of all tokens, [B, H, T, D]."""
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Cache]:
+        """Return y and the cache of all tokens."""
         q, k, v = self._encoded(x, positions)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(o.transpose(1, 2).flatten(-2)), (k, v)
+        return self.out_proj(o.transpose(1, 2).flatten(-2)), (k, v, x.shape[1])
 
-    def step(
-        self, x: Tensor, positions: Tensor, state: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return y for one more token, and the keys and values with its own."""
+    def step(self, x: Tensor, positions: Tensor, state: Cache) -> tuple[Tensor, Cache]:
+        """Return y for one more token, and the cache with its key and value."""
         q, *new = self._encoded(x[:, None], positions[:, None])
-        k, v = (torch.cat((old, last), 2) for old, last in zip(state, new, strict=True))
+        *caches, length = state
+        if length == caches[0].shape[2]:
+            # so that not every step copies the whole cache
+            caches = [F.pad(cache, (0, 0, 0, _ROOM)) for cache in caches]
+        for cache, last in zip(caches, new, strict=True):
+            cache[:, :, length] = last[:, :, 0]
+        k, v = (cache[:, :, : length + 1] for cache in caches)
         o = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(o.flatten(1)), (k, v)
+        return self.out_proj(o.flatten(1)), (*caches, length + 1)
 
     def _encoded(self, x: Tensor, positions: Tensor) -> list[Tensor]:  # [B, H, T, D]
         q, k, v = self._heads(x)
