@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import devices
-import pieces
 import torch
 from torch import Tensor
 
 import fastpe
+
+import pieces
 
 FORWARD, TRAINING = "forward", "forward+backward"
 MODES = (FORWARD, TRAINING)

@@ -22,6 +22,11 @@ Song = corpus.Song
 _CHORDS = ((0, 0), (9, 1), (5, 0), (7, 0), (2, 1), (4, 1))
 
 
+def example(name):
+    """Return examples/name.py."""
+    return importlib.import_module(name)
+
+
 def module(name):
     """Return examples/music/name.py."""
     return importlib.import_module(f"music.{name}")

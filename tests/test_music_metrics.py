@@ -1,23 +1,10 @@
 """The scores of generated music: tiny rolls by hand, what leaves a score as it is, bad input."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from songs import ROOT, corpus, module
 
-ROOT = Path(__file__).parent.parent
-
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location(f"_tested_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-metrics = _load(ROOT / "examples" / "music" / "metrics.py")
+metrics = module("metrics")
 SIMILARITIES = (metrics.chroma_similarity, metrics.grooving_similarity, metrics.f1)
 DISTANCES = (metrics.note_density_distance, metrics.ssm_distance)
 
@@ -133,8 +120,6 @@ def test_grooving_similarity_is_gameable():
     path = ROOT.parent / "shared" / "data" / "pop909_dev.npz"
     if not path.is_file():
         pytest.skip(f"{path} is not there: not checked that silence grooves on POP909")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    corpus = importlib.import_module("corpus")
     songs = [song.cut(0, 16) for song in corpus.load(path) if song.num_bars >= 16]
     found = []
     for song in songs:

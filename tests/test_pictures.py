@@ -1,19 +1,15 @@
 """Pictures of music: names of chords, and rolls that are drawn where they sound."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from songs import corpus, module
 
 image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
-sys.path.insert(0, str(Path(__file__).parent.parent))
-chords = importlib.import_module("examples.music.chords")
-pictures = importlib.import_module("examples.music.pictures")
-corpus = importlib.import_module("corpus")
-metrics = importlib.import_module("examples.music.metrics")
+chords = module("chords")
+pictures = module("pictures")
+metrics = module("metrics")
 
 
 def _song(bars, root=0, phrase=97):
