@@ -6,6 +6,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from report import markdown
+
 from .model import Config
 from .rows import ROWS
 
@@ -31,37 +34,61 @@ def interval(values: list[float]) -> str:
 
 
 def report(records: list[dict]) -> str:
-    """Return the table, what is to be seen beside it, and what is claimed."""
-    return f"{table(records)}\n\n{beside(records)}\n{claims(records)}"
+    """Return the tables, what is to be seen beside them, and what is claimed."""
+    parts = (likelihoods(records), scores(records), f"{beside(records)}\n{claims(records)}")
+    return "\n\n".join(parts)
 
 
-def table(records: list[dict]) -> str:
-    """Return means and 95 % intervals over seeds, and differences from "none" seed by seed."""
-    lengths = sorted({int(bars) for record in records for bars in record["bars"]})
+def likelihoods(records: list[dict]) -> str:
+    """Return NLL with 95 % intervals over seeds, and what is gained over "none" seed by seed."""
+    lengths = lengths_of(records)
     head = ["", "seeds"]
     for bars in lengths:
-        head += [f"NLL, {bars} bars", "less than none", "F1"]
+        head += [f"NLL, {bars} bars", "less than none"]
     lines = [head]
-    for name, row in ROWS.items():
-        found = [record for record in records if record["row"] == name]
-        if not found:
-            continue
-        line = [row.label, str(len(found))]
-        for bars in map(str, lengths):
-            scores = [record["bars"][bars] for record in found if bars in record["bars"]]
+    for name, found in by_row(records).items():
+        line = [ROWS[name].label, str(len(found))]
+        for bars in lengths:
+            values = values_of(found, bars, "nll")
             gains = gain(records, name, base_of(name), bars)
-            line += [
-                interval([s["nll"] for s in scores]) if scores else "",
-                f"{min(gains):.3f} to {max(gains):.3f}" if gains else "",
-                f"{statistics.fmean(s['f1'] for s in scores):.1f}" if scores else "",
-            ]
+            ends = sorted({f"{min(gains):.3f}", f"{max(gains):.3f}"}, key=float) if gains else []
+            line += [interval(values) if values else "", " to ".join(ends)]
         lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    lines.insert(1, ["---", *["--:"] * (len(head) - 1)])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    return markdown(lines)
+
+
+def scores(records: list[dict]) -> str:
+    """Return the means over seeds of F1 and of the papers' scores."""
+    names = {
+        "f1": "F1",
+        "chroma_similarity": "CS",
+        "ssm_distance": "SSMD",
+        "grooving_similarity": "GS",
+        "note_density_distance": "NDD",
+    }
+    lengths = lengths_of(records)
+    lines = [["", *(f"{short}, {bars} bars" for bars in lengths for short in names.values())]]
+    for name, found in by_row(records).items():
+        cells = [values_of(found, bars, score) for bars in lengths for score in names]
+        means = [f"{statistics.fmean(cell):.1f}" if cell else "" for cell in cells]
+        lines.append([ROWS[name].label, *means])
+    return markdown(lines)
+
+
+def lengths_of(records: list[dict]) -> list[str]:
+    """Return the bars of the windows evaluated, as records name them."""
+    return sorted({bars for record in records for bars in record["bars"]}, key=int)
+
+
+def by_row(records: list[dict]) -> dict[str, list[dict]]:
+    """Return the records of each row that has some."""
+    found = {name: [record for record in records if record["row"] == name] for name in ROWS}
+    return {name: some for name, some in found.items() if some}
+
+
+def values_of(records: list[dict], bars: str, score: str) -> list[float]:
+    """Return a score of each record that has windows of so many bars."""
+    return [record["bars"][bars][score] for record in records if bars in record["bars"]]
 
 
 def base_of(name: str) -> str:
@@ -109,13 +136,13 @@ def claims(records: list[dict]) -> str:
     """Return what is claimed of every seed, and whether it holds at each length."""
     lines = []
     for name, other, least in CLAIMS:
-        for bars in sorted({int(bars) for record in records for bars in record["bars"]}):
-            gains = gain(records, name, other, str(bars))
+        for bars in lengths_of(records):
+            gains = gain(records, name, other, bars)
             if gains:
                 verdict = "holds" if min(gains) >= least else "DOES NOT HOLD"
                 lines.append(
                     f"- {ROWS[name].label} against {ROWS[other].label}, {bars} bars: at least "
-                    f"{min(gains):.3f} in {len(gains)} seeds; {least} {verdict}"
+                    f"{min(gains):.3f} less in {len(gains)} seeds; {least} {verdict}"
                 )
     return "\n".join(lines)
 
@@ -126,46 +153,35 @@ def beside(records: list[dict]) -> str:
     The best is over encodings of time and feature maps, by the mean over seeds.
     """
     lines = []
-    for bars in sorted({int(bars) for record in records for bars in record["bars"]}):
-        means: dict[str, float] = {}
-        for name in ROWS:
-            nlls = [r["bars"][str(bars)]["nll"] for r in records if r["row"] == name]
-            if nlls and ROWS[name].config.task == "harmonize":
-                means[name] = statistics.fmean(nlls)
+    for bars in lengths_of(records):
+        means = {
+            name: statistics.fmean(values)
+            for name, found in by_row(records).items()
+            if (values := values_of(found, bars, "nll")) and ROWS[name].config.task == "harmonize"
+        }
         plain = [n for n in means if ROWS[n].config.prior == "time" and not ROWS[n].config.chords]
+        given = [f"{ROWS[n].label} {means[n]:.3f}" for n in means if ROWS[n].config.chords]
         if plain:
             best = min(plain, key=means.get)
-            lines.append(
-                f"- {bars} bars, best without chords: {ROWS[best].label}, {means[best]:.3f}"
-            )
-        given = [f"{ROWS[n].label} {means[n]:.3f}" for n in means if ROWS[n].config.chords]
-        if given:
-            lines.append(f"- {bars} bars, {', '.join(given)}")
+            given.insert(0, f"best without chords: {ROWS[best].label} {means[best]:.3f}")
+        lines.append(f"- {bars} bars, {', '.join(given)}")
     return "\n".join(lines)
 
 
 def plot(records: list[dict], path: Path) -> None:
     """Draw every training's NLL by row, a panel for each length."""
-    from matplotlib.figure import Figure
-
-    lengths = sorted({int(bars) for record in records for bars in record["bars"]})
-    names = [name for name in ROWS if any(record["row"] == name for record in records)]
-    figure = Figure(figsize=(6.5 * len(lengths), 0.27 * len(names) + 1.2), layout="constrained")
+    lengths, rows = lengths_of(records), by_row(records)
+    figure = Figure(figsize=(6.5 * len(lengths), 0.27 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axis, bars in zip(axes, lengths, strict=True):
-        for y, name in enumerate(names):
-            config = ROWS[name].config
-            values = [
-                record["bars"][str(bars)]["nll"]
-                for record in records
-                if record["row"] == name and str(bars) in record["bars"]
-            ]
-            colour = COLOURS.get(config.pe, "#777777")
+        for y, (name, found) in enumerate(rows.items()):
+            colour = COLOURS.get(ROWS[name].config.pe, "#777777")
+            values = values_of(found, bars, "nll")
             axis.plot(values, [y] * len(values), "o", color=colour, ms=4.5, alpha=0.7)
             if values:
                 axis.plot(statistics.fmean(values), y, "|", color=colour, ms=15, mew=2)
         axis.set_title(f"{bars} bars: nats a sixteenth, lower is better", loc="left", fontsize=11)
-        axis.set_yticks(range(len(names)), [ROWS[name].label for name in names], fontsize=9)
+        axis.set_yticks(range(len(rows)), [ROWS[name].label for name in rows], fontsize=9)
         axis.grid(axis="both", color="#e6e6e6", lw=0.7)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
