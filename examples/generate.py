@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harmonize import default_bars, load_songs, widened, windows_of
+from harmonize import default_bars, default_prior, load_songs, widened, windows_of
 
 from music import decoding, evaluation, midi, pictures, speed
 from music.model import ADDED, ENCODINGS, MAPS, Config
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else "rope"
     if args.prior is None:
-        args.prior = Config.prior if args.pe.startswith(("fstripe", "sape")) else "time"
+        args.prior = default_prior(args.attention, args.pe)
     return args
 
 

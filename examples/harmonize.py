@@ -84,13 +84,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     generation.add_argument("--temperature", type=float, default=0.0, help="0: by the threshold")
     args = parser.parse_args(argv)
     args.bars = args.bars or default_bars(args.data)
-    structured = BASELINES[args.attention].structured if args.attention in BASELINES else False
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else "none"
-    if args.prior is None:
-        of_structure = structured or args.pe.startswith(("fstripe", "sape"))
-        args.prior = Config.prior if of_structure else "time"
+    args.prior = args.prior or default_prior(args.attention, args.pe)
     return args
+
+
+def default_prior(attention: str, pe: str) -> str:
+    """Return the default with what is for structure, else time."""
+    structured = attention in BASELINES and BASELINES[attention].structured
+    of_structure = structured or pe.startswith(("fstripe", "sape", "ropepool"))
+    return Config.prior if of_structure else "time"
 
 
 def default_bars(path: Path | None) -> int:

@@ -273,7 +273,7 @@ def test_commands(tmp_path, capsys):
     # what was trained is not trained again, of another configuration is refused
     code, _, error = _run(capsys, "train", *options, "--pe", "rope", "--resume")
     assert code == 1
-    assert "was made with pe = 'fstripe', got 'rope'" in error
+    assert "was made with pe = 'ropepool', got 'rope'" in error
     code, text, _ = _run(capsys, "train", *options, "--resume")
     assert code == 0
     code, _, error = _run(capsys, "generate", *options, "--song", 2)

@@ -9,7 +9,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from report import markdown
 
-from .model import Config
 from .rows import ROWS
 
 COLOURS = {
@@ -94,20 +93,13 @@ def values_of(records: list[dict], bars: str, score: str) -> list[float]:
 def base_of(name: str) -> str:
     """Return the row without encoding for the same task and inputs, of the same map if there is."""
     config = ROWS[name].config
-    bases = {
+    plain = replace(config, pe="none", prior="time", labels="own")
+    maps = {
         base: row.config.feature_map
         for base, row in ROWS.items()
-        if replace(row.config, feature_map="favor")
-        == replace(
-            Config(),
-            pe="none",
-            prior="time",
-            task=config.task,
-            chords=config.chords,
-            feature_map="favor",
-        )
+        if replace(row.config, feature_map=plain.feature_map) == plain
     }
-    return min(bases, key=lambda base: bases[base] != config.feature_map)
+    return min(maps, key=lambda base: maps[base] != config.feature_map)
 
 
 def gain(records: list[dict], name: str, other: str, bars: str) -> list[float]:

@@ -72,9 +72,9 @@ class Config:
 
     task: str = "harmonize"
     attention: str = "linear"
-    pe: str = "fstripe"
+    pe: str = "ropepool"
     prior: str = "bin"
-    feature_map: str = "favor"
+    feature_map: str = "elu1"
     chords: bool = False
     labels: str = "own"
     dim: int = 128

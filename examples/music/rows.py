@@ -26,18 +26,22 @@ STRUCTURE = ("rep", "key", "bin")
 
 def make_rows() -> dict[str, Row]:
     """Return the rows of the table by name: the grid, the controls, other maps, the other task."""
-    rows = {"none": Row("none", Config(pe="none", prior="time"))}
-    rows["ape-time"] = Row("APE, time", Config(pe="ape", prior="time"))
+    rows: dict[str, Row] = {}
+
+    def add(name: str, label: str, pe: str, prior: str) -> None:
+        rows[name] = Row(label, Config(pe=pe, prior=prior, feature_map="favor"))
+
+    add("none", "none", "none", "time")
+    add("ape-time", "APE, time", "ape", "time")
     for prior in STRUCTURE:
-        rows[f"ape-{prior}"] = Row(f"APE, {prior}", Config(pe="sape", prior=prior))
+        add(f"ape-{prior}", f"APE, {prior}", "sape", prior)
     for pe, label in ENCODINGS.items():
         for prior in ("time", *STRUCTURE):
             # SPE of vectors is what the paper calls F-StrIPE:SFF
             kind = "fstripe-sff" if (pe, prior) == ("spe", "bin") else pe
-            rows[f"{pe}-{prior}"] = Row(f"{label}, {prior}", Config(pe=kind, prior=prior))
+            add(f"{pe}-{prior}", f"{label}, {prior}", kind, prior)
     for prior in ("rep", "bin"):
-        config = Config(pe="fstripe-pooled", prior=prior)
-        rows[f"fstripe-pooled-{prior}"] = Row(f"F-StrIPE pooled, {prior}", config)
+        add(f"fstripe-pooled-{prior}", f"F-StrIPE pooled, {prior}", "fstripe-pooled", prior)
 
     def more(name: str, base: str, label: str, **options: object) -> None:
         row = rows[base]

@@ -23,13 +23,14 @@ from corpus import BAR, Song
 
 # of a measured call
 STEPS = 32
-LINEAR, ELU, SOFTMAX = "F-StrIPE, FAVOR+", "RoPE, elu+1", "softmax with KV cache, RoPE"
+ELU, FAVOR = "RoPEPool, elu+1", "F-StrIPE, FAVOR+"
+SOFTMAX = "softmax with KV cache, RoPE"
 MODELS = {
-    LINEAR: Config(task="next"),
-    ELU: Config(task="next", pe="rope", prior="time", feature_map="elu1"),
+    ELU: Config(task="next"),
+    FAVOR: Config(task="next", pe="fstripe", feature_map="favor"),
     SOFTMAX: Config(task="next", attention="softmax", pe="rope", prior="time"),
 }
-_COLOURS = {LINEAR: "#c02a4b", ELU: "#e08a2e", SOFTMAX: "#555555"}
+_COLOURS = {ELU: "#3aa6c9", FAVOR: "#7a4fb5", SOFTMAX: "#555555"}
 
 
 class Decoder:
