@@ -136,12 +136,14 @@ class Trainer:
             ValueError: it is of another configuration or budget, or no checkpoint.
         """
         content = read(path)
-        for name in ("config", "budget"):
-            wanted = asdict(getattr(self, name))
-            for key in wanted.keys() | content[name].keys():
-                was, is_now = content[name].get(key), wanted.get(key)
-                if was != is_now:
-                    raise ValueError(f"{path} was made with {key} = {was!r}, got {is_now!r}")
+        was = content["config"] | content["budget"]
+        wanted = asdict(self.config) | asdict(self.budget)
+        others = [key for key in was | wanted if was.get(key) != wanted.get(key)]
+        if others:
+            made, got = (
+                ", ".join(f"{key} = {x.get(key)!r}" for key in others) for x in (was, wanted)
+            )
+            raise ValueError(f"{path} was made with {made}, got {got}")
         self.step, self.losses = content["step"], content["losses"]
         for name in _PARTS:
             getattr(self, name).load_state_dict(content[name])
