@@ -65,6 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     model.add_argument("--feature-map", default=Config.feature_map, choices=MAPS)
     model.add_argument("--chords", action="store_true", help="the chords are inputs too")
+    model.add_argument(
+        "--labels", default="own", choices=("own", "another"), help="positions of another song"
+    )
     for name in ("dim", "heads", "layers"):
         model.add_argument(f"--{name}", type=int, default=getattr(Config, name))
     training = parser.add_argument_group("training")
