@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harmonize import default_bars, default_prior, load_songs, widened, windows_of
+from harmonize import default_bars, default_prior, guarded, load_songs, name_of, widened, windows_of
 
-from music import decoding, evaluation, midi, pictures, speed
+from music import decoding, midi, pictures, speed
 from music.model import ADDED, ENCODINGS, MAPS, Config
 from music.training import Budget, Trainer, restore
 
@@ -77,7 +77,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
     measuring.add_argument("--seconds", type=float, default=20.0, help="for all repeats")
     args = parser.parse_args(argv)
-    args.train_bars = args.train_bars or default_bars(args.data)
+    if args.resume and args.model:
+        parser.error("--model: --resume has a model")
+    if args.train_bars is None:
+        args.train_bars = default_bars(args.data)
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else "rope"
     if args.prior is None:
@@ -98,8 +101,8 @@ def trained(args: argparse.Namespace, songs: list[Song]) -> Trainer | None:
     else:
         names = ("attention", "pe", "prior", "feature_map", "dim", "heads", "layers")
         config = Config(task="next", **{name: getattr(args, name) for name in names})
-        data = args.data.name if args.data else "chorales"
-        budget = Budget(steps=args.steps, bars=args.train_bars, seed=args.seed, data=data)
+        sizes = {"steps": args.steps, "bars": args.train_bars, "seed": args.seed}
+        budget = Budget(**sizes, data=name_of(args.data))
         trainer = Trainer(config, budget)
     decoding.check(trainer.config)
     if trainer.step < trainer.budget.steps:
@@ -121,11 +124,8 @@ def begin(
             f"{len(songs['test'])} test songs, which count from 0"
         )
     pieces = decoding.Pieces(trainer.model, chosen, args.prompt_bars)
-    threshold = evaluation.fit_threshold(
-        trainer.model, windows_of(songs["train"], trainer.config), trainer.budget.bars
-    )
     generator = torch.Generator().manual_seed(args.seed)
-    return pieces, decoding.Sampler(threshold, args.temperature, args.top_k, generator)
+    return pieces, decoding.Sampler(trainer.threshold, args.temperature, args.top_k, generator)
 
 
 def save(
@@ -139,8 +139,8 @@ def save(
 
 def resume(
     args: argparse.Namespace,
-) -> tuple[decoding.Pieces, decoding.Sampler]:
-    """Return pieces and coins as they were; temperature and top-k are those of the options.
+) -> tuple[decoding.Pieces, decoding.Sampler, list[int]]:
+    """Return pieces, coins and bars read as they were; temperature and top-k are the options'.
 
     Raises:
         ValueError: there is no such file, or it is another one.
@@ -150,14 +150,14 @@ def resume(
     try:
         content = torch.load(args.resume, weights_only=True)
         pieces = decoding.Pieces.restore(content)
-        args.prompt_bars = content["prompt_bars"]
         generator = torch.Generator()
         generator.set_state(content["coins"])
         threshold = content["threshold"]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{args.resume} is no file of --save: {reason}") from error
-    return pieces, decoding.Sampler(threshold, args.temperature, args.top_k, generator)
+    sampler = decoding.Sampler(threshold, args.temperature, args.top_k, generator)
+    return pieces, sampler, content["prompt_bars"]
 
 
 def write(pieces: decoding.Pieces, prompt_bars: list[int], out: Path) -> None:
@@ -184,13 +184,14 @@ def play(args: argparse.Namespace) -> int:
     if args.bars < 1:
         raise ValueError(f"bars must be 1 or more, got {args.bars}")
     if args.resume:
-        pieces, sampler = resume(args)
+        pieces, sampler, prompt_bars = resume(args)
     else:
         songs = load_songs(args.data)
         trainer = trained(args, songs["train"])
         if trainer is None:
             return 130
         pieces, sampler = begin(args, trainer, songs)
+        prompt_bars = args.prompt_bars
     start = time.perf_counter()
     pieces.go_on(args.bars * BAR, sampler)
     seconds = time.perf_counter() - start
@@ -200,14 +201,16 @@ def play(args: argparse.Namespace) -> int:
         f"{count / seconds:.0f} sixteenths a second; states of {pieces.state_bytes() / 1e3:.0f} KB "
         f"after {lengths} sixteenths"
     )
-    write(pieces, args.prompt_bars, args.out)
+    write(pieces, prompt_bars, args.out)
     if args.save:
-        save(args.save, pieces, sampler, args.prompt_bars)
+        save(args.save, pieces, sampler, prompt_bars)
     return 0
 
 
 def measure(args: argparse.Namespace) -> int:
     """Write steps a second and bytes of state over the length, as lines and as a picture."""
+    if min(args.lengths) < 1:
+        raise ValueError(f"lengths must be 1 or more, got {min(args.lengths)}")
     songs = load_songs(args.data)["test"]
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "speed.jsonl"
@@ -222,12 +225,7 @@ def measure(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Play or measure; return 1 if it could not be, 130 after Ctrl-C."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    try:
-        return measure(args) if args.measure else play(args)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return guarded(measure if args.measure else play, args)
 
 
 if __name__ == "__main__":

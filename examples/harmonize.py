@@ -3,12 +3,13 @@
     python examples/harmonize.py                 train, evaluate, generate: minutes on two cores
     python examples/harmonize.py train --pe rope --prior time --feature-map elu1 --out runs/rope
     python examples/harmonize.py evaluate --out runs/rope
-    python examples/harmonize.py generate --out runs/rope --song 3 --bars 64
+    python examples/harmonize.py generate --out runs/rope --song 3 --play-bars 64
 
 Songs are Bach's chorales, or --data: an .npz (see benchmarks/corpus.py), or a folder of MIDI files.
 Everything goes into --out: checkpoint.pt, metrics.json, and of each generation a .mid and a .png.
-`train --resume` goes on from the checkpoint, which Ctrl-C leaves too. `generate --melody song.mid`
-harmonizes a melody of yours, under chords estimated from it.
+`train --resume`, with the options of before, goes on from the checkpoint, which Ctrl-C leaves too;
+evaluate and generate take the model's options from it. `generate --melody song.mid` harmonizes a
+melody of yours, under chords estimated from it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from music import evaluation, midi, pictures, sources
+from music import decoding, evaluation, midi, pictures, sources
 from music.model import ADDED, ENCODINGS, MAPS, Config
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
@@ -30,9 +32,19 @@ from music.windows import KEYS, LOWEST, Windows
 from baselines import BASELINES
 from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
-# where Bach's chorales are kept once parsed, which takes a minute
+# where Bach's chorales are kept once parsed, which takes a minute or two
 CHORALES = Path("runs/chorales.npz")
+# more than the study's: enough to be listened to
 STEPS = 1000
+CHECKPOINT = "checkpoint.pt"
+HELP = {
+    "steps": "updates",
+    "batch": "windows a step",
+    "bars": "of a window; default 16, of chorales 8",
+    "lr": "peak of the learning rate",
+    "position_lr": "times lr, for what encodings learn",
+    "seed": "of parameters, noise, windows and sampling",
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -43,10 +55,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "command", nargs="?", default="all", choices=("all", "train", "evaluate", "generate")
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/harmonize"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/harmonize"), help="folder; default %(default)s"
+    )
     parser.add_argument("--data", type=Path, help=".npz, folder of MIDI files; default chorales")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group("model, for train")
     model.add_argument(
         "--attention",
         default=Config.attention,
@@ -71,25 +85,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("dim", "heads", "layers"):
         model.add_argument(f"--{name}", type=int, default=getattr(Config, name))
     training = parser.add_argument_group("training")
-    for field in fields(Budget):
-        if field.name != "data":
-            kind = type(field.default)
-            name = f"--{field.name.replace('_', '-')}"
-            training.add_argument(name, type=kind, default=field.default)
-    training.set_defaults(steps=STEPS, bars=None)
-    training.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    training.add_argument("--overwrite", action="store_true", help="train anew, whatever is there")
+    defaults = {field.name: field.default for field in fields(Budget)}
+    for name, text in HELP.items():
+        default = {"steps": STEPS, "bars": None}.get(name, defaults[name])
+        text += "" if default is None else "; default %(default)s"
+        option, kind = f"--{name.replace('_', '-')}", type(defaults[name])
+        training.add_argument(option, type=kind, default=default, help=text)
+    again = training.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="train anew, whatever is there")
     generation = parser.add_argument_group("generation")
     generation.add_argument("--song", type=int, default=0, help="which of the test songs")
     generation.add_argument("--melody", type=Path, help="a MIDI file instead")
-    generation.add_argument("--first-bar", type=int, default=0)
+    generation.add_argument("--first-bar", type=int, default=0, help="of the song, from 0")
     generation.add_argument("--play-bars", type=int, default=16, help="to be harmonized")
-    generation.add_argument("--temperature", type=float, default=0.0, help="0: by the threshold")
+    generation.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default: all above the threshold"
+    )
     args = parser.parse_args(argv)
-    args.bars = args.bars or default_bars(args.data)
+    args.bars = default_bars(args.data) if args.bars is None else args.bars
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else "none"
-    args.prior = args.prior or default_prior(args.attention, args.pe)
+    if args.prior is None:
+        args.prior = default_prior(args.attention, args.pe)
     return args
 
 
@@ -120,76 +138,94 @@ def windows_of(songs: list[Song], config: Config) -> Windows:
     return Windows(songs, config.task, config.prior, chords=config.chords, labels=config.labels)
 
 
-def train(args: argparse.Namespace, songs: dict[str, list[Song]]) -> bool:
-    """Train, or go on; return whether the end was reached."""
-    names = {field.name for field in fields(Config)} & vars(args).keys()
-    config = Config(**{name: getattr(args, name) for name in names})
-    names = {field.name for field in fields(Budget)} & vars(args).keys()
-    data = args.data.name if args.data else "chorales"
-    budget = Budget(**{name: getattr(args, name) for name in names if name != "data"}, data=data)
-    trainer, path = Trainer(config, budget), args.out / "checkpoint.pt"
+def name_of(path: Path | None) -> str:
+    """Return the name of the songs, as checkpoints keep it."""
+    return path.name if path else "chorales"
+
+
+def prepare(args: argparse.Namespace) -> Trainer:
+    """Return the training of the options, from its beginning or from its checkpoint."""
+    made = [
+        {field.name: getattr(args, field.name) for field in fields(kind) if field.name in args}
+        for kind in (Config, Budget)
+    ]
+    trainer = Trainer(Config(**made[0]), Budget(**made[1] | {"data": name_of(args.data)}))
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / CHECKPOINT
     if args.resume:
         trainer.resume(path)
     elif path.exists() and not args.overwrite:
         raise ValueError(f"{path} exists: go on from it with train --resume, or --overwrite it")
+    return trainer
+
+
+def train(trainer: Trainer, songs: list[Song], out: Path) -> bool:
+    """Train to the end of the budget; return whether it was reached."""
     count = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{len(songs['train'])} songs of {data}, {count} parameters")
-    if trainer.train(windows_of(songs["train"], config), path):
+    print(f"{len(songs)} songs of {trainer.budget.data}, {count} parameters")
+    if trainer.train(windows_of(songs, trainer.config), out / CHECKPOINT):
         return True
     print(f"stopped at step {trainer.step}; go on with train --resume")
     return False
 
 
-def evaluate(args: argparse.Namespace, songs: dict[str, list[Song]]) -> None:
-    """Write metrics.json, of windows as long as those trained on and of four times as long."""
-    trainer = restore(args.out / "checkpoint.pt")
-    config, bars = trainer.config, trainer.budget.bars
-    threshold = evaluation.fit_threshold(trainer.model, windows_of(songs["train"], config), bars)
-    windows = windows_of(songs["test"], config)
-    found: dict = {"config": asdict(config), "budget": asdict(trainer.budget)}
-    found |= {"step": trainer.step, "threshold": threshold, "bars": {}}
-    for length in (bars, 4 * bars):
-        if not windows.starts(length):
-            print(f"no song to test on has {length} bars")
-            continue
-        found["bars"][length] = scores = evaluation.evaluate(
-            trainer.model, windows, length, threshold
+def finished(path: Path, data: Path | None) -> Trainer:
+    """Return the training of a checkpoint, which has come to its end."""
+    trainer = restore(path)
+    if trainer.threshold is None:
+        raise ValueError(
+            f"{path} is of step {trainer.step} of {trainer.budget.steps}: go on with train --resume"
         )
+    if trainer.budget.data != name_of(data):
+        print(f"trained on {trainer.budget.data}, now on {name_of(data)}")
+    return trainer
+
+
+def evaluate(trainer: Trainer, songs: list[Song], out: Path) -> None:
+    """Write metrics.json, of windows as long as those trained on and of four times as long."""
+    windows, bars = windows_of(songs, trainer.config), trainer.budget.bars
+    found: dict = {"config": asdict(trainer.config), "budget": asdict(trainer.budget)}
+    found |= {"step": trainer.step, "threshold": trainer.threshold, "bars": {}}
+    for length in (bars, 4 * bars):
+        try:
+            scores = evaluation.evaluate(trainer.model, windows, length, trainer.threshold)
+        except ValueError as error:
+            print(f"{length} bars: not evaluated: {error}")
+            continue
+        found["bars"][length] = scores
         print(f"{length} bars: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
-    (args.out / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
+    path = out / "metrics.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
-def generate(args: argparse.Namespace, songs: dict[str, list[Song]]) -> None:
+def generate(args: argparse.Namespace, trainer: Trainer, tests: list[Song]) -> None:
     """Write what the model plays to a melody it has not seen, as MIDI and as a picture."""
-    trainer = restore(args.out / "checkpoint.pt")
     if args.melody:
-        test, i, name = [midi.read(args.melody, accompanied=False)], 0, args.melody.stem
-    elif 0 <= args.song < len(songs["test"]):
-        test, i, name = songs["test"], args.song, f"song-{args.song}"
-    else:
-        raise ValueError(f"song must be 0 to {len(songs['test']) - 1}, got {args.song}")
-    song = test[i]
+        if trainer.config.labels == "another":
+            raise ValueError("melody must not be given to a model of another song's labels")
+        tests, args.song = [midi.read(args.melody, accompanied=False)], 0
+    if not 0 <= args.song < len(tests):
+        raise ValueError(f"song must be 0 to {len(tests) - 1}, got {args.song}")
+    song = tests[args.song]
     if not 0 <= args.first_bar < song.num_bars:
         raise ValueError(f"first-bar must be 0 to {song.num_bars - 1}, got {args.first_bar}")
+    if args.play_bars < 1:
+        raise ValueError(f"play-bars must be 1 or more, got {args.play_bars}")
     bars = min(args.play_bars, song.num_bars - args.first_bar)
-    windows = windows_of(test, trainer.config)
-    logits = evaluation.logits_of(trainer.model, windows, [(i, args.first_bar)], bars)[0]
-    if args.temperature:
-        torch.manual_seed(args.seed)
-        said = torch.bernoulli((logits / args.temperature).sigmoid()) > 0
-    else:
-        of = windows_of(songs["train"], trainer.config)
-        threshold = evaluation.fit_threshold(trainer.model, of, trainer.budget.bars)
-        said = torch.stack((logits[:, 0].sigmoid() > threshold, logits[:, 1] > 0), 1)
+    start = args.song, args.first_bar
+    logits = evaluation.logits_of(trainer.model, windows_of(tests, trainer.config), [start], bars)
+    coins = torch.Generator().manual_seed(args.seed)
+    sampler = decoding.Sampler(trainer.threshold, args.temperature, generator=coins)
+    said = [torch.zeros(1, 2, KEYS, dtype=torch.bool)]
+    for at_step in logits.unbind(1):
+        said.append(sampler(at_step, said[-1][:, 0]))
+    sounding, struck = (widened(x) for x in torch.cat(said[1:]).unbind(1))
     cut = song.cut(args.first_bar, bars)
-    sounding, struck = (widened(x) for x in said.unbind(1))
+    name = f"{args.melody.stem}-harmonized" if args.melody else f"song-{args.song}"
     path = args.out / f"{name}.mid"
-    midi.write(
-        path,
-        {"melody": cut.roll(MELODY), "accompaniment": sounding},
-        {"melody": cut.onsets(MELODY), "accompaniment": struck & sounding},
-        song.bpm,
-    )
+    parts = {"melody": cut.roll(MELODY), "accompaniment": sounding}
+    midi.write(path, parts, {"melody": cut.onsets(MELODY), "accompaniment": struck}, song.bpm)
     rolls = {"melody": cut.roll(MELODY), "truth": cut.roll(ACCOMPANIMENT), "generated": sounding}
     if args.melody:
         del rolls["truth"]
@@ -204,22 +240,38 @@ def widened(keys: torch.Tensor) -> np.ndarray:
     return roll
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command, or all of them; return 1 if it could not be, 130 after Ctrl-C."""
-    args = parse(argv)
-    torch.set_num_threads(args.threads)
+def run(args: argparse.Namespace) -> int:
+    """Run a command, or all of them; return the exit status."""
+    trained = args.command in ("all", "train")
+    trainer = prepare(args) if trained else finished(args.out / CHECKPOINT, args.data)
+    songs = load_songs(args.data)
+    if trained and not train(trainer, songs["train"], args.out):
+        return 130
+    if args.command in ("all", "evaluate"):
+        evaluate(trainer, songs["test"], args.out)
+    if args.command in ("all", "generate"):
+        generate(args, trainer, songs["test"])
+    return 0
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Return the exit status of a program: 1 with a line for what is wrong, 130 after Ctrl-C."""
     try:
-        songs = load_songs(args.data)
-        if args.command in ("all", "train") and not train(args, songs):
-            return 130
-        if args.command in ("all", "evaluate"):
-            evaluate(args, songs)
-        if args.command in ("all", "generate"):
-            generate(args, songs)
-    except (ValueError, ImportError) as error:
+        if args.threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {args.threads}")
+        torch.set_num_threads(args.threads)
+        return run(args)
+    except (ValueError, ImportError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program."""
+    return guarded(run, parse(argv))
 
 
 if __name__ == "__main__":

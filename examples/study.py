@@ -2,7 +2,7 @@
 
     python examples/study.py                         on Bach's chorales
     python examples/study.py --data pop909_dev.npz --jobs 2
-    python examples/study.py --rows none fstripe-bin --steps 30 --seeds 1      a trial
+    python examples/study.py --rows none fstripe-bin --steps 30 --seeds 0      a trial
 
 Writes study.jsonl, one line a training (those found there are not repeated, so that a study that
 was cut off goes on), study.md with means over seeds and differences seed by seed, and study.png.
@@ -18,11 +18,11 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from harmonize import default_bars, load_songs, windows_of
+from harmonize import default_bars, guarded, load_songs, name_of, windows_of
 from tqdm import tqdm
 
 from music import evaluation, findings
@@ -37,13 +37,13 @@ def run(name: str, budget: Budget, data: Path | None) -> dict:
     songs = load_songs(data)
     seen, unseen = (windows_of(songs[part], config) for part in ("train", "test"))
     trainer = Trainer(config, budget)
-    trainer.train(seen, quiet=True)
+    if not trainer.train(seen, quiet=True):
+        raise KeyboardInterrupt
     trained = time.monotonic()
-    threshold = evaluation.fit_threshold(trainer.model, seen, budget.bars)
     record = {"row": name, "config": asdict(config), "budget": asdict(budget)}
     record |= {"songs": {part: len(songs[part]) for part in songs}, "torch": torch.__version__}
     record["bars"] = {
-        bars: evaluation.evaluate(trainer.model, unseen, bars, threshold)
+        bars: evaluation.evaluate(trainer.model, unseen, bars, trainer.threshold)
         for bars in (budget.bars, 4 * budget.bars)
         if unseen.starts(bars)
     }
@@ -51,57 +51,80 @@ def run(name: str, budget: Budget, data: Path | None) -> dict:
     return record | {"seconds": {key: round(x, 1) for key, x in seconds.items()}}
 
 
-def key_of(record: dict) -> tuple:
-    """Return what makes a training the same as another."""
-    parts = (record[name] for name in ("row", "config", "budget"))
-    return tuple(json.dumps(part, sort_keys=True) for part in parts)
+def read(file: Path, budget: Budget) -> dict[tuple[str, int], dict]:
+    """Return the records of a budget, whatever its seed, and of rows as they are now."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = {}
+    for record in map(json.loads, lines):
+        name, seed = record["row"], record["budget"]["seed"]
+        same = name in ROWS and record["config"] == asdict(ROWS[name].config)
+        if same and record["budget"] == asdict(replace(budget, seed=seed)):
+            found[name, seed] = record
+    return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what is not in the file yet, and write table and plot; 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="as in harmonize.py; default chorales")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=Budget.steps)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
-    args = parser.parse_args(argv)
+def train(args: argparse.Namespace, file: Path, budget: Budget) -> bool:
+    """Run and write what is not in the file; return whether all trainings came to an end."""
+    done, good = read(file, budget), True
+    wanted = [(name, seed) for seed in args.seeds for name in args.rows]
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.jobs, mp_context=spawn)
     try:
-        load_songs(args.data)  # the chorales are parsed once
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        running = {
+            pool.submit(run, name, replace(budget, seed=seed), args.data): (name, seed)
+            for name, seed in wanted
+            if (name, seed) not in done
+        }
+        for future in tqdm(as_completed(running), total=len(running), unit="training"):
+            try:
+                record = future.result()
+            except ArithmeticError as error:
+                print(f"{running[future]}: {error}", file=sys.stderr)
+                good = False
+                continue
+            with file.open("a") as out:
+                out.write(json.dumps(record) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return good
+
+
+def study(args: argparse.Namespace) -> int:
+    """Train what is missing and tell what was found; return the exit status."""
+    load_songs(args.data)  # the chorales are parsed once, and errors are one line
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "study.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    data = args.data.name if args.data else "chorales"
-    jobs = [
-        (name, Budget(steps=args.steps, seed=seed, data=data, bars=default_bars(args.data)))
-        for seed in args.seeds
-        for name in args.rows
-    ]
-    done = {key_of(record) for record in records}
-    jobs = [
-        (name, budget)
-        for name, budget in jobs
-        if key_of({"row": name, "config": asdict(ROWS[name].config), "budget": asdict(budget)})
-        not in done
-    ]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool, file.open("a") as out:
-        running = [pool.submit(run, name, budget, args.data) for name, budget in jobs]
-        for future in tqdm(as_completed(running), total=len(running), unit="training"):
-            out.write(json.dumps(future.result()) + "\n")
-            out.flush()
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    budget = Budget(steps=args.steps, data=name_of(args.data), bars=default_bars(args.data))
+    good = train(args, file, budget)
+    records = list(read(file, budget).values())
     text = f"{findings.report(records)}\n"
     print(text)
     file.with_suffix(".md").write_text(text)
     findings.plot(records, file.with_suffix(".png"))
-    return 0
+    return int(not good)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; return 1 if a training failed, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="as in harmonize.py; default chorales")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        metavar="ROW",
+        default=list(ROWS),
+        help=f"of {', '.join(ROWS)}",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="their numbers")
+    parser.add_argument("--steps", type=int, default=Budget.steps, help="of each training")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
+    args = parser.parse_args(argv)
+    args.threads = 1
+    return guarded(study, args)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 import importlib
 import json
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from songs import corpus, save_songs, song_of_chords
+from songs import corpus, module, save_songs, song_of_chords
 
 from music import evaluation, findings, training, windows
 from music.model import ADDED, ENCODINGS, Config, Model, nats
+from music.rows import ROWS
 from music.training import Budget, Trainer
 from music.windows import Windows
 
@@ -96,7 +97,8 @@ def _kinds():
     yield pytest.param({"pe": "rope", "prior": "time", "attention": "softmax"}, id="softmax-rope")
     for name, baseline in BASELINES.items():
         if baseline.causal:
-            options = {"attention": name, "pe": "none", "prior": "rep"}
+            prior = "rep" if baseline.structured else "time"
+            options = {"attention": name, "pe": "none", "prior": prior}
             yield pytest.param(options, id=name)
 
 
@@ -140,6 +142,12 @@ def test_nats_are_bits_of_the_keys():
         ({"pe": "ape"}, "prior must be 'time' with pe ape, got 'bin'"),
         ({"pe": "spe"}, "prior must be one number with pe spe, got 'bin'"),
         ({"heads": 3}, "heads divide dim, got 16, 3 and 2"),
+        ({"pe": "none"}, "prior must be 'time' where nothing takes it, .* got 'bin'"),
+        (
+            {"attention": "shaw", "pe": "none", "prior": "time", "feature_map": "favor"},
+            "feature_map is of linear attention: .* got 'favor'",
+        ),
+        ({"pe": "rope", "dim": 6}, "dim / heads must be even with pe rope, got 6 / 2"),
         ({"feature_map": "sin"}, "feature_map must be one of favor, .*, got 'sin'"),
     ],
 )
@@ -280,12 +288,78 @@ def test_commands(tmp_path, capsys):
     assert f"was made with {was}, got {now}" in error
     code, text, _ = _run(capsys, "train", *options, "--resume")
     assert code == 0
-    code, _, error = _run(capsys, "generate", *options, "--song", 2)
+    for bad, message in (
+        (["--song", 2], "song must be 0 to 1, got 2"),
+        (["--first-bar", 20], "first-bar must be 0 to 19, got 20"),
+        (["--play-bars", 0], "play-bars must be 1 or more, got 0"),
+        (["--temperature", -1], "temperature must be 0 or more, got -1.0"),
+        (["--threads", 0], "threads must be 1 or more, got 0"),
+        (["--melody", data], "songs.npz: broken, or not a MIDI file"),
+        (["--out", tmp_path / "none"], "does not exist; train first"),
+    ):
+        code, _, error = _run(capsys, "generate", *options, *bad)
+        assert code == 1
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_melody_stays_as_it_is(tmp_path, capsys):
+    """Written beside it; and what was trained on other songs says so."""
+    data, out = save_songs(tmp_path / "songs.npz"), tmp_path / "run"
+    options = ["--out", out, "--threads", 1]
+    small = ["--steps", 1, "--batch", 1, "--bars", 2, "--dim", 16, "--heads", 2]
+    assert _run(capsys, "train", "--data", data, *small, *options)[0] == 0
+    module("midi").write(out / "mine.mid", {"melody": song_of_chords(9).roll(corpus.MELODY)})
+    before = (out / "mine.mid").read_bytes()
+    other = save_songs(tmp_path / "others.npz")
+    code, text, _ = _run(
+        capsys, "generate", "--data", other, "--melody", out / "mine.mid", *options
+    )
+    assert code == 0
+    assert "trained on songs.npz, now on others.npz" in text
+    assert (out / "mine.mid").read_bytes() == before
+    assert module("midi").read(out / "mine-harmonized.mid").num_bars >= 1
+    # and it is not trained anew unless that is asked for
+    code, _, error = _run(capsys, "train", "--data", data, *small, *options)
     assert code == 1
-    assert error == "error: song must be 0 to 1, got 2\n"
-    code, _, error = _run(capsys, "evaluate", *options[:2], "--out", tmp_path / "none")
+    assert "exists: go on from it with train --resume, or --overwrite it" in error
+    assert _run(capsys, "train", "--overwrite", "--data", data, *small, *options)[0] == 0
+
+
+def test_unfinished_trainings_are_not_judged(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run" / "checkpoint.pt"
+    _trained(7, path, stop=3, monkeypatch=monkeypatch)
+    code, _, error = _run(capsys, "evaluate", "--out", path.parent)
     assert code == 1
-    assert "does not exist; train first" in error
+    assert "is of step 4 of 7: go on with train --resume" in error
+
+
+def test_a_loss_that_is_not_finite_ends_the_program(tmp_path, capsys):
+    data = save_songs(tmp_path / "songs.npz")
+    options = ["--steps", 9, "--batch", 1, "--bars", 2, "--dim", 16, "--heads", 2, "--lr", 1e30]
+    code, _, error = _run(capsys, "train", "--data", data, "--out", tmp_path / "run", *options)
+    assert code == 1
+    assert "error: the loss of step" in error
+
+
+def test_phrases_must_be_known():
+    song = song_of_chords()
+    unknown = replace(song, phrase=np.full(song.num_bars, -1))
+    Windows([unknown, song], "harmonize", "phrase")
+    with pytest.raises(ValueError, match="whose phrases are not known"):
+        Windows([unknown], "harmonize", "time+phrase")
+
+
+def test_studies_of_other_budgets_are_apart(tmp_path):
+    study, file = importlib.import_module("study"), tmp_path / "study.jsonl"
+    budget = Budget(steps=5, data="x")
+    of = {"row": "none", "config": asdict(ROWS["none"].config), "bars": {}}
+    others = [replace(budget, steps=6), replace(budget, data="y"), replace(budget, seed=2), budget]
+    records = [of | {"budget": asdict(other)} for other in others]
+    records.append(records[-1] | {"config": records[-1]["config"] | {"dim": 64}})
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert set(study.read(file, budget)) == {("none", 0), ("none", 2)}
 
 
 def test_study(tmp_path, capsys):

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import metrics
 from .model import Model, nats
 from .windows import Windows, batched
+from corpus import BAR
 
 # tokens of a batch, which bounds the memory
 _TOKENS = 2048
@@ -18,12 +19,24 @@ _TOKENS = 2048
 def logits_of(model: Model, windows: Windows, starts: list[tuple[int, int]], bars: int) -> Tensor:
     """Return the logits of windows, [N, T, 2, 88]."""
     model.eval()
-    size = max(1, _TOKENS // (16 * bars))
+    size = max(1, _TOKENS // (BAR * bars))
     parts = []
     for i in range(0, len(starts), size):
         batch = batched([windows.window(*start, bars) for start in starts[i : i + size]])
         parts.append(model(batch.inputs, batch.positions)[0])
     return torch.cat(parts)
+
+
+def starts_of(windows: Windows, bars: int) -> list[tuple[int, int]]:
+    """Return the windows side by side in every song.
+
+    Raises:
+        ValueError: no song has as many bars.
+    """
+    starts = windows.starts(bars)
+    if not starts:
+        raise ValueError(f"a song of at least {bars} bars is needed, and there is none")
+    return starts
 
 
 def targets_of(windows: Windows, starts: list[tuple[int, int]], bars: int) -> Tensor:
@@ -40,7 +53,7 @@ def fit_threshold(model: Model, windows: Windows, bars: int, count: int = 64) ->
         bars: Of a window.
         count: Windows to look at, spread over the songs.
     """
-    starts = windows.starts(bars)
+    starts = starts_of(windows, bars)
     starts = [
         starts[i] for i in np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
     ]
@@ -65,9 +78,7 @@ def evaluate(model: Model, windows: Windows, bars: int, threshold: float) -> dic
     Raises:
         ValueError: no song has as many bars.
     """
-    starts = windows.starts(bars)
-    if not starts:
-        raise ValueError(f"a song of at least {bars} bars is needed, and there is none")
+    starts = starts_of(windows, bars)
     logits, target = logits_of(model, windows, starts, bars), targets_of(windows, starts, bars)
     sounding, struck = (x.mean().item() for x in nats(logits, target))
     said = logits[:, :, 0].sigmoid().numpy() > threshold

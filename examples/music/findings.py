@@ -134,7 +134,7 @@ def claims(records: list[dict]) -> str:
                 verdict = "holds" if min(gains) >= least else "DOES NOT HOLD"
                 lines.append(
                     f"- {ROWS[name].label} against {ROWS[other].label}, {bars} bars: at least "
-                    f"{min(gains):.3f} less in {len(gains)} seeds; {least} {verdict}"
+                    f"{min(gains):.3f} less in each of {len(gains)}; {least} {verdict}"
                 )
     return "\n".join(lines)
 
@@ -156,7 +156,8 @@ def beside(records: list[dict]) -> str:
         if plain:
             best = min(plain, key=means.get)
             given.insert(0, f"best without chords: {ROWS[best].label} {means[best]:.3f}")
-        lines.append(f"- {bars} bars, {', '.join(given)}")
+        if given:
+            lines.append(f"- {bars} bars, {', '.join(given)}")
     return "\n".join(lines)
 
 

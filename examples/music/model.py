@@ -106,6 +106,21 @@ class Config:
                 f"pe must be one of {', '.join((*ADDED, *allowed))} with attention "
                 f"{self.attention}, got {self.pe!r}"
             )
+        of_structure = self.attention in BASELINES and BASELINES[self.attention].structured
+        if self.pe == "none" and self.prior != "time" and not of_structure:
+            raise ValueError(
+                f"prior must be 'time' where nothing takes it, with pe none and attention "
+                f"{self.attention}, got {self.prior!r}"
+            )
+        if self.attention != "linear" and self.feature_map != type(self).feature_map:
+            raise ValueError(
+                f"feature_map is of linear attention: it must be {type(self).feature_map} with "
+                f"attention {self.attention}, got {self.feature_map!r}"
+            )
+        if self.pe in ("rope", "ropepool") and self.dim // self.heads % 2:
+            raise ValueError(
+                f"dim / heads must be even with pe {self.pe}, got {self.dim} / {self.heads}"
+            )
         if self.pe in _OF_TIME and self.prior != "time":
             raise ValueError(f"prior must be 'time' with pe {self.pe}, got {self.prior!r}")
         if self.pe in ("spe", "spe-exact") and num_levels(self.prior) > 1:

@@ -124,7 +124,7 @@ def _draw_roll(axis: Axes, roll: np.ndarray, low: int, high: int) -> None:
     change = np.diff(padded, axis=0).T  # [128, T + 1]: a run of a pitch begins at 1, ends at -1
     (pitch, start), (_, stop) = np.nonzero(change == 1), np.nonzero(change == -1)
     spans = zip(pitch, start, stop, strict=True)
-    # a little short, so that what follows on the same key stands apart
+    # a little short; what is struck again at once is one with what came before, as rolls have it
     notes = [_box(a, b - 0.12, p - 0.5, p + 0.5) for p, a, b in spans]
     axis.add_collection(PolyCollection(notes, facecolors=_COLORS[pitch % 12], zorder=3))
     axis.set_ylim(low - 0.5, high - 0.5)

@@ -20,7 +20,7 @@ class Row:
     config: Config
 
 
-ENCODINGS = {"rope": "RoPE", "spe": "SineSPE", "fstripe": "F-StrIPE", "ropepool": "RoPEPool"}
+LABELS = {"rope": "RoPE", "spe": "SineSPE", "fstripe": "F-StrIPE", "ropepool": "RoPEPool"}
 STRUCTURE = ("rep", "key", "bin")
 
 
@@ -35,7 +35,7 @@ def make_rows() -> dict[str, Row]:
     add("ape-time", "APE, time", "ape", "time")
     for prior in STRUCTURE:
         add(f"ape-{prior}", f"APE, {prior}", "sape", prior)
-    for pe, label in ENCODINGS.items():
+    for pe, label in LABELS.items():
         for prior in ("time", *STRUCTURE):
             # SPE of vectors is what the paper calls F-StrIPE:SFF
             kind = "fstripe-sff" if (pe, prior) == ("spe", "bin") else pe

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .evaluation import fit_threshold
 from .model import Config, Model, nats
 from .windows import Window, Windows
 
@@ -46,6 +47,8 @@ class Budget:
         for name in ("steps", "batch", "bars", "lr", "position_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
 
 
 class Trainer:
@@ -76,6 +79,8 @@ class Trainer:
             self.optimizer, lambda step: _warm_cosine(step, budget.steps)
         )
         self.step, self.losses = 0, []
+        # probability above which a key sounds, known at the end
+        self.threshold: float | None = None
 
     def update(self, window: Window) -> float:
         """Take one step on a batch; return its loss in nats a sixteenth."""
@@ -98,8 +103,11 @@ class Trainer:
 
         Args:
             windows: To train on.
-            checkpoint: Written every 50 steps and at the end, however that comes.
+            checkpoint: Written every 50 steps, at the end, and where it is stopped.
             quiet: Show no progress.
+
+        Raises:
+            ArithmeticError: the loss is not finite.
         """
         b = self.budget
         progress = tqdm(
@@ -115,6 +123,8 @@ class Trainer:
                 progress.update()
                 if checkpoint and self.step % 50 == 0:
                     self.save(checkpoint)
+        if self.step == b.steps:
+            self.threshold = fit_threshold(self.model, windows, b.bars)
         if checkpoint:
             self.save(checkpoint)
         return self.step == b.steps
@@ -124,7 +134,7 @@ class Trainer:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         content = {"config": asdict(self.config), "budget": asdict(self.budget)}
-        content |= {"step": self.step, "losses": self.losses}
+        content |= {name: getattr(self, name) for name in _NUMBERS}
         content |= {name: getattr(self, name).state_dict() for name in _PARTS}
         torch.save(content, part)
         os.replace(part, path)
@@ -144,12 +154,14 @@ class Trainer:
                 ", ".join(f"{key} = {x.get(key)!r}" for key in others) for x in (was, wanted)
             )
             raise ValueError(f"{path} was made with {made}, got {got}")
-        self.step, self.losses = content["step"], content["losses"]
+        for name in _NUMBERS:
+            setattr(self, name, content[name])
         for name in _PARTS:
             getattr(self, name).load_state_dict(content[name])
 
 
 _PARTS = ("model", "optimizer", "schedule")
+_NUMBERS = ("step", "losses", "threshold")
 
 
 def read(path: Path) -> dict:
@@ -162,9 +174,10 @@ def read(path: Path) -> dict:
         raise ValueError(f"checkpoint {path} does not exist; train first")
     try:
         content = torch.load(path, weights_only=True)
-        known = content.keys() >= {"config", "budget", "step", "losses", *_PARTS}
+        known = content.keys() >= {"config", "budget", *_NUMBERS, *_PARTS}
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint: {error}".splitlines()[0]) from error
+        # torch's message would advise to load it without a check
+        raise ValueError(f"{path} is no checkpoint of this program") from error
     if not known:
         raise ValueError(f"{path} is no checkpoint of this program")
     return content
@@ -173,7 +186,11 @@ def read(path: Path) -> dict:
 def restore(path: Path) -> Trainer:
     """Return the training that a checkpoint holds."""
     content = read(path)
-    trainer = Trainer(Config(**content["config"]), Budget(**content["budget"]))
+    try:
+        made = Config(**content["config"]), Budget(**content["budget"])
+    except TypeError as error:
+        raise ValueError(f"{path} is of another version: {error}") from error
+    trainer = Trainer(*made)
     trainer.resume(path)
     return trainer
 

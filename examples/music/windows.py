@@ -92,11 +92,12 @@ class Windows:
     ) -> None:
         if task not in ("harmonize", "next"):
             raise ValueError(f"task must be 'harmonize' or 'next', got {task!r}")
-        split(priors)
         if labels not in ("own", "another"):
             raise ValueError(f"labels must be 'own' or 'another', got {labels!r}")
         if labels == "another" and len(songs) < 2:
             raise ValueError(f"labels of another song need two songs, got {len(songs)}")
+        if "phrase" in split(priors) and not any((song.phrase >= 0).any() for song in songs):
+            raise ValueError("prior must not be phrase for songs whose phrases are not known")
         self.songs, self.task, self.priors = songs, task, priors
         self.chords, self.labels = chords, labels
         self._rolls = [_rolls(song, task) for song in songs]
