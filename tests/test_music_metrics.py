@@ -75,17 +75,6 @@ def test_f1_by_hand():
     assert metrics.f1(_roll(4), _roll(4)) == 100
 
 
-def test_nll_by_hand():
-    truth = _roll(2, (0, 1, 60))
-    logits = np.zeros((2, 128))
-    assert metrics.nll(logits, truth) == pytest.approx(128 * np.log(2), rel=1e-12)
-    sure = np.where(truth, 1000.0, -1000.0)
-    assert metrics.nll(sure, truth) == 0
-    assert metrics.nll(-sure, truth) == 128 * 1000
-    # float32 logits lose nothing in the sum
-    assert metrics.nll(logits.astype(np.float32), truth) == metrics.nll(logits, truth)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_identity(seed):
     roll = _music(seed)
@@ -144,7 +133,7 @@ def test_bad_rolls(score):
         score(roll[:0], roll[:0])
 
 
-def test_bad_units_and_logits():
+def test_bad_units():
     roll = _music()
     with pytest.raises(
         ValueError, match="rolls must have a multiple of 8 steps and a pitch, got 7"
@@ -152,7 +141,3 @@ def test_bad_units_and_logits():
         metrics.chroma_similarity(roll[:7], roll[:7])
     with pytest.raises(ValueError, match="unit must be at least 1, got 0"):
         metrics.ssm_distance(roll, roll, unit=0)
-    with pytest.raises(ValueError, match="logits must be a float array, got bool"):
-        metrics.nll(roll, roll)
-    with pytest.raises(ValueError, match="logits must have truth's shape"):
-        metrics.nll(np.zeros((4, 128)), roll)

@@ -1,4 +1,4 @@
-"""Scores of generated music beside the true one: the StrIPE papers' four, F1, and likelihood.
+"""Scores of generated music beside the true one: the StrIPE papers' four, and F1.
 
 The four are those of arXiv 2502.10491 and 2504.05364. The papers describe them in words; the
 definitions here are those of the code that the same author published for StrIPE (ICASSP 2024,
@@ -115,26 +115,6 @@ def f1(generated: np.ndarray, truth: np.ndarray) -> float:
     _check(generated, truth)
     sounding = int(generated.sum() + truth.sum())
     return 200 * float((generated & truth).sum()) / sounding if sounding else 100.0
-
-
-def nll(logits: np.ndarray, truth: np.ndarray) -> float:
-    """Return the negative log likelihood of a roll under independent cells, in nats a sixteenth.
-
-    Args:
-        logits: Log odds that a cell sounds, float [T, P].
-        truth: Bool [T, P], T at least 1.
-    Returns:
-        The mean over T of the sum over P of log(1 + e^l) - l x, lower is better.
-    Raises:
-        ValueError: the arrays are not as above or not of one shape.
-    """
-    if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
-        raise ValueError(f"logits must be a float array, got {_describe(logits)}")
-    _check(truth, truth)
-    if logits.shape != truth.shape:
-        raise ValueError(f"logits must have truth's shape {truth.shape}, got {logits.shape}")
-    cells = np.logaddexp(0, logits.astype(np.float64)) - logits * truth
-    return float(cells.sum(1).mean())
 
 
 def scores(generated: np.ndarray, truth: np.ndarray) -> dict[str, float]:
