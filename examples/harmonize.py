@@ -15,6 +15,7 @@ melody of yours, under chords estimated from it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from music import decoding, evaluation, midi, pictures, sources
-from music.model import ADDED, ENCODINGS, MAPS, Config
+from music.model import ADDED, ENCODINGS, MAPS, Config, variant
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
 
@@ -108,6 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.pe = Config.pe if args.attention == "linear" else "none"
     if args.prior is None:
         args.prior = default_prior(args.attention, args.pe)
+    with contextlib.suppress(ValueError):  # of a prior that is none; Config says so
+        args.pe = variant(args.pe, args.prior)
     return args
 
 
@@ -161,9 +164,12 @@ def prepare(args: argparse.Namespace) -> Trainer:
 
 def train(trainer: Trainer, songs: list[Song], out: Path) -> bool:
     """Train to the end of the budget; return whether it was reached."""
-    count = sum(p.numel() for p in trainer.model.parameters())
+    config, count = trainer.config, sum(p.numel() for p in trainer.model.parameters())
+    print(f"attention {config.attention}, pe {config.pe}, prior {config.prior}")
+    if not trainer.model.positioned:
+        print("nothing in this model takes positions: the prior has no effect")
     print(f"{len(songs)} songs of {trainer.budget.data}, {count} parameters")
-    if trainer.train(windows_of(songs, trainer.config), out / CHECKPOINT):
+    if trainer.train(windows_of(songs, config), out / CHECKPOINT):
         return True
     print(f"stopped at step {trainer.step}; go on with train --resume")
     return False

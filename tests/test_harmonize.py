@@ -142,7 +142,6 @@ def test_nats_are_bits_of_the_keys():
         ({"pe": "ape"}, "prior must be 'time' with pe ape, got 'bin'"),
         ({"pe": "spe"}, "prior must be one number with pe spe, got 'bin'"),
         ({"heads": 3}, "heads divide dim, got 16, 3 and 2"),
-        ({"pe": "none"}, "prior must be 'time' where nothing takes it, .* got 'bin'"),
         (
             {"attention": "shaw", "pe": "none", "prior": "time", "feature_map": "favor"},
             "feature_map is of linear attention: .* got 'favor'",

@@ -106,12 +106,6 @@ class Config:
                 f"pe must be one of {', '.join((*ADDED, *allowed))} with attention "
                 f"{self.attention}, got {self.pe!r}"
             )
-        of_structure = self.attention in BASELINES and BASELINES[self.attention].structured
-        if self.pe == "none" and self.prior != "time" and not of_structure:
-            raise ValueError(
-                f"prior must be 'time' where nothing takes it, with pe none and attention "
-                f"{self.attention}, got {self.prior!r}"
-            )
         if self.attention != "linear" and self.feature_map != type(self).feature_map:
             raise ValueError(
                 f"feature_map is of linear attention: it must be {type(self).feature_map} with "
@@ -128,6 +122,13 @@ class Config:
                 f"prior must be one number with pe {self.pe}, got {self.prior!r}; SPE of vectors "
                 "is fstripe-sff"
             )
+
+
+def variant(pe: str, prior: str) -> str:
+    """Return what a name stands for: APE of structure is S-APE, SPE of vectors F-StrIPE:SFF."""
+    if pe == "ape" and any(structural_levels(prior)):
+        return "sape"
+    return "fstripe-sff" if pe == "spe" and num_levels(prior) > 1 else pe
 
 
 def make_encoding(config: Config) -> fastpe.PositionalEncoding | None:
@@ -204,6 +205,9 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        structured = config.attention in BASELINES and BASELINES[config.attention].structured
+        # whether it takes positions at all
+        self.positioned = config.pe != "none" or structured
         self.embedding = nn.Linear(input_size(config.chords), config.dim)
         self.added = ADDED.get(config.pe, ADDED["none"])(config.dim, num_levels(config.prior))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

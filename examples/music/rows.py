@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .model import Config
+from .model import Config, variant
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,13 @@ class Row:
     config: Config
 
 
-LABELS = {"rope": "RoPE", "spe": "SineSPE", "fstripe": "F-StrIPE", "ropepool": "RoPEPool"}
+LABELS = {
+    "ape": "APE",
+    "rope": "RoPE",
+    "spe": "SineSPE",
+    "fstripe": "F-StrIPE",
+    "ropepool": "RoPEPool",
+}
 STRUCTURE = ("rep", "key", "bin")
 
 
@@ -29,17 +35,13 @@ def make_rows() -> dict[str, Row]:
     rows: dict[str, Row] = {}
 
     def add(name: str, label: str, pe: str, prior: str) -> None:
-        rows[name] = Row(label, Config(pe=pe, prior=prior, feature_map="favor"))
+        config = Config(pe=variant(pe, prior), prior=prior, feature_map="favor")
+        rows[name] = Row(label, config)
 
     add("none", "none", "none", "time")
-    add("ape-time", "APE, time", "ape", "time")
-    for prior in STRUCTURE:
-        add(f"ape-{prior}", f"APE, {prior}", "sape", prior)
     for pe, label in LABELS.items():
         for prior in ("time", *STRUCTURE):
-            # SPE of vectors is what the paper calls F-StrIPE:SFF
-            kind = "fstripe-sff" if (pe, prior) == ("spe", "bin") else pe
-            add(f"{pe}-{prior}", f"{label}, {prior}", kind, prior)
+            add(f"{pe}-{prior}", f"{label}, {prior}", pe, prior)
     for prior in ("rep", "bin"):
         add(f"fstripe-pooled-{prior}", f"F-StrIPE pooled, {prior}", "fstripe-pooled", prior)
 
