@@ -166,8 +166,8 @@ def train(trainer: Trainer, songs: list[Song], out: Path) -> bool:
     """Train to the end of the budget; return whether it was reached."""
     config, count = trainer.config, sum(p.numel() for p in trainer.model.parameters())
     print(f"attention {config.attention}, pe {config.pe}, prior {config.prior}")
-    if not trainer.model.positioned:
-        print("nothing in this model takes positions: the prior has no effect")
+    if config.prior != "time" and not trainer.model.positioned:
+        print("this model is given no positions: the prior has no effect")
     print(f"{len(songs)} songs of {trainer.budget.data}, {count} parameters")
     if trainer.train(windows_of(songs, config), out / CHECKPOINT):
         return True
