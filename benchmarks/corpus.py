@@ -9,8 +9,9 @@ chord_per_beat / beat_ptr: index into chord_root and chord_mask (bit p: pitch cl
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -73,22 +74,16 @@ class Song:
 
     def roll(self, *tracks: int) -> np.ndarray:
         """Return what sounds in the tracks (default all), bool [num_steps, 128]."""
-        return self._draw(tracks, onset=False)
+        return self.rolls(*tracks)[0]
 
     def onsets(self, *tracks: int) -> np.ndarray:
         """Return what is struck in the tracks (default all), bool [num_steps, 128]."""
-        return self._draw(tracks, onset=True)
+        return self.rolls(*tracks)[1]
 
-    def _draw(self, tracks: tuple[int, ...], onset: bool) -> np.ndarray:
-        roll = np.zeros((self.num_steps, PITCHES), dtype=bool)
-        for track, step, steps, pitch in self.notes:
-            if (tracks and track not in tracks) or not 0 <= pitch < PITCHES:
-                continue
-            if not onset and step + steps > 0:
-                roll[max(step, 0) : step + steps, pitch] = True
-            elif onset and 0 <= step < self.num_steps:
-                roll[step, pitch] = True
-        return roll
+    def rolls(self, *tracks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return both, `roll` and `onsets`."""
+        inside = np.isin(self.notes[:, 0], tracks) if tracks else slice(None)
+        return draw(self.notes[inside, 1:], self.num_steps)
 
     def positions(self, prior: str) -> np.ndarray:
         """Return the position of each step under a prior, int [num_steps], "bin" [num_steps, 12].
@@ -131,6 +126,29 @@ class Song:
             self.bpm,
             self.split,
         )
+
+
+def draw(notes: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what sounds and what is struck, bool [num_steps, 128] each.
+
+    Args:
+        notes: int [N, 3]: first step, number of steps, MIDI pitch; what lies outside is cut off.
+        num_steps: Length of the rolls.
+    """
+    roll, onset = np.zeros((2, num_steps, PITCHES), dtype=bool)
+    for step, steps, pitch in notes:
+        if step + steps > 0 and 0 <= pitch < PITCHES:
+            roll[max(step, 0) : step + steps, pitch] = True
+            if 0 <= step < num_steps:
+                onset[step, pitch] = True
+    return roll, onset
+
+
+def runs(labels: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the begin and end of each run of equal rows of [N] or [N, ...]."""
+    flat = np.asarray(labels).reshape(len(labels), -1)
+    edges = np.flatnonzero((flat[1:] != flat[:-1]).any(1)) + 1
+    yield from itertools.pairwise([0, *edges.tolist(), len(flat)])
 
 
 def by_first_appearance(labels: Iterable[Hashable]) -> np.ndarray:
@@ -220,7 +238,8 @@ def save(songs: Sequence[Song], path: Path | str) -> None:
         masks = song.chroma @ (1 << np.arange(12))
         pairs = zip(song.root.tolist(), masks.tolist(), strict=True)
         beats.append(np.array([chords.setdefault(chord, len(chords)) for chord in pairs], int))
-        phrases.append(_runs(song.phrase))
+        spans = [(a, b - a, song.phrase[a]) for a, b in runs(song.phrase) if song.phrase[a] >= 0]
+        phrases.append(np.array(spans, dtype=np.int64).reshape(-1, 3))
     root, mask = np.array(list(chords), dtype=np.int64).reshape(-1, 2).T
     np.savez_compressed(
         path,
@@ -240,14 +259,6 @@ def save(songs: Sequence[Song], path: Path | str) -> None:
 
 def _is_capital(label: np.ndarray) -> np.ndarray:
     return (ord("A") <= label) & (label <= ord("Z"))
-
-
-def _runs(labels: np.ndarray) -> np.ndarray:
-    # [P, 3]: first bar, bars, label of each run of a label other than -1
-    first = np.flatnonzero(np.diff(labels, prepend=-2))
-    size = np.diff(first, append=len(labels))
-    runs = np.stack((first, size, labels[first]), axis=1)
-    return runs[runs[:, 2] >= 0]
 
 
 def _ragged(

@@ -141,13 +141,8 @@ def _piece(
 ) -> Piece:
     # notes [., 3]: step, duration, pitch; what lies outside the grid is cut off
     length = len(bar)
-    roll, onset = np.zeros((2, length, PITCHES), dtype=bool)
-    for step, duration, pitch in notes:
-        if step + duration > 0 and 0 <= pitch < PITCHES:
-            roll[max(step, 0) : step + duration, pitch] = True
-            if 0 <= step < length:
-                onset[step, pitch] = True
-    return Piece(name, roll, onset, np.arange(length), bar, chord, chroma, key, phrase)
+    rolls = corpus.draw(notes, length)
+    return Piece(name, *rolls, np.arange(length), bar, chord, chroma, key, phrase)
 
 
 def _root(chord: str) -> int:

@@ -16,7 +16,6 @@ little to learn from: which row is best changes with the seed, and long training
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
@@ -33,6 +32,7 @@ import fastpe
 
 from music import codec, sound
 
+import corpus
 import pieces
 
 FRAME_RATE, CODEBOOKS, ENTRIES = 50, 4, 64
@@ -62,11 +62,9 @@ def make_files(folder: Path, bars: int | None = None, seed: int = 0) -> None:
         error = quantiser.decode(rest[:, :count]) - unseen
         kept = 1 - np.square(error).sum() / np.square(unseen - known.mean(0)).sum()
         print(f"  {count} codebooks keep {kept:.1%} of the variance of what is held out")
-    changes = np.flatnonzero((piece.chroma[1:] != piece.chroma[:-1]).any(1)) + 1
-    bounds = [0, *changes.tolist(), len(piece)]
     chords = [
         {"start": float(a * STEP), "end": float(b * STEP), "label": piece.chroma[a].tolist()}
-        for a, b in itertools.pairwise(bounds)
+        for a, b in corpus.runs(piece.chroma)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     sound.save_wav(folder / "sound.wav", samples)

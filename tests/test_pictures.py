@@ -61,8 +61,8 @@ def test_bad_chords():
 
 
 def test_runs():
-    assert list(chords.runs(np.array([3, 3, 1, 3]))) == [(0, 2), (2, 3), (3, 4)]
-    assert list(chords.runs(np.array([[0, 1], [0, 1], [1, 1]]))) == [(0, 2), (2, 3)]
+    assert list(corpus.runs(np.array([3, 3, 1, 3]))) == [(0, 2), (2, 3), (3, 4)]
+    assert list(corpus.runs(np.array([[0, 1], [0, 1], [1, 1]]))) == [(0, 2), (2, 3)]
 
 
 @pytest.mark.parametrize("bars", [1, 16, 17])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import numpy as np
 
 NOTES = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
@@ -62,14 +59,6 @@ def chord_name(root: int, chroma: np.ndarray) -> str:
     tones = set(_tones(root, chroma))
     inside = [known for known in _KINDS if tones.issuperset(known)]
     return NOTES[root] + (_KINDS[max(inside, key=len)] if inside else "") + "*"
-
-
-def runs(labels: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield the begin and end of each run of equal rows of [N] or [N, ...]."""
-    flat = np.asarray(labels).reshape(len(labels), -1)
-    edges = np.flatnonzero((flat[1:] != flat[:-1]).any(1)) + 1
-    bounds = [0, *edges.tolist(), len(flat)]
-    yield from itertools.pairwise(bounds)
 
 
 def _tones(root: int, chroma: np.ndarray) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation, Transform, blended_transform_factory
 
-from .chords import chord_name, runs
-from corpus import BAR, PITCHES, STEPS, Song
+from .chords import chord_name
+from corpus import BAR, PITCHES, STEPS, Song, runs
 
 # hues of like lightness in the order of fifths from F: what is near in key is near in hue
 _FIFTHS = (

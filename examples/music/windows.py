@@ -160,8 +160,7 @@ def batched(windows: list[Window]) -> Window:
 def _rolls(song: Song, task: str) -> tuple[np.ndarray, np.ndarray]:
     # what is heard and what is to be said, bool [T, 2, 88]
     def both(*tracks: int) -> np.ndarray:
-        rolls = song.roll(*tracks), song.onsets(*tracks)
-        return np.stack(rolls, axis=1)[:, :, LOWEST : LOWEST + KEYS]
+        return np.stack(song.rolls(*tracks), axis=1)[:, :, LOWEST : LOWEST + KEYS]
 
     if task == "next":
         everything = both()
