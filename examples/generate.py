@@ -24,13 +24,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harmonize import default_bars, default_prior, guarded, load_songs, name_of, widened, windows_of
+from harmonize import (
+    add_model,
+    default_bars,
+    guarded,
+    load_songs,
+    name_of,
+    set_defaults,
+    widened,
+    windows_of,
+)
 
 from music import decoding, midi, pictures, speed
-from music.model import ADDED, ENCODINGS, MAPS, Config
+from music.model import Config
 from music.training import Budget, Trainer, restore
 
-from corpus import BAR, PRIORS, Song
+from corpus import BAR, Song
 
 # a picture has no more
 DRAWN_BARS = 64
@@ -50,18 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--steps", type=int, default=Budget.steps, help="of training without one")
     model.add_argument("--train-bars", type=int, help="of a window; default 16, of chorales 8")
     model.add_argument("--overwrite", action="store_true", help="a checkpoint that is there")
-    model.add_argument("--attention", default="linear", choices=("linear", "softmax"))
-    names = (*ADDED, *ENCODINGS)
-    model.add_argument(
-        "--pe", choices=names, metavar="NAME",
-        help=f"{', '.join(names)}; default {Config.pe}, rope with softmax",
-    )  # fmt: skip
-    model.add_argument(
-        "--prior", help=f"{', '.join(PRIORS)}, joined by +; default {Config.prior} with structure"
-    )
-    model.add_argument("--feature-map", default=Config.feature_map, choices=MAPS)
-    for name in ("dim", "heads", "layers"):
-        model.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+    add_model(model, ("linear", "softmax"), "rope")
     pieces = parser.add_argument_group("pieces")
     pieces.add_argument("--song", type=int, default=0, help="the first one's, of the test songs")
     pieces.add_argument(
@@ -81,10 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--model: --resume has a model")
     if args.train_bars is None:
         args.train_bars = default_bars(args.data)
-    if args.pe is None:
-        args.pe = Config.pe if args.attention == "linear" else "rope"
-    if args.prior is None:
-        args.prior = default_prior(args.attention, args.pe)
+    set_defaults(args, "rope")
     return args
 
 

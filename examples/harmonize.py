@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from music import decoding, evaluation, midi, pictures, sources
-from music.model import ADDED, ENCODINGS, MAPS, Config, variant
+from music.model import ADDED, ENCODINGS, MAPS, Config, takes_labels, variant
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
 
@@ -62,29 +62,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=".npz, folder of MIDI files; default chorales")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     model = parser.add_argument_group("model, for train")
-    model.add_argument(
-        "--attention",
-        default=Config.attention,
-        choices=("linear", *BASELINES),
-        metavar="NAME",
-        help=f"linear, {', '.join(BASELINES)}; default %(default)s",
-    )
-    model.add_argument(
-        "--pe",
-        choices=(*ADDED, *ENCODINGS),
-        metavar="NAME",
-        help=f"{', '.join((*ADDED, *ENCODINGS))}; default {Config.pe}, none for other attention",
-    )
-    model.add_argument(
-        "--prior", help=f"{', '.join(PRIORS)}, joined by +; default {Config.prior} with structure"
-    )
-    model.add_argument("--feature-map", default=Config.feature_map, choices=MAPS)
+    add_model(model, ("linear", *BASELINES), "none")
     model.add_argument("--chords", action="store_true", help="the chords are inputs too")
     model.add_argument(
         "--labels", default="own", choices=("own", "another"), help="positions of another song"
     )
-    for name in ("dim", "heads", "layers"):
-        model.add_argument(f"--{name}", type=int, default=getattr(Config, name))
     training = parser.add_argument_group("training")
     defaults = {field.name: field.default for field in fields(Budget)}
     for name, text in HELP.items():
@@ -105,19 +87,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.bars = default_bars(args.data) if args.bars is None else args.bars
-    if args.pe is None:
-        args.pe = Config.pe if args.attention == "linear" else "none"
-    if args.prior is None:
-        args.prior = default_prior(args.attention, args.pe)
+    set_defaults(args, "none")
     with contextlib.suppress(ValueError):  # of a prior that is none; Config says so
         args.pe = variant(args.pe, args.prior)
     return args
 
 
+def add_model(group: argparse._ArgumentGroup, attentions: Sequence[str], otherwise: str) -> None:
+    """Add the options of a model.
+
+    Args:
+        group: Of a parser.
+        attentions: That may be chosen.
+        otherwise: The encoding by default of those that are not linear.
+    """
+    group.add_argument(
+        "--attention",
+        default=Config.attention,
+        choices=attentions,
+        metavar="NAME",
+        help=f"{', '.join(attentions)}; default %(default)s",
+    )
+    names = (*ADDED, *ENCODINGS)
+    group.add_argument(
+        "--pe",
+        choices=names,
+        metavar="NAME",
+        help=f"{', '.join(names)}; default {Config.pe}, {otherwise} for other attention",
+    )
+    group.add_argument(
+        "--prior", help=f"{', '.join(PRIORS)}, joined by +; default {Config.prior} with structure"
+    )
+    group.add_argument("--feature-map", default=Config.feature_map, choices=MAPS)
+    for name in ("dim", "heads", "layers"):
+        group.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+
+
+def set_defaults(args: argparse.Namespace, otherwise: str) -> None:
+    """Fill in the encoding and the prior where they were not given; `otherwise` as `add_model`."""
+    if args.pe is None:
+        args.pe = Config.pe if args.attention == "linear" else otherwise
+    if args.prior is None:
+        args.prior = default_prior(args.attention, args.pe)
+
+
 def default_prior(attention: str, pe: str) -> str:
     """Return the default with what is for structure, else time."""
-    structured = attention in BASELINES and BASELINES[attention].structured
-    of_structure = structured or pe.startswith(("fstripe", "sape", "ropepool"))
+    of_structure = takes_labels(attention) or pe.startswith(("fstripe", "sape", "ropepool"))
     return Config.prior if of_structure else "time"
 
 
@@ -220,7 +236,8 @@ def generate(args: argparse.Namespace, trainer: Trainer, tests: list[Song]) -> N
         raise ValueError(f"play-bars must be 1 or more, got {args.play_bars}")
     bars = min(args.play_bars, song.num_bars - args.first_bar)
     start = args.song, args.first_bar
-    logits = evaluation.logits_of(trainer.model, windows_of(tests, trainer.config), [start], bars)
+    windows = windows_of(tests, trainer.config)
+    logits, _ = evaluation.outputs_of(trainer.model, windows, [start], bars)
     coins = torch.Generator().manual_seed(args.seed)
     sampler = decoding.Sampler(trainer.threshold, args.temperature, generator=coins)
     said = [torch.zeros(1, 2, KEYS, dtype=torch.bool)]
@@ -250,6 +267,10 @@ def run(args: argparse.Namespace) -> int:
     """Run a command, or all of them; return the exit status."""
     trained = args.command in ("all", "train")
     trainer = prepare(args) if trained else finished(args.out / CHECKPOINT, args.data)
+    if args.command == "generate" and args.melody:
+        # no other songs are needed, which may have to be parsed first
+        generate(args, trainer, [])
+        return 0
     songs = load_songs(args.data)
     if trained and not train(trainer, songs["train"], args.out):
         return 130

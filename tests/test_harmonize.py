@@ -247,8 +247,8 @@ def test_a_threshold_keeps_the_density():
     model = Model(config())
     threshold = evaluation.fit_threshold(model, made, 4)
     starts = made.starts(4)
-    said = evaluation.logits_of(model, made, starts, 4)[:, :, 0].sigmoid() > threshold
-    truth = evaluation.targets_of(made, starts, 4)[:, :, 0]
+    logits, target = evaluation.outputs_of(model, made, starts, 4)
+    said, truth = logits[:, :, 0].sigmoid() > threshold, target[:, :, 0]
     assert abs(said.double().mean() / truth.double().mean() - 1) < 0.02
 
 

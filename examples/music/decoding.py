@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastpe
 
-from .model import ADDED, Config, Model
+from .model import Config, Model, check_step
 from .windows import KEYS, Windows, positions_of
 from corpus import BAR, Song
 
@@ -196,8 +196,7 @@ def check(config: Config) -> None:
                 f"{name} must be {' or '.join(allowed)} to go on from a state, got "
                 f"{getattr(config, name)!r}"
             )
-    if config.pe in ADDED and config.pe != "none":
-        raise ValueError(f"pe must not be {config.pe} to go on from a state")
+    check_step(config)
 
 
 def size_of(states: list[object]) -> int:

@@ -16,15 +16,18 @@ _TOKENS = 2048
 
 
 @torch.no_grad()
-def logits_of(model: Model, windows: Windows, starts: list[tuple[int, int]], bars: int) -> Tensor:
-    """Return the logits of windows, [N, T, 2, 88]."""
+def outputs_of(
+    model: Model, windows: Windows, starts: list[tuple[int, int]], bars: int
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of windows, and what the model should have said, [N, T, 2, 88] each."""
     model.eval()
     size = max(1, _TOKENS // (BAR * bars))
-    parts = []
+    logits, targets = [], []
     for i in range(0, len(starts), size):
         batch = batched([windows.window(*start, bars) for start in starts[i : i + size]])
-        parts.append(model(batch.inputs, batch.positions)[0])
-    return torch.cat(parts)
+        logits.append(model(batch.inputs, batch.positions)[0])
+        targets.append(batch.target)
+    return torch.cat(logits), torch.cat(targets)
 
 
 def starts_of(windows: Windows, bars: int) -> list[tuple[int, int]]:
@@ -37,11 +40,6 @@ def starts_of(windows: Windows, bars: int) -> list[tuple[int, int]]:
     if not starts:
         raise ValueError(f"a song of at least {bars} bars is needed, and there is none")
     return starts
-
-
-def targets_of(windows: Windows, starts: list[tuple[int, int]], bars: int) -> Tensor:
-    """Return what the model should have said, [N, T, 2, 88]."""
-    return batched([windows.window(*start, bars) for start in starts]).target
 
 
 def fit_threshold(model: Model, windows: Windows, bars: int, count: int = 64) -> float:
@@ -57,8 +55,8 @@ def fit_threshold(model: Model, windows: Windows, bars: int, count: int = 64) ->
     starts = [
         starts[i] for i in np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
     ]
-    probability = logits_of(model, windows, starts, bars)[:, :, 0].sigmoid().flatten()
-    share = targets_of(windows, starts, bars)[:, :, 0].mean().item()
+    logits, target = (x[:, :, 0] for x in outputs_of(model, windows, starts, bars))
+    probability, share = logits.sigmoid().flatten(), target.mean().item()
     return float(np.quantile(probability.numpy(), 1 - share))
 
 
@@ -78,11 +76,10 @@ def evaluate(model: Model, windows: Windows, bars: int, threshold: float) -> dic
     Raises:
         ValueError: no song has as many bars.
     """
-    starts = starts_of(windows, bars)
-    logits, target = logits_of(model, windows, starts, bars), targets_of(windows, starts, bars)
+    logits, target = outputs_of(model, windows, starts_of(windows, bars), bars)
     sounding, struck = (x.mean().item() for x in nats(logits, target))
     said = logits[:, :, 0].sigmoid().numpy() > threshold
     truth = target[:, :, 0].numpy() > 0.5
     scores = [metrics.scores(a, b) for a, b in zip(said, truth, strict=True)]
     means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-    return {"nll": sounding, "onset_nll": struck, **means, "windows": len(starts)}
+    return {"nll": sounding, "onset_nll": struck, **means, "windows": len(target)}

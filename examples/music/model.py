@@ -124,11 +124,26 @@ class Config:
             )
 
 
+def takes_labels(attention: str) -> bool:
+    """Return whether an attention system takes labels of the structure, whatever the encoding."""
+    return attention in BASELINES and BASELINES[attention].structured
+
+
 def variant(pe: str, prior: str) -> str:
     """Return what a name stands for: APE of structure is S-APE, SPE of vectors F-StrIPE:SFF."""
     if pe == "ape" and any(structural_levels(prior)):
         return "sape"
     return "fstripe-sff" if pe == "spe" and num_levels(prior) > 1 else pe
+
+
+def check_step(config: Config) -> None:
+    """Refuse what is added to the input: it would have to be told how many tokens came before.
+
+    Raises:
+        ValueError: something is.
+    """
+    if config.pe in ADDED and config.pe != "none":
+        raise ValueError(f"pe must not be {config.pe} to go on from a state")
 
 
 def make_encoding(config: Config) -> fastpe.PositionalEncoding | None:
@@ -205,9 +220,8 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        structured = config.attention in BASELINES and BASELINES[config.attention].structured
         # whether it takes positions at all
-        self.positioned = config.pe != "none" or structured
+        self.positioned = config.pe != "none" or takes_labels(config.attention)
         self.embedding = nn.Linear(input_size(config.chords), config.dim)
         self.added = ADDED.get(config.pe, ADDED["none"])(config.dim, num_levels(config.prior))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -228,8 +242,7 @@ class Model(nn.Module):
         self, inputs: Tensor, positions: Tensor, states: list[object]
     ) -> tuple[Tensor, list[object]]:
         """Return logits [B, 2, 88] after one more step, inputs [B, C], and the states."""
-        if self.config.pe in ("ape", "sinusoidal", "sape"):
-            raise ValueError(f"pe must not be {self.config.pe} to go on from a state")
+        check_step(self.config)
         x, after = self.embedding(inputs), []
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, positions, state)

@@ -145,7 +145,9 @@ class Trainer:
         Raises:
             ValueError: it is of another configuration or budget, or no checkpoint.
         """
-        content = read(path)
+        self._take(read(path), path)
+
+    def _take(self, content: dict, path: Path) -> None:
         was = content["config"] | content["budget"]
         wanted = asdict(self.config) | asdict(self.budget)
         others = [key for key in was | wanted if was.get(key) != wanted.get(key)]
@@ -191,7 +193,7 @@ def restore(path: Path) -> Trainer:
     except TypeError as error:
         raise ValueError(f"{path} is of another version: {error}") from error
     trainer = Trainer(*made)
-    trainer.resume(path)
+    trainer._take(content, path)
     return trainer
 
 
