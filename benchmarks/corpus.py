@@ -144,6 +144,24 @@ def draw(notes: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     return roll, onset
 
 
+def notes_of(roll: np.ndarray, onset: np.ndarray | None = None) -> np.ndarray:
+    """Return the notes of rolls, the reverse of `draw`, by pitch, then step: int [N, 3].
+
+    Args:
+        roll: What sounds, bool [T, P].
+        onset: What is struck, bool [T, P]: a note held there begins anew. Without it notes that
+            follow each other at one pitch are one.
+    """
+    onset = np.zeros_like(roll) if onset is None else onset
+    silence = np.zeros((1, roll.shape[1]), dtype=bool)
+    before, after = np.concatenate((silence, roll[:-1])), np.concatenate((roll[1:], silence))
+    anew = np.concatenate((onset[1:], silence))
+    # in an order in which first and last steps match
+    pitch, first = np.nonzero((roll & (onset | ~before)).T)
+    last = np.nonzero((roll & (anew | ~after)).T)[1]
+    return np.stack((first, last - first + 1, pitch), axis=1)
+
+
 def runs(labels: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield the begin and end of each run of equal rows of [N] or [N, ...]."""
     flat = np.asarray(labels).reshape(len(labels), -1)

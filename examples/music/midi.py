@@ -10,7 +10,7 @@ import numpy as np
 
 from .harmony import estimate_chords, estimate_key
 from .optional import need
-from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, PITCHES, STEPS, Song
+from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, PITCHES, STEPS, Song, notes_of
 
 if TYPE_CHECKING:
     from symusic import Score
@@ -101,7 +101,7 @@ def write(
     step = _TICKS // STEPS
     for name, roll in parts.items():
         track = symusic.Track(name, 0, False)
-        for first, steps, pitch in _runs(name, roll, onsets.get(name)):
+        for first, steps, pitch in _notes(name, roll, onsets.get(name)):
             track.notes.append(symusic.Note(first * step, steps * step, pitch, _VELOCITY))
         score.tracks.append(track)
     score.dump_midi(path)
@@ -205,7 +205,7 @@ def _is_on_top(track: np.ndarray) -> np.ndarray:
     return track[:, 2] == top[track[:, 0]]
 
 
-def _runs(name: str, roll: np.ndarray, onset: np.ndarray | None) -> np.ndarray:
+def _notes(name: str, roll: np.ndarray, onset: np.ndarray | None) -> np.ndarray:
     # [N, 3]: first step, steps, pitch
     roll = np.asarray(roll, dtype=bool)
     onset = np.zeros_like(roll) if onset is None else np.asarray(onset, dtype=bool)
@@ -213,10 +213,4 @@ def _runs(name: str, roll: np.ndarray, onset: np.ndarray | None) -> np.ndarray:
         raise ValueError(
             f"parts and onsets must be [T, {PITCHES}], got {roll.shape} and {onset.shape} in {name}"
         )
-    silence = np.zeros((1, PITCHES), dtype=bool)
-    before, after = np.concatenate((silence, roll[:-1])), np.concatenate((roll[1:], silence))
-    anew = np.concatenate((onset[1:], silence))
-    # by pitch, then step, so that first and last steps of notes match
-    pitch, first = np.nonzero((roll & (onset | ~before)).T)
-    last = np.nonzero((roll & (anew | ~after)).T)[1]
-    return np.stack((first, last - first + 1, pitch), axis=1)
+    return notes_of(roll, onset)

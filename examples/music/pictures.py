@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation, Transform, blended_transform_factory
 
 from .chords import chord_name
-from corpus import BAR, PITCHES, STEPS, Song, runs
+from corpus import BAR, PITCHES, STEPS, Song, notes_of, runs
 
 # hues of like lightness in the order of fifths from F: what is near in key is near in hue
 _FIFTHS = (
@@ -120,13 +120,10 @@ def _draw_roll(axis: Axes, roll: np.ndarray, low: int, high: int) -> None:
     axis.vlines(range(0, end + 1, BAR), low, high, colors="#8d939c", linewidth=0.9, zorder=2)
     octaves = [p for p in range(low, high) if p % 12 == 0]
     axis.hlines([p - 0.5 for p in octaves], 0, end, colors="#c3c7cd", linewidth=0.6, zorder=1)
-    padded = np.pad(roll.astype(np.int8), ((1, 1), (0, 0)))
-    change = np.diff(padded, axis=0).T  # [128, T + 1]: a run of a pitch begins at 1, ends at -1
-    (pitch, start), (_, stop) = np.nonzero(change == 1), np.nonzero(change == -1)
-    spans = zip(pitch, start, stop, strict=True)
+    found = notes_of(roll)
     # a little short; what is struck again at once is one with what came before, as rolls have it
-    notes = [_box(a, b - 0.12, p - 0.5, p + 0.5) for p, a, b in spans]
-    axis.add_collection(PolyCollection(notes, facecolors=_COLORS[pitch % 12], zorder=3))
+    notes = [_box(a, a + steps - 0.12, p - 0.5, p + 0.5) for a, steps, p in found]
+    axis.add_collection(PolyCollection(notes, facecolors=_COLORS[found[:, 2] % 12], zorder=3))
     axis.set_ylim(low - 0.5, high - 0.5)
     axis.set_yticks(octaves, [f"C{p // 12 - 1}" for p in octaves], fontsize=7, color="#5b616b")
     axis.tick_params(length=0, pad=2)
