@@ -50,8 +50,8 @@ _OF_LOGITS = {
     "softcap": "set attn_logit_softcapping=None in the model's config",
     "s_aux": "the model has sinks, which no setting of its config removes: use another model",
     "position_bias": (
-        "the model adds biases to its logits: switch them off in its config (MPT: "
-        "attn_config.alibi=False), or use a model with rotary or absolute positions"
+        "the model adds biases to its logits, which no setting of its config removes: use a model "
+        "with rotary or absolute positions"
     ),
     "sliding_window": "set sliding_window=None in the model's config",
 }

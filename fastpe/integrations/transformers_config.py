@@ -22,7 +22,8 @@ from ..feature_maps import FeatureMap
 # what decides about outputs; the backend does not
 _COMPARED = ("feature_map", "feature_map_state", "normalize", "eps")
 _TRAIN_ANEW = (
-    "to train the weights anew, pass fastpe=None to from_pretrained (config.fastpe = None)"
+    "to train the weights anew, pass fastpe=None to from_pretrained, or set config.fastpe to None, "
+    "in sub-configs too"
 )
 
 Options = dict[str, object]
@@ -54,7 +55,7 @@ def install(options_of: Callable[[str], Options | None]) -> None:
     def choose_and_check(
         self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        requested = _checked(self.config, requested_attention, is_init_check, options_of)
+        requested = _checked(self, requested_attention, is_init_check, options_of)
         return choose(self, requested, is_init_check)
 
     PreTrainedConfig.to_dict = to_dict_with_entry
@@ -105,14 +106,21 @@ def _digest(x: object) -> int | float | str:
 
 
 def _checked(
-    config: PreTrainedConfig, requested: str | None, is_init_check: bool, options_of: Callable
+    model: PreTrainedModel, requested: str | None, is_init_check: bool, options_of: Callable
 ) -> str | None:
     """Return the implementation to use: the one asked for, else that of the entry."""
+    config = model.config
+    entry = _read_entry(config)
+    if requested is None and entry is not None:
+        requested = entry["name"]
     options = options_of(requested)
-    if "fastpe" not in vars(config):
+    if options is not None:
+        _check_interface(model, requested)
+        if entry is not None:
+            _compare(requested, described(options), entry)
         # from_pretrained makes models on "meta" before it loads them
         loaded = not is_init_check or torch.get_default_device().type == "meta"
-        if options is not None and config.name_or_path and loaded:
+        if config.name_or_path and loaded and "fastpe" not in vars(config):
             warnings.warn(
                 f"attn_implementation is {requested!r}, but the config of {config.name_or_path!r} "
                 "has no entry `fastpe` that says that its weights were trained with it: weights "
@@ -120,25 +128,12 @@ def _checked(
                 "the entry)",
                 stacklevel=4,
             )
-        return requested
-    entry = config.fastpe
-    if entry is None:
-        return requested
-    if not isinstance(entry, dict) or not {"name", "feature_map", "normalize", "eps"} <= set(entry):
-        raise ValueError(
-            "config.fastpe must be the entry that save_pretrained writes, with name, feature_map, "
-            f"normalize and eps, got {entry!r}"
-        )
-    requested = entry["name"] if requested is None else requested
-    options = options_of(requested)
-    if options is not None:
-        _compare(requested, described(options), entry)
-    elif requested == entry["name"]:
+    elif entry is not None and requested == entry["name"]:
         raise ValueError(
             f"attn_implementation {requested!r} must be registered before the model is made, as "
             f"its weights were trained with it (config.fastpe): call {_call(entry)} first"
         )
-    else:
+    elif entry is not None:
         warnings.warn(
             f"attn_implementation is {requested!r}, but the weights were trained with fastpe's "
             f"attention (config.fastpe): the outputs are not those of the trained model. Call "
@@ -146,6 +141,29 @@ def _checked(
             stacklevel=4,
         )
     return requested
+
+
+def _read_entry(config: PreTrainedConfig) -> Options | None:
+    entry = vars(config).get("fastpe")
+    keys = {"name", "feature_map", "normalize", "eps"}
+    if entry is not None and not (isinstance(entry, dict) and keys <= set(entry)):
+        raise ValueError(
+            "config.fastpe must be the entry that save_pretrained writes, with name, feature_map, "
+            f"normalize and eps, got {entry!r}"
+        )
+    return entry
+
+
+def _check_interface(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model with attention of its own, which takes the lack of a mask for no mask."""
+    if not (model._supports_attention_backend or model._can_set_attn_implementation()):
+        raise ValueError(
+            f"attn_implementation {name!r} must be for models whose attention goes through "
+            f"transformers' AttentionInterface, got {type(model).__name__}, which would ignore it: "
+            "use another model, or name the parts that it is for, as attn_implementation="
+            f"{{'text_config': {name!r}}}. If this model does go through it, set "
+            "_supports_attention_backend = True on its class"
+        )
 
 
 def _compare(name: str, here: Options, entry: Options) -> None:
