@@ -159,7 +159,7 @@ class Layer(Attention):
         self, x: Tensor, where: Tensor | None, backend: str
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
         self.layer.backend = backend
-        return self.layer(x, where, output_final_state=True)
+        return self.layer(x, positions=where, output_final_state=True)
 
     def _step(
         self,
@@ -169,7 +169,7 @@ class Layer(Attention):
         backend: str,
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
         self.layer.backend = backend
-        return self.layer.step(*token, state, where)
+        return self.layer.step(*token, state, positions=where)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = self.layer.in_proj(x).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)

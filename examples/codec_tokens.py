@@ -114,7 +114,7 @@ class Model(nn.Module):
         x = sum(embed(before[..., i]) for i, embed in enumerate(self.embeddings))
         x = x if self.inputs is None else x + self.inputs(inputs)
         for norm, attention, rest in self.layers:
-            x = x + attention(norm(x), positions)
+            x = x + attention(norm(x), positions=positions)
             x = x + rest(x)
         return [head(x) for head in self.heads]
 

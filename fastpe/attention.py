@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 from torch import Tensor
 
 from . import backends, packing, scan
@@ -12,6 +9,7 @@ from .checks import shape
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
 from .features import Setting
+from .precision import follow_autocast, full_precision
 from .state import (
     LinearAttentionState,
     check_state,
@@ -56,6 +54,8 @@ def causal_linear_attention(
     o_m = sum_{n<=m} (phi_m . psi_n) v_n / (sum_{n<=m} phi_m . psi_n + eps), where phi and psi are
     the features of q and k: the encoding's, then the feature map's (RoPE with apply="after" the
     other way round, and not in the normaliser). Arithmetic is float32, for float64 inputs float64.
+    Under autocast q, k and v are cast to its dtype first, unless they are float64, as
+    `F.scaled_dot_product_attention` does; outside autocast they must have one dtype.
 
     Args:
         q: Queries, [B, T, H, D], any strides; float32, float64, bfloat16 or float16.
@@ -65,8 +65,9 @@ def causal_linear_attention(
         v: Values, [B, T, Hk, E].
         pos_encoding: RoPE, RoPEPool, SineSPE, ConvSPE, FStripe or one of your own; default none.
         positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
-            numbers, in any order; default 0, 1, 2, ... of each sequence, continued from
-            initial_state. Where k is longer than q (or shorter), those of the longer one.
+            numbers, in any order, as integers, bools, float32 or float64; default 0, 1, 2, ... of
+            each sequence, continued from initial_state. Where k is longer than q (or shorter),
+            those of the longer one.
         feature_map: "elu1", "relu", "exp", "identity", "dpfp", "taylor2", or a module: Favor, DPFP,
             Taylor2, Hedgehog, or a FeatureMap of your own. Modules see encoded queries and keys, so
             RoPE and RoPEPool need apply="before" with them.
@@ -94,6 +95,7 @@ def causal_linear_attention(
         ValueError, TypeError: an argument is not as above.
         RuntimeError: the backend asked for cannot run here.
     """
+    q, k, v = follow_autocast(q, k, v)
     check_inputs(q, k, v)
     feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, chunk_size)
@@ -119,7 +121,7 @@ def causal_linear_attention(
         state = (s, z) if c is None else (s, z, c)
     counted = tokens if t == tk else tokens.along(max(t, tk), align)
     positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
-    with _full_precision(q.device.type):
+    with full_precision(q):
         setting = setting.prepared(q.device)
         if t == tk:
             o, s, z, *c = scan.attend(q, k, v, positions, state, setting, tokens)
@@ -176,6 +178,7 @@ def linear_attention(
         ValueError, TypeError: an argument is not as above.
         RuntimeError: the backend asked for cannot run here.
     """
+    q, k, v = follow_autocast(q, k, v)
     check_inputs(q, k, v)
     feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, None)
@@ -200,7 +203,7 @@ def linear_attention(
     backend = backends.resolve(backend, q.device, kernel_dtype(q, feature_map), widths)
     setting = Setting(pos_encoding, feature_map, normalize, eps, None, backend)
     heads = q.shape[2]
-    with _full_precision(q.device.type):
+    with full_precision(q):
         setting = setting.prepared(q.device)
         if cu_seqlens is None:
             state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
@@ -210,16 +213,6 @@ def linear_attention(
         q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
         state = scan.absorb(k, v, at_k, None, setting, pad_k.padding, heads)
         return pad_q.join(scan.readout(q, at_q, state, setting, pad_q.padding)).to(v.dtype)
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def _full_precision(device: str) -> contextlib.AbstractContextManager:
-    """Keep arithmetic in float32 at least, whatever autocast makes of matrix products."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return _NOTHING
 
 
 def causal_linear_attention_step(

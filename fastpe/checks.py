@@ -17,6 +17,27 @@ def shape(x: object) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise TypeError for a nested tensor, and say how its sequences are given instead."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: give its values() as one row, "
+            "[1, T, ...], and its offsets() as cu_seqlens"
+        )
+
+
+def check_position_dtype(name: str, x: Tensor) -> None:
+    """Raise TypeError for positions in a dtype that cannot hold them."""
+    if x.is_floating_point() and x.dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} must be integers, bools, float32 or float64, got {x.dtype}, which rounds "
+            "positions. Where FSDP or DDP casts inputs, give integers, or set "
+            "cast_forward_inputs=False in its mixed precision"
+        )
+    if x.is_complex():
+        raise TypeError(f"{name} must be integers, bools, float32 or float64, got {x.dtype}")
+
+
 def require(condition: Tensor, message: str, wait: bool = True) -> None:
     """Raise ValueError unless a condition holds; wait: for a GPU too, to have a look.
 

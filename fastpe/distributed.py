@@ -28,6 +28,7 @@ from .features import Setting
 from .maps import SineMap
 from .ops import phase_features
 from .packing import Packing
+from .precision import follow_autocast
 from .state import (
     LinearAttentionState,
     check_state,
@@ -92,6 +93,7 @@ def causal_linear_attention(
             whether gradients are asked for, or in the noise of pos_encoding (broadcast its buffers,
             seed and step). What one rank alone refuses leaves the others waiting.
     """
+    q, k, v = follow_autocast(q, k, v)
     check_inputs(q, k, v)
     feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, chunk_size)

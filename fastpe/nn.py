@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from . import backends, distributed
 from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
-from .checks import check_positive
+from .checks import check_dense, check_positive
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .precision import autocast_dtype
 from .state import LinearAttentionState
-from .validation import check_options, check_order
+from .validation import check_options, check_order, check_packing
 
 
 class _Attention(nn.Module):
@@ -84,27 +85,43 @@ class _Attention(nn.Module):
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         self.backend = backend
 
+    def __call__(self, *args: object, **options: object) -> object:
+        """Call `forward`, through the hooks of the module."""
+        for name in ("positions", "key_positions"):
+            if isinstance(options.get(name), Tensor):
+                options[name] = _Wrapped(options[name])
+        return super().__call__(*args, **options)
+
     def _check(self, x: Tensor, ndim: int, name: str = "x") -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a tensor of floats, got {came}")
-        dtype, device = self.in_proj.weight.dtype, x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if x.dtype != dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of the layer, {dtype}, got {x.dtype}")
+        check_dense(name, x)
+        # what takes the place of a projection (an adapter, a quantised one) may have other rules
+        if type(self.in_proj) is nn.Linear and autocast_dtype(x) is None:
+            dtype = self.in_proj.weight.dtype
+            if x.dtype != dtype:
+                raise TypeError(f"{name} must have the dtype of the layer, {dtype}, got {x.dtype}")
         if x.ndim != ndim or x.shape[-1] != self.embed_dim:
             shape = "[B, T, embed_dim]" if ndim == 3 else "[B, embed_dim]"
             raise ValueError(
                 f"{name} must be {shape} with embed_dim = {self.embed_dim}, got {tuple(x.shape)}"
             )
 
-    def _project(self, x: Tensor, ndim: int) -> tuple[Tensor, ...]:
+    def _project(
+        self, x: Tensor, ndim: int, padding: Tensor | None = None, mask: str = "key_padding_mask"
+    ) -> tuple[Tensor, ...]:
+        """Return q, k and v of x; at padding those of zeros, whatever stands there."""
         self._check(x, ndim)
-        return self._heads(*self.in_proj(x).split(self._widths, dim=-1))
-
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        if padding is not None:
+            check_packing(None, padding, x, mask)
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        return tuple(y.unflatten(-1, (h, -1)) for y, h in zip((q, k, v), heads, strict=True))
+        parts = self.in_proj(_blank(x, padding)).split(self._widths, dim=-1)
+        return tuple(y.unflatten(-1, (h, -1)) for y, h in zip(parts, heads, strict=True))
+
+    def _join(self, o: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Return the outputs of all heads as one; 0 at padding."""
+        return _blank(self.out_proj(o.flatten(-2)), padding)
 
     def _resample(self) -> None:
         for part in (self.pos_encoding, self.feature_map):
@@ -161,8 +178,8 @@ class CausalLinearAttention(_Attention):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         initial_state: LinearAttentionState | None = None,
@@ -175,7 +192,8 @@ class CausalLinearAttention(_Attention):
             x: [B, T, embed_dim].
             positions: Structure positions, [T], [B, T], [T, L] or [B, T, L]; default time.
             cu_seqlens: [S + 1], sequences packed in one row, see `causal_linear_attention`.
-            key_padding_mask: [B, T], True at padding, which changes nothing.
+            key_padding_mask: [B, T], True at padding: whatever stands there reaches no other
+                token and no gradient, and its outputs are 0.
             initial_state: State after the tokens before these.
             output_final_state: Return the state after the last token too.
             group: Ranks that hold consecutive slices of the sequence, x being this one's; see
@@ -186,14 +204,14 @@ class CausalLinearAttention(_Attention):
         if initial_state is None:
             self._resample()
         options = {
-            "positions": positions,
+            "positions": _unwrapped(positions),
             "initial_state": initial_state,
             "output_final_state": True,
             **self._options(),
         }
         if group is None:
             options |= {"cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
-            o, state = causal_linear_attention(*self._project(x, 3), **options)
+            o, state = causal_linear_attention(*self._project(x, 3, key_padding_mask), **options)
         else:
             for name, given in (("cu_seqlens", cu_seqlens), ("key_padding_mask", key_padding_mask)):
                 if given is not None:
@@ -203,11 +221,11 @@ class CausalLinearAttention(_Attention):
             o, state = distributed.causal_linear_attention(
                 *self._project(x, 3), group=group, **options
             )
-        y = self.out_proj(o.flatten(-2))
+        y = self._join(o, key_padding_mask)
         return (y, state) if output_final_state else y
 
     def step(
-        self, x: Tensor, state: LinearAttentionState, positions: Tensor | float | None = None
+        self, x: Tensor, state: LinearAttentionState, *, positions: Tensor | float | None = None
     ) -> tuple[Tensor, LinearAttentionState]:
         """Attend with one more token, x [B, embed_dim]; return y [B, embed_dim] and the state.
 
@@ -219,7 +237,7 @@ class CausalLinearAttention(_Attention):
         o, state = causal_linear_attention_step(
             *self._project(x, 2), state, positions=positions, **self._options()
         )
-        return self.out_proj(o.flatten(-2)), state
+        return self._join(o), state
 
 
 class LinearAttention(_Attention):
@@ -270,30 +288,27 @@ class LinearAttention(_Attention):
             key_positions: Of context, likewise; given if, and only if, positions are.
             cu_seqlens: [S + 1], sequences of x packed in one row, see `linear_attention`.
             key_cu_seqlens: Of context.
-            query_padding_mask: [B, T], True at padding of x, whose outputs are out_proj's bias.
-            key_padding_mask: [B, Tc], True at padding of context, which changes nothing.
+            query_padding_mask: [B, T], True at padding of x, whose outputs are 0.
+            key_padding_mask: [B, Tc], True at padding of context. Whatever stands at padding
+                reaches no other token and no gradient.
         Returns:
             y: [B, T, embed_dim].
         """
         self._resample()
+        positions, key_positions = _unwrapped(positions), _unwrapped(key_positions)
         if context is None:
-            q, k, v = self._project(x, 3)
             positions = key_positions = _one("positions", positions, key_positions)
             cu_seqlens = key_cu_seqlens = _one("cu_seqlens", cu_seqlens, key_cu_seqlens)
             padding = _one("key_padding_mask", key_padding_mask, query_padding_mask)
             query_padding_mask = key_padding_mask = padding
+            q, k, v = self._project(x, 3, padding)
         else:
-            self._check(x, 3)
             self._check(context, 3, "context")
-            if len(context) != len(x):
-                raise ValueError(f"context must be of x's batch of {len(x)}, got {len(context)}")
-            weight, bias = self.in_proj.weight, self.in_proj.bias
-            rows = (0, self.embed_dim), (self.embed_dim, len(weight))
-            q, kv = (
-                nn.functional.linear(y, weight[i:j], None if bias is None else bias[i:j])
-                for y, (i, j) in zip((x, context), rows, strict=True)
-            )
-            q, k, v = self._heads(q, *kv.split(self._widths[1:], dim=-1))
+            # whole projections, of which parts go unused: in_proj may be more than its weight
+            q, _, _ = self._project(x, 3, query_padding_mask, "query_padding_mask")
+            _, k, v = self._project(context, 3, key_padding_mask)
+            if len(k) != len(q):
+                raise ValueError(f"context must be of x's batch of {len(q)}, got {len(k)}")
         o = linear_attention(
             *(q, k, v),
             positions=positions,
@@ -304,7 +319,22 @@ class LinearAttention(_Attention):
             key_padding_mask=key_padding_mask,
             **self._options(),
         )
-        return self.out_proj(o.flatten(-2))
+        return self._join(o, query_padding_mask)
+
+
+class _Wrapped:
+    """Positions on their way past hooks that cast every float tensor, as FSDP2's do."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions
+
+
+def _unwrapped(positions: Tensor | _Wrapped | None) -> Tensor | None:
+    return positions.positions if isinstance(positions, _Wrapped) else positions
+
+
+def _blank(x: Tensor, padding: Tensor | None) -> Tensor:
+    return x if padding is None else x.masked_fill(padding.unsqueeze(-1), 0)
 
 
 def _one(name: str, x: Tensor | None, same: Tensor | None) -> Tensor | None:

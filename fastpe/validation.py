@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from .checks import require, shape
+from .checks import check_dense, check_position_dtype, require, shape
 from .encodings import PositionalEncoding
 from .favor import Favor
 from .feature_maps import FEATURE_MAPS, WIDE_MAPS, FeatureMap
@@ -28,6 +29,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_dense(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must be {_SHAPES[name]}, got {shape(x)}")
         if x.dtype not in _DTYPES:
@@ -154,9 +156,19 @@ def check_packing(
         ordered = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == t)
         message = f"{name} must rise from 0 to T = {t}, the sum of lengths"
         if x.device.type == "cpu" and not observed() and not ordered:
-            message += f", got {cu_seqlens[0]} .. {cu_seqlens[-1]}"
+            message += f", got {_misplaced(cu_seqlens.tolist())}"
         require(ordered, message, wait=False)
     return Packing(cu_seqlens, padding)
+
+
+def _misplaced(bounds: list[int]) -> str:
+    """Return in words which of the bounds of packed sequences is wrong."""
+    if bounds[0] != 0:
+        return f"{bounds[0]} first"
+    for i, (before, after) in enumerate(itertools.pairwise(bounds), 1):
+        if after < before:
+            return f"{after} at index {i} behind {before}"
+    return f"{bounds[-1]} last"
 
 
 def check_order(feature_map: str | FeatureMap, encoding: PositionalEncoding | None) -> None:
@@ -229,8 +241,8 @@ def check_positions(
         return torch.full((1, 1, 1), positions, dtype=torch.float64, device=q.device)
     if not isinstance(positions, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
-    if positions.is_complex() or positions.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers or floats, got {positions.dtype}")
+    check_dense(name, positions)
+    check_position_dtype(name, positions)
     if positions.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {positions.device}")
     came = tuple(positions.shape)

@@ -307,22 +307,6 @@ def test_training_of_the_layer(ranks, either, name, how):
         assert_within(grad, whole, 1e-11, "dparameter")
 
 
-def _autocast(group, backend):
-    layer = _layer(encodings("sinespe")[0].values[0], backend).float().eval()
-    x = _tokens().float()
-    begin, end = _ends(group)
-    with torch.autocast("cpu", torch.bfloat16):
-        part, state = layer(x[:, begin:end], group=group, output_final_state=True)
-        whole = layer(x)
-    assert part.dtype == torch.bfloat16
-    assert state.s.dtype == torch.float32
-    assert_within(part.float(), whole[:, begin:end].float(), 2**-7)
-
-
-def test_autocast(ranks, either):
-    ranks(2, _autocast, either)
-
-
 def _compiled(group, backend):
     warnings.simplefilter("ignore")  # Dynamo looks at the grad of what is no leaf
     layer, x = _layer(encodings("sinespe")[0].values[0], backend).eval(), _tokens()

@@ -57,6 +57,11 @@ BAD = [
     ({"q": Q.bool()}, TypeError, "q must be float32"),
     ({"k": K.double()}, TypeError, "k must have the dtype of q, torch.float32, got torch.float64"),
     ({"v": V.half()}, TypeError, "v must have the dtype of q"),
+    (
+        dict.fromkeys("qkv", torch.nested.nested_tensor([Q[0, :2], Q[1]], layout=torch.jagged)),
+        TypeError,
+        r"q must be a dense tensor, got a nested one: .* values\(\) .* offsets\(\) as cu_seqlens",
+    ),
     ({"k": K.to("meta")}, ValueError, "k must be on the device of q, cpu, got meta"),
     ({"v": V.to("meta")}, ValueError, "v must be on the device of q"),
     # sequences
@@ -80,9 +85,13 @@ BAD = [
     (PACKED | {"cu_seqlens": CU.float()}, TypeError, "cu_seqlens must be an int32 or int64"),
     (PACKED | {"cu_seqlens": CU[None]}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
     (PACKED | {"cu_seqlens": CU[:0]}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
-    (PACKED | {"cu_seqlens": CU + 1}, ValueError, "cu_seqlens must rise from 0 to T = 5"),
-    (PACKED | {"cu_seqlens": CU.flip(0)}, ValueError, "cu_seqlens must rise"),
-    (PACKED | {"cu_seqlens": CU[:-1]}, ValueError, "cu_seqlens must rise"),
+    (PACKED | {"cu_seqlens": CU + 1}, ValueError, "must rise from 0 to T = 5, .* got 1 first"),
+    (PACKED | {"cu_seqlens": CU[:-1]}, ValueError, "cu_seqlens must rise .* got 2 last"),
+    (
+        PACKED | {"cu_seqlens": torch.tensor([0, 1, 4, 3, 5])},
+        ValueError,
+        "cu_seqlens must rise .* got 3 at index 3 behind 4",
+    ),
     (PACKED | {"q": Q[:1, :4], "align": "end"}, ValueError, "as many tokens as q with cu_seqlens"),
     # options
     ({"feature_map": "elu"}, ValueError, "feature_map must be one of 'elu1', 'relu', 'exp'"),
@@ -127,11 +136,19 @@ BAD_POSITIONS = [
     (ROPE, torch.zeros(5, 2), ValueError, "positions must be"),
     (ROPE, torch.zeros(2, 5, 2), ValueError, "positions must be"),
     (ROPE, torch.zeros(2, 5, 1, 1), ValueError, "positions must be"),
-    (ROPE, torch.zeros(5, dtype=torch.complex64), TypeError, "positions must be integers or"),
-    (ROPE, torch.zeros(5, dtype=torch.bool), TypeError, "positions must be integers or"),
+    (ROPE, torch.zeros(5, dtype=torch.complex64), TypeError, "positions must be integers, bools"),
+    *(
+        (
+            ROPE,
+            torch.arange(5).to(dtype),
+            TypeError,
+            f"got {dtype}, which rounds .* cast_forward_inputs=False",
+        )
+        for dtype in (torch.bfloat16, torch.float16, torch.float8_e5m2)
+    ),
     (ROPE, _with(NAN), ValueError, "positions must be finite, at most 2\\^53 in size"),
     (ROPE, _with(INF), ValueError, "positions must be finite"),
-    (ROPE, _with(-INF).bfloat16(), ValueError, "positions must be finite"),
+    (ROPE, _with(-INF).double(), ValueError, "positions must be finite"),
     (ROPE, _with(1e30), ValueError, "positions must be finite, at most 2\\^53 in size"),
     (ROPE, torch.full((5,), 2**60), ValueError, "positions must be finite, at most 2\\^53 in size"),
     (ROPE, torch.zeros(5, device="meta"), ValueError, "positions must be on the device of q"),
@@ -337,6 +354,17 @@ def test_bad_constructions(make, message):
         make()
 
 
+def test_nested_tensors_as_the_error_says():
+    """The remedy that the message names gives each sequence what it has alone."""
+    parts = [torch.randn(t, 3, 8) for t in (2, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    row = nested.values()[None]
+    o = causal_linear_attention(row, row, row, cu_seqlens=nested.offsets(), backend="reference")
+    for part, found in zip(parts, o[0].split((2, 5)), strict=True):
+        alone = causal_linear_attention(*(part[None],) * 3, backend="reference")
+        assert torch.equal(found, alone[0])
+
+
 def test_bad_layer_inputs():
     layer = CausalLinearAttention(12, 3, pos_encoding=RoPE(4), backend="reference")
     for x in (torch.zeros(2, 12), torch.zeros(2, 5, 11), torch.zeros(1, 2, 5, 12)):
@@ -346,7 +374,10 @@ def test_bad_layer_inputs():
     with pytest.raises(ValueError, match=r"x must be \[B, embed_dim\]"):
         layer.step(torch.zeros(2, 1, 12), state)
     with pytest.raises(ValueError, match="positions must be"):
-        layer(torch.zeros(2, 5, 12), torch.zeros(4))
+        layer(torch.zeros(2, 5, 12), positions=torch.zeros(4))
+    nested = torch.nested.nested_tensor([torch.zeros(3, 12)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a nested one"):
+        layer(nested)
     for x in ([1], None, torch.zeros(2, 5, 12, dtype=torch.int64)):
         with pytest.raises(TypeError, match="x must be a tensor of floats"):
             layer(x)
@@ -357,6 +388,19 @@ def test_bad_layer_inputs():
 
 
 # not errors
+
+
+@pytest.mark.parametrize("make", encodings("rope", "sinespe", "convspe"))
+def test_positions_of_every_dtype(backend, make):
+    """Bools count as 0 and 1, as they do everywhere in PyTorch."""
+    encoding, bools = make(8, 3), torch.tensor([True, False, True, True, False])
+    integers = torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64
+    wanted = _attend(backend, pos_encoding=encoding, positions=bools.double())
+    for dtype in (torch.bool, *integers, torch.float32):
+        found = _attend(backend, pos_encoding=encoding, positions=bools.to(dtype))
+        assert torch.equal(found, wanted), dtype
+    with pytest.raises(TypeError, match="which rounds positions"):
+        encoding.kernel(torch.arange(5).bfloat16())
 
 
 @pytest.mark.parametrize("make", encodings("-rope-vector", "-fstripe-vector"))

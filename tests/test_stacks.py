@@ -140,24 +140,6 @@ def test_kernels_refuse_transforms(native_kernels, transform):
         calls[transform]()
 
 
-# autocast
-
-
-@pytest.mark.parametrize("make", encodings("none", "rope", "sinespe", "fstripe-pooled"))
-def test_gradients_under_autocast(either, make):
-    """Those of the function are to the bit what they are without."""
-    encoding = make(8, 3)
-    learned = [] if encoding is None else list(encoding.parameters())
-
-    def run(enabled):
-        leaves = [leaf(x) for x in make_inputs(2, 9, 3, 8, 6, torch.float32)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            o = causal_linear_attention(*leaves, pos_encoding=encoding, backend=either)
-        return o, *torch.autograd.grad(o.square().sum(), [*leaves, *learned])
-
-    assert all(map(torch.equal, run(True), run(False)))
-
-
 # replicas and shards
 
 

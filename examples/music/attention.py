@@ -40,13 +40,13 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, fastpe.LinearAttentionState]:
         """Return y and the state after the last token."""
-        return self.layer(x, self._given(positions), output_final_state=True)
+        return self.layer(x, positions=self._given(positions), output_final_state=True)
 
     def step(
         self, x: Tensor, positions: Tensor, state: fastpe.LinearAttentionState
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
         """Return y for one more token, and the state after it."""
-        return self.layer.step(x, state, self._given(positions))
+        return self.layer.step(x, state, positions=self._given(positions))
 
     def _given(self, positions: Tensor) -> Tensor | None:
         encoding = self.layer.pos_encoding

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import reference
-from ..checks import check_positive
+from ..checks import check_position_dtype, check_positive
 from ..maps import Rotation, SineMap
 from ..ops import observed
 
@@ -146,7 +146,9 @@ class PositionalEncoding(nn.Module):
     def _levels(self, positions: Tensor | None) -> Tensor:  # [..., L]
         if positions is None:
             return torch.zeros(self.num_levels, dtype=torch.float64)
-        positions = torch.as_tensor(positions).double()
+        positions = torch.as_tensor(positions)
+        check_position_dtype("positions", positions)
+        positions = positions.double()
         return positions[..., None] if self.num_levels == 1 else positions
 
     def maybe_resample_(self) -> None:
