@@ -4,7 +4,7 @@ import inspect
 
 import torch
 import transformers
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 # the argument of a model's forward, which transformers 5.24 renamed
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else None
@@ -43,8 +43,7 @@ def config_of(kind="Llama", **options):
 def model_of(kind="Llama", **options):
     """Return a small model with fixed weights, in evaluation."""
     torch.manual_seed(1)
-    config = config_of(kind, **options)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return AutoModelForCausalLM.from_config(config_of(kind, **options)).eval()
 
 
 def tokens_of(b, t, seed=0):
