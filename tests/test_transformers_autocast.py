@@ -38,7 +38,7 @@ def _learn(model, x, name, *, half, dtype=torch.float32):
     model = copy.deepcopy(model).to(dtype).train()
     model.set_attn_implementation(name)
     with torch.autocast(**HALF, enabled=half):
-        loss = model(x, attention_mask=torch.ones_like(x), labels=x).loss
+        loss = model(x, attention_mask=torch.ones_like(x), labels=x, use_cache=False).loss
     loss.backward()
     return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
 
