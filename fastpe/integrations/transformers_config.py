@@ -19,8 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..feature_maps import FeatureMap
 
-# what decides about outputs; the backend does not
-_COMPARED = ("feature_map", "feature_map_state", "normalize", "eps")
+# what does not decide about outputs
+_NOT_COMPARED = {"name", "backend"}
 _TRAIN_ANEW = (
     "to train the weights anew, pass fastpe=None to from_pretrained, or set config.fastpe to None, "
     "in sub-configs too"
@@ -167,14 +167,13 @@ def _check_interface(model: PreTrainedModel, name: str) -> None:
 
 
 def _compare(name: str, here: Options, entry: Options) -> None:
-    differ = [key for key in _COMPARED if here.get(key) != entry.get(key)]
-    if differ:
-        key = differ[0]
-        raise ValueError(
-            f"{key} of attn_implementation {name!r} must be {entry.get(key)!r}, with which the "
-            f"weights were trained (config.fastpe), got {here.get(key)!r}: call {_call(entry)} "
-            f"before the model is made; {_TRAIN_ANEW}"
-        )
+    for key in sorted({*here, *entry} - _NOT_COMPARED):
+        if here.get(key) != entry.get(key):
+            raise ValueError(
+                f"{key} of attn_implementation {name!r} must be {entry.get(key)!r}, with which the "
+                f"weights were trained (config.fastpe), got {here.get(key)!r}: call {_call(entry)} "
+                f"before the model is made; {_TRAIN_ANEW}"
+            )
 
 
 def _call(entry: Options) -> str:
