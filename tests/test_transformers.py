@@ -62,6 +62,14 @@ def test_options_of_register():
     assert_within(o, torch.einsum("bhts,bshe->bthe", weight, v), 1e-12)
 
 
+def test_register_again():
+    """The same arguments are nothing to warn of, also where each call makes a module."""
+    for options in ({"feature_map": "dpfp"}, {"feature_map": fastpe.DPFP()}):
+        register("fastpe-again", **options)
+    with pytest.warns(UserWarning, match="'fastpe-again' was registered with other arguments"):
+        register("fastpe-again", feature_map="dpfp", eps=1e-3)
+
+
 def test_options_of_register_are_checked():
     for options in ({"feature_map": "tanh"}, {"normalize": 2}, {"eps": -1}, {"backend": "tpu"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):

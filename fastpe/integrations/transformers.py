@@ -88,7 +88,7 @@ def register(
     all.
 
     Args:
-        name: Under which models ask for it. It is saved with the model.
+        name: The attn_implementation that models ask for. It is saved with them.
         feature_map: phi, as in `causal_linear_attention`. All layers of all models share a module,
             and you move it between devices, train it and redraw its noise. `save_pretrained` writes
             a digest of its state only: save its state_dict yourself, and load it before `register`.
@@ -112,23 +112,28 @@ def register(
         "eps": eps,
         "backend": backend,
     }
+    _warn_of(name, options)
+    AttentionInterface.register(name, partial(_attention, options=options))
+    AttentionMaskInterface.register(name, _mask)
+
+
+def _warn_of(name: str, options: dict[str, object]) -> None:
+    feature_map, before = options["feature_map"], _options_of(name)
     learned = feature_map.parameters() if isinstance(feature_map, FeatureMap) else ()
     if any(x.requires_grad for x in learned):
         warnings.warn(
             f"feature_map {feature_map.signature} has parameters that belong to no model: "
             "model.parameters() and save_pretrained leave them out. Train them and save "
             "feature_map.state_dict() yourself, or freeze them (feature_map.requires_grad_(False))",
-            stacklevel=2,
+            stacklevel=3,
         )
-    before = _options_of(name)
-    if before is not None and before != options:
+    described = transformers_config.described
+    if before is not None and described(before) != described(options):
         warnings.warn(
             f"name {name!r} was registered with other arguments: the models that were made with it "
             "now compute with the new ones. Register each set of arguments under a name of its own",
-            stacklevel=2,
+            stacklevel=3,
         )
-    AttentionInterface.register(name, partial(_attention, options=options))
-    AttentionMaskInterface.register(name, _mask)
 
 
 def _options_of(name: str) -> dict[str, object] | None:
