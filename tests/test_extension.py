@@ -165,7 +165,7 @@ def test_compiles_as_one_graph(either, make, compiled):
 
     def run(module):
         given = leaf(x)
-        y = module(given, positions)
+        y = module(given, positions=positions)
         grads = torch.autograd.grad(y.square().sum(), [given, *layer.parameters()])
         return y, *grads
 

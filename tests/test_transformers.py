@@ -1,6 +1,5 @@
 """Hugging Face transformers with fastpe's attention: training, generation, refusals."""
 
-import inspect
 import subprocess
 import sys
 
@@ -11,43 +10,20 @@ from helpers import assert_within, make_inputs
 
 pytest.importorskip("transformers", reason="pip install 'fastpe[transformers]'; not checked: it")
 
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny_models import CACHE, GREEDY, model_of, tokens_of
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastpe
 from fastpe.integrations.transformers import StateCache, register
 
 register()
-# the argument of a model's forward, which transformers 5.24 renamed
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else None
-CACHE = CACHE or "past_key_values"
-GREEDY = {"do_sample": False, "max_new_tokens": 11}
 # of logits: two orders of summation in float64
 SAME = 1e-12
 
 
 def _model(**options):
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        attn_implementation="fastpe",
-    )
-    for name, value in options.items():
-        setattr(config, name, value)
-    return LlamaForCausalLM(config).double().eval()
-
-
-def _tokens(b, t, seed=0):
-    return torch.randint(2, 32, (b, t), generator=torch.Generator().manual_seed(seed))
+    return model_of(**options).double()
 
 
 def _attend(name, q, k, v, mask=None, **options):
@@ -86,6 +62,14 @@ def test_options_of_register():
     assert_within(o, torch.einsum("bhts,bshe->bthe", weight, v), 1e-12)
 
 
+def test_register_again():
+    """The same arguments are nothing to warn of, also where each call makes a module."""
+    for options in ({"feature_map": "dpfp"}, {"feature_map": fastpe.DPFP()}):
+        register("fastpe-again", **options)
+    with pytest.warns(UserWarning, match="'fastpe-again' was registered with other arguments"):
+        register("fastpe-again", feature_map="dpfp", eps=1e-3)
+
+
 def test_options_of_register_are_checked():
     for options in ({"feature_map": "tanh"}, {"normalize": 2}, {"eps": -1}, {"backend": "tpu"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
@@ -96,7 +80,7 @@ def test_options_of_register_are_checked():
 def test_random_features_generate_from_a_state():
     """Favor's state has noise and a stabiliser besides."""
     register("fastpe-favor", feature_map=fastpe.Favor(32, seed=3))
-    model, x = _model(), _tokens(2, 7)
+    model, x = _model(), tokens_of(2, 7)
     model.set_attn_implementation("fastpe-favor")
     options = GREEDY | {"num_beams": 3}
     wanted = model.generate(x, use_cache=False, **options)
@@ -104,7 +88,7 @@ def test_random_features_generate_from_a_state():
 
 
 def test_model_is_causal():
-    model, x = _model(), _tokens(2, 12)
+    model, x = _model(), tokens_of(2, 12)
     with torch.no_grad():
         before = model(x).logits
         x[:, -1] = 2 + (x[:, -1] - 1) % 30
@@ -116,7 +100,7 @@ def test_model_is_causal():
 def test_model_learns():
     """A sequence of period 5, to a quarter of the loss of knowing nothing."""
     model = _model().float().train()
-    x = _tokens(1, 5).repeat(2, 5)
+    x = tokens_of(1, 5).repeat(2, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(25):
@@ -131,7 +115,7 @@ def test_model_learns():
 @pytest.mark.parametrize("cache", [DynamicCache, StateCache])
 def test_logits_with_a_cache_are_those_without(cache):
     """A prompt in two pieces, then one token at a time."""
-    model, x, cache, parts = _model(), _tokens(2, 12), cache(), []
+    model, x, cache, parts = _model(), tokens_of(2, 12), cache(), []
     with torch.no_grad():
         for piece in (slice(0, 5), slice(5, 8), *(slice(t, t + 1) for t in range(8, 12))):
             parts.append(model(x[:, piece], use_cache=True, **{CACHE: cache}).logits)
@@ -141,7 +125,7 @@ def test_logits_with_a_cache_are_those_without(cache):
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
 def test_generation_is_the_same_with_any_cache(how):
-    model, x = _model(), _tokens(2, 7)
+    model, x = _model(), tokens_of(2, 7)
     options = GREEDY | how
     wanted = model.generate(x, use_cache=False, **options)
     assert wanted.shape == (2 * how.get("num_return_sequences", 1), 18)
@@ -151,7 +135,7 @@ def test_generation_is_the_same_with_any_cache(how):
 
 @pytest.mark.parametrize("cache", [DynamicCache, StateCache])
 def test_padding_on_the_left_changes_nothing(cache):
-    model, long, short = _model(), _tokens(1, 7), _tokens(1, 4, seed=1)
+    model, long, short = _model(), tokens_of(1, 7), tokens_of(1, 4, seed=1)
     wanted = torch.cat([model.generate(x, **GREEDY)[:, x.shape[1] :] for x in (long, short)])
     batch = torch.cat((long, torch.nn.functional.pad(short, (3, 0))))
     mask = (batch != 0).long()
@@ -160,17 +144,17 @@ def test_padding_on_the_left_changes_nothing(cache):
 
 
 def test_a_conversation_goes_on_from_its_state():
-    model, x, cache = _model(), _tokens(2, 7), StateCache()
+    model, x, cache = _model(), tokens_of(2, 7), StateCache()
     for _ in range(2):
         ones = torch.ones_like(x)
         wanted = model.generate(x, attention_mask=ones, **GREEDY)
         made = model.generate(x, attention_mask=ones, **GREEDY, **{CACHE: cache})
         assert torch.equal(made, wanted)
-        x = torch.cat((made, _tokens(2, 3, seed=2)), 1)
+        x = torch.cat((made, tokens_of(2, 3, seed=2)), 1)
 
 
 def test_a_state_cache_does_not_grow():
-    model, x, cache, sizes = _model(), _tokens(2, 9), StateCache(), set()
+    model, x, cache, sizes = _model(), tokens_of(2, 9), StateCache(), set()
     with torch.no_grad():
         for t in range(9):
             model(x[:, t : t + 1], use_cache=True, **{CACHE: cache})
@@ -185,7 +169,7 @@ def test_a_state_cache_does_not_grow():
 
 
 def test_rows_of_a_state_cache():
-    model, x, cache = _model(), _tokens(2, 9), StateCache()
+    model, x, cache = _model(), tokens_of(2, 9), StateCache()
     with torch.no_grad():
         model(x[:, :8], use_cache=True, **{CACHE: cache})
         cache.batch_repeat_interleave(2)
@@ -195,7 +179,7 @@ def test_rows_of_a_state_cache():
 
 
 def test_a_state_cache_is_refused_elsewhere():
-    model, x = _model(), _tokens(1, 4)
+    model, x = _model(), tokens_of(1, 4)
     for name in ("sdpa", "eager"):
         model.set_attn_implementation(name)
         with pytest.raises((AttributeError, TypeError), match="StateCache holds no keys: it is fo"):
@@ -217,20 +201,57 @@ def test_what_linear_attention_cannot_do_is_refused():
             _attend("fastpe", q, k, v, **{name: 3})
     with pytest.raises(ValueError, match=r"must be \[B, Tk\], .* got shape \(1, 1, 5, 5\)"):
         _attend("fastpe", q, k, v, torch.ones(1, 1, 5, 5))
-    model, x = _model(attention_dropout=0.1), _tokens(1, 6)
-    model(x)
-    with pytest.raises(ValueError, match="attention dropout must be 0"):
-        model.train()(x)
+
+
+FULL = {"layer_types": ["full_attention"] * 2}
+WINDOW = "takes causal masks and padding only, but the model asks for another mask: "
+LAYERS = WINDOW + r"layer_types .* 'sliding_attention'; build the model with layer_types=\['full_at"
+# a kind of model and its settings, what its error says, and the setting that it names
+REFUSED = [
+    ("Llama", {"attention_dropout": 0.1}, "attention_dropout=0 in its", {"attention_dropout": 0}),
+    ("GPT2", {}, r"must be 0, .* got 0\.1: build the model with attn_pdrop=0", {"attn_pdrop": 0}),
+    ("Mistral", {}, WINDOW + "sliding_window .* is 4096; set it to None", {"sliding_window": None}),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}, LAYERS, FULL),
+    ("Gemma2", {"attn_logit_softcapping": None}, LAYERS, FULL),
+    (
+        "Gemma2",
+        FULL,
+        r"softcap must be None, .* got 50\.0: set attn_logit_softcapping=None in",
+        {"attn_logit_softcapping": None},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message", "remedy"), REFUSED)
+def test_refused_models_name_the_remedy(kind, options, message, remedy):
+    """And it is one: the model then trains and generates."""
+    x = tokens_of(2, 6)
+    model = model_of(kind, **options).train()
+    with pytest.raises(ValueError, match=message):
+        model(x)
+    model = model_of(kind, **options | remedy).train()
+    model(x, labels=x).loss.backward()
+    made = model.eval().generate(x, do_sample=False, max_new_tokens=3, **{CACHE: StateCache()})
+    assert made.shape == (2, 9)
+
+
+def test_models_with_attention_of_their_own_are_refused():
+    """Bloom without a mask would be softmax that sees the future."""
+    with pytest.raises(ValueError, match="through transformers' AttentionInterface, got Bloom"):
+        model_of("Bloom")
+    model = model_of("Bloom", attn_implementation="eager")
+    model.set_attn_implementation("fastpe")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_masks_that_cannot_be_had_are_refused():
-    model, x = _model(), _tokens(1, 6)
+    model, x = _model(), tokens_of(1, 6)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ValueError, match="no masks but causal and padding: no sliding windows, pa"):
+    with pytest.raises(ValueError, match=r"padding only, .*: packed sequences .* a row of its own"):
         model(x, position_ids=packed, use_cache=False)
     with pytest.raises(ValueError, match="keys that end with the last query: use StateCache or Dy"):
         model.generate(x, cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match="attention_mask must cover the 6 tokens so far, got 4"):
+    with pytest.raises(ValueError, match="must cover the 6 tokens so far, got 4: add the"):
         model(x, attention_mask=torch.ones(1, 4), use_cache=True)
 
 

@@ -7,11 +7,15 @@
     model.generate(**inputs, cache=StateCache())  # before transformers 5.24: past_key_values=
 
 The model keeps its projections and its own rotary encoding, whose queries and keys the feature map
-sees. Weights that were trained with softmax need training again.
+sees. Weights that were trained with softmax need training again. `save_pretrained` writes the
+arguments of `register` into the configuration, and `from_pretrained` compares them
+(`transformers_config`).
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from functools import partial
 
 import torch
@@ -24,6 +28,7 @@ from ..validation import check_options
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.masking_utils import (
         AttentionMaskInterface,
         bidirectional_mask_function,
@@ -36,10 +41,22 @@ except ImportError as error:
         f"pip install 'fastpe[transformers]' ({error})"
     ) from error
 
+from . import transformers_config
+
 __all__ = ["StateCache", "register"]
 
-# what other implementations make of logits, and linear attention has none
-_OF_LOGITS = ("softcap", "s_aux", "position_bias", "sliding_window")
+# what other implementations do to logits, of which linear attention has none, and how to do without
+_OF_LOGITS = {
+    "softcap": "set attn_logit_softcapping=None in the model's config",
+    "s_aux": "the model has sinks, which no setting of its config removes: use another model",
+    "position_bias": (
+        "the model adds biases to its logits, which no setting of its config removes: use a model "
+        "with rotary or absolute positions"
+    ),
+    "sliding_window": "set sliding_window=None in the model's config",
+}
+# names by which configurations call the dropout of attention weights
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _NO_KEYS = (
     "StateCache holds no keys: it is for models with the attn_implementation of "
     "fastpe.integrations.transformers.register"
@@ -62,20 +79,30 @@ def register(
 
     Models are refused, by ValueError in their forward, if they ask for what this cannot do:
     attention dropout in training, sliding windows, soft caps, sinks or biases of logits, packed
-    sequences, masks per query, static caches. When transformers is compiled it takes batches that
-    come without attention_mask and without cache for packed: give it the mask.
+    sequences, masks per query, static caches. The error says what to set in the configuration.
+    When transformers is compiled it takes batches that come without attention_mask and without
+    cache for packed: give it the mask.
+
+    `save_pretrained` writes the name and these arguments into config.json. `from_pretrained`
+    refuses the model where `register` was called with others (the backend may differ) or not at
+    all.
 
     Args:
-        name: Under which models ask for it.
-        feature_map: phi, as in `causal_linear_attention`; a module is that of every layer of every
-            model, and moves between devices, learns and redraws noise only where you see to it.
+        name: The attn_implementation that models ask for. It is saved with them.
+        feature_map: phi, as in `causal_linear_attention`. All layers of all models share a module,
+            and you move it between devices, train it and redraw its noise. `save_pretrained` writes
+            a digest of its state only: save its state_dict yourself, and load it before `register`.
         normalize: As in `causal_linear_attention`.
         eps: Of the normaliser.
         backend: As in `causal_linear_attention`.
 
     Raises:
         ValueError, TypeError: an argument is not as there.
+
+    Warns:
+        UserWarning: the feature map has parameters to train, or the name had other arguments.
     """
+    _check_name(name)
     feature_map = as_feature_map(feature_map)
     check_options(feature_map, normalize, eps, None)
     backends.check_name(backend)
@@ -85,8 +112,45 @@ def register(
         "eps": eps,
         "backend": backend,
     }
+    _warn_of(name, options)
     AttentionInterface.register(name, partial(_attention, options=options))
     AttentionMaskInterface.register(name, _mask)
+
+
+def _warn_of(name: str, options: dict[str, object]) -> None:
+    feature_map, before = options["feature_map"], _options_of(name)
+    learned = feature_map.parameters() if isinstance(feature_map, FeatureMap) else ()
+    if any(x.requires_grad for x in learned):
+        warnings.warn(
+            f"feature_map {feature_map.signature} has parameters that belong to no model: "
+            "model.parameters() and save_pretrained leave them out. Train them and save "
+            "feature_map.state_dict() yourself, or freeze them (feature_map.requires_grad_(False))",
+            stacklevel=3,
+        )
+    described = transformers_config.described
+    if before is not None and described(before) != described(options):
+        warnings.warn(
+            f"name {name!r} was registered with other arguments: the models that were made with it "
+            "now compute with the new ones. Register each set of arguments under a name of its own",
+            stacklevel=3,
+        )
+
+
+def _options_of(name: str) -> dict[str, object] | None:
+    """Return the arguments of `register` under that name; None for other implementations."""
+    function = AttentionInterface().get(name)
+    ours = isinstance(function, partial) and function.func is _attention
+    return function.keywords["options"] if ours else None
+
+
+def _check_name(name: str) -> None:
+    # transformers reads more out of these: hub repositories, its own implementations
+    taken = re.compile(r"eager|sdpa|flash|flex_attention|paged")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or taken.search(name):
+        raise ValueError(
+            "name must be of letters, digits, '_', '-' and '.', without eager, sdpa, flash, "
+            f"flex_attention and paged, which are transformers' own, got {name!r}"
+        )
 
 
 class StateCache(Cache):
@@ -183,19 +247,20 @@ def _mask(
     kv_offset: int,
     mask_function: object,
     attention_mask: Tensor | None,
+    config: PreTrainedConfig | None = None,
     **kwargs: object,
-) -> Tensor | None:
+) -> Tensor | _Refused | None:
     """Return which keys are not padding, [B, kv_length], or None for all of them."""
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise ValueError(
-            "attn_implementation of fastpe has no masks but causal and padding: no sliding "
-            "windows, packed sequences or masks per query"
+        return _Refused(
+            "attn_implementation of fastpe takes causal masks and padding only, but the model asks "
+            f"for another mask: {_remedy_of_mask(config)}"
         )
     causal = mask_function is causal_mask_function
     if causal and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length):
         raise ValueError(
             "attn_implementation of fastpe needs keys that end with the last query: use "
-            "StateCache or DynamicCache, not a static cache"
+            "StateCache or DynamicCache, not a static cache (cache_implementation=None)"
         )
     if attention_mask is None:
         return None
@@ -203,9 +268,33 @@ def _mask(
     if attention_mask.shape[1] != kv_length:
         raise ValueError(
             f"attention_mask must cover the {kv_offset + kv_length} tokens so far, "
-            f"got {kv_offset + attention_mask.shape[1]}"
+            f"got {kv_offset + attention_mask.shape[1]}: add the columns of those in the cache"
         )
     return attention_mask
+
+
+class _Refused:
+    """A mask that cannot be had; an error where a layer uses it, as Gemma makes masks for none."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _remedy_of_mask(config: PreTrainedConfig | None) -> str:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        for kind in ("sliding_attention", "chunked_attention"):
+            if kind in layer_types:
+                return (
+                    f"layer_types of its config has {kind!r}; build the model with "
+                    "layer_types=['full_attention'] * num_hidden_layers"
+                )
+    elif getattr(config, "sliding_window", None) is not None:
+        return f"sliding_window of its config is {config.sliding_window}; set it to None"
+    return (
+        "packed sequences (position_ids that begin again), a mask per query or a block; give each "
+        "sequence a row of its own, padded, with attention_mask [B, T]"
+    )
 
 
 def _attention(
@@ -234,15 +323,21 @@ def _attention(
     """
     if dropout:
         raise ValueError(
-            f"attention dropout must be 0, as linear attention drops no weights, got {dropout}"
+            f"attention dropout must be 0, as linear attention drops no weights, got {dropout}: "
+            f"build the model with {_dropout_of(module)}=0 in its config"
         )
+    if isinstance(attention_mask, _Refused):
+        raise ValueError(attention_mask.reason)
     asked = [name for name in _OF_LOGITS if kwargs.get(name) is not None]
     if asked:
-        raise ValueError(f"{asked[0]} must be None, as linear attention has no logits")
+        raise ValueError(
+            f"{asked[0]} must be None, as linear attention has no logits, got "
+            f"{_brief(kwargs[asked[0]])}: {_OF_LOGITS[asked[0]]}"
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"attention_mask must be [B, Tk], true where a key is no padding, "
-            f"got shape {tuple(attention_mask.shape)}"
+            f"attention_mask must be [B, Tk], true where a key is no padding, got shape "
+            f"{tuple(attention_mask.shape)}: masks per query are softmax's alone"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = key.layer if isinstance(key, _NewKeys) else None
@@ -263,3 +358,17 @@ def _attention(
         q, k, v, initial_state=layer.state, output_final_state=True, **options
     )
     return o, None
+
+
+def _dropout_of(module: nn.Module) -> str:
+    """Return how the model's configuration calls its attention dropout."""
+    config = getattr(module, "config", None)
+    named = [name for name in _DROPOUTS if getattr(config, name, 0)]
+    return named[0] if named else "attention_dropout (or attn_pdrop)"
+
+
+def _brief(x: object) -> str:
+    return f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+
+transformers_config.install(_options_of)
