@@ -70,6 +70,10 @@ class PhiloxNormal(Structure):
     )
 
 
+# the number of csrc/fastpe.h (setup.py computes it, tests/test_abi.py compares it), and sizes
+_ABI = [0x70932DBF, *map(ctypes.sizeof, (StridedTensor, CausalDot, PhaseFeatures, PhiloxNormal))]
+
+
 class Library:
     """A library of csrc/.
 
@@ -85,10 +89,26 @@ class Library:
 
     @functools.cached_property
     def functions(self) -> ctypes.CDLL:
-        """The library, loaded at first use."""
+        """The library, loaded at first use; ImportError where it is of another version."""
         library = ctypes.CDLL(str(self.path))
+        if not self._is_ours(library):
+            raise ImportError(
+                f"{self.path.name} is of another version than the Python code of fastpe: install "
+                f"fastpe again, in a clone by `{self.needs[1]}=1 pip install -e .`"
+            )
         getattr(library, f"{self.prefix}error").restype = ctypes.c_char_p
         return library
+
+    def _is_ours(self, library: ctypes.CDLL) -> bool:
+        """Return whether a library reads structs as they are filled here."""
+        try:
+            table = getattr(library, f"{self.prefix}abi")
+        except AttributeError:  # from before libraries said
+            return False
+        table.restype = ctypes.POINTER(c_int64)
+        found = table()
+        # sizes stand behind the same number only
+        return found[0] == _ABI[0] and found[: len(_ABI)] == _ABI
 
     def unavailable(self) -> str | None:
         """Return why the library cannot be used, or None."""
@@ -102,6 +122,8 @@ class Library:
             _ = self.functions
         except OSError as error:
             return f"{self.path.name} does not load: {error}"
+        except ImportError as error:
+            return str(error)
         return None
 
     def call(self, name: str, *args: Structure | None) -> None:
