@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from . import forks as forks  # before a process can fork
+
 _MODULES = {"cpu": "native", "triton": "triton", "cuda": "cuda"}
 # what "auto" tries, by type of device
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import forks
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -128,6 +131,13 @@ class Library:
 
     def call(self, name: str, *args: Structure | None) -> None:
         """Call a function on structs."""
+        if forks.forked and args[0].threads > 1:
+            # a new thread has no record of OpenMP threads that stayed behind: it gets its own
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self._call, name, *args).result()
+        return self._call(name, *args)
+
+    def _call(self, name: str, *args: Structure | None) -> None:
         references = (None if x is None else ctypes.byref(x) for x in args)
         if getattr(self.functions, self.prefix + name)(*references):
             message = getattr(self.functions, f"{self.prefix}error")().decode()

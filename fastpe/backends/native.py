@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..maps import Rotation, SineMap
 from ..ops import ScanOptions, compute_dtype, state_heads
+from . import forks
 from .library import (
     CPU,
     CUDA,
@@ -33,8 +33,6 @@ __all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
 ISAS = ("best", "portable", "avx2", "avx512")
 # the code path to run, an index into ISAS; tests try each
 isa = 0
-# the process whose OpenMP threads run
-_owner: int | None = None
 
 _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
@@ -59,16 +57,9 @@ def describe() -> str:
     return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"
 
 
-def _threads() -> int:
-    """Return how many threads to run: one where the process was forked from one that had several.
-
-    GNU OpenMP would wait there for threads that did not come along.
-    """
-    global _owner
-    wanted = torch.get_num_threads()
-    if wanted > 1 and _owner is None:
-        _owner = os.getpid()
-    return wanted if wanted == 1 or _owner == os.getpid() else 1
+def _threads(rows: int) -> int:
+    """Return how many threads to run; a forked process starts them anew, not for one row."""
+    return 1 if rows == 1 and forks.forked else torch.get_num_threads()
 
 
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
@@ -119,7 +110,7 @@ class _Scan:
         self.counts = sequences, state_heads(q, k, v, freq)
         fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, self.counts, options)
         self.args = args = CausalDot.from_buffer_copy(fixed)
-        args.threads, args.isa = _threads(), isa
+        args.threads, args.isa = _threads(q.shape[1]), isa
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
@@ -247,7 +238,7 @@ class _Sines:
         self.args = PhaseFeatures(
             *(*self.shape, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
             *(positions.shape[-1], positions.shape[0], hx),
-            *(_threads(), isa, sines.pool, group),
+            *(_threads(t), isa, sines.pool, group),
             *map(_pointer, self.tensors),
             strided(x),
         )
@@ -378,7 +369,7 @@ def philox_normal(
         first=first & (2**32 - 1),
         module=module,
         kind=kind,
-        threads=_threads(),
+        threads=_threads(hd * rows),
         isa=isa,
         dtype=DTYPES[dtype],
         hd=hd,
