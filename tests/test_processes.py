@@ -149,7 +149,7 @@ def test_forked_processes_keep_their_threads(native_kernels, threads, monkeypatc
 
 
 _IMPORT_IN_THE_CHILD = """
-import os, torch
+import os, signal, torch
 torch.set_num_threads(2)
 torch.ones(1 << 20).exp()
 
@@ -160,6 +160,7 @@ def attend():
 
 receive, send = os.pipe()
 if os.fork() == 0:
+    signal.alarm(60)
     forked, o = attend()
     os.write(send, b"forked" if forked else b"not")
     os._exit(0 if o else 1)
