@@ -325,7 +325,7 @@ def _first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Ten
 def philox_normal(seed, step, module, kind, shape, dtype, first=0):
     """Return the numbers of `noise.philox_normal`, by a kernel where there is one."""
     backend = {"cpu": "cpu", "cuda": "triton"}.get(seed.device.type)
-    if backend and backends.unavailable(backend) is None:
+    if backend and backends.unavailable(backend, seed.device) is None:
         return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype, first)
     return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype, first)
 

@@ -41,7 +41,10 @@ _SLICES = 64
 # bytes of sines in shared memory, beside which every card has room for the rest of a step
 _STEP_ROOM = 64 << 10
 
-unavailable = CPU.unavailable
+
+def unavailable(index: int | None = None) -> str | None:
+    """Return why the library cannot be used, or None; index: of a GPU, unused."""
+    return CPU.unavailable()
 
 
 def unsupported(
