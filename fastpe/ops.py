@@ -214,16 +214,18 @@ def refuse_transforms() -> None:
         )
 
 
+_EAGER = Tensor, torch.nn.Parameter
+
+
 def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     # neither traced nor differentiated: the kernel can be called as it is
     if observed():
         return False
     recorded = torch.is_grad_enabled()
-    return all(
-        x is None
-        or (type(x) in (Tensor, torch.nn.Parameter) and not (recorded and x.requires_grad))
-        for x in tensors
-    )
+    for x in tensors:
+        if x is not None and (type(x) not in _EAGER or (recorded and x.requires_grad)):
+            return False
+    return True
 
 
 _SINE_INPUTS = (

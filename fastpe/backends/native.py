@@ -26,7 +26,7 @@ from .library import (
     libraries,
     strided,
 )
-from .tensors import contiguous, sum_groups, sum_to
+from .tensors import SCAN, SCAN_BACKWARD, SINES, check_devices, contiguous, sum_groups, sum_to
 
 __all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
 
@@ -101,6 +101,7 @@ class _Scan:
     """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
+        check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         self.dtype, self.device = compute_dtype(q), q.device
@@ -172,6 +173,7 @@ def causal_dot_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
     scan, (q, k, v, s0, z0, positions, freq, _) = _Scan(inputs, options), inputs
+    check_devices(SCAN_BACKWARD, (q, *grads, o, den))
     grad_o = grads[0].resolve_neg()
     grad_s, grad_z = (contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
@@ -226,6 +228,7 @@ class _Sines:
     """Arguments common to the features and their gradient; holds on to the tensors behind them."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
+        check_devices(SINES, (x, positions, *sines[:5]))
         b, t, hx, d = x.shape
         self.x = x = x.resolve_neg()
         self.shape = b, t, sines.gain.shape[0]
@@ -270,6 +273,7 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    check_devices(("x", "grad_y"), (x, grad_y))
     made, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
     b, t, h = made.shape
     wide = {"dtype": torch.float64, "device": x.device}
@@ -364,6 +368,7 @@ def philox_normal(
     first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
+    check_devices(("seed", "step"), (seed, step))
     out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
     hd, rows, r = shape
     args = PhiloxNormal(
