@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import encodings
 from helpers import assert_within, leaf, make_inputs, make_positions
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpe
@@ -113,6 +114,19 @@ def test_packed_sequences_have_chunks_of_their_own(native_kernels):
         for a, b in itertools.pairwise(bounds)
     )
     assert packed == alone > 0
+
+
+def test_tensors_without_memory_are_counted(native_kernels):
+    """Where sequences end is not known then: as one sequence."""
+    q, k, v = make_inputs(1, 100, 2, 8, 6)
+    options = {"chunk_size": 16, "backend": native_kernels}
+    expected, _ = _count(causal_linear_attention, q, k, v, **options)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        bounds = mode.from_tensor(torch.tensor([0, 10, 100]))
+        assert _count(causal_linear_attention, *fakes, **options)[0] == expected
+        found, _ = _count(causal_linear_attention, *fakes, cu_seqlens=bounds, **options)
+    assert found == expected
 
 
 def test_sines_are_counted_as_their_products(native_kernels):
