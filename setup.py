@@ -5,6 +5,7 @@ failed build into an error. The CUDA library is built where there is an nvcc: FA
 that an error too, FASTPE_CUDA=0 leaves it out.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -32,6 +33,15 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
 
 
+def abi() -> int:
+    """Return the number of csrc/fastpe.h: another text has another number.
+
+    The libraries are given it, fastpe/backends/library.py has it, and loading compares the two.
+    """
+    text = Path("csrc/fastpe.h").read_text(encoding="utf-8")
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
 def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     """Compile and link the CPU library; with OpenMP if the compiler has it."""
     compiler = shlex.split(os.environ.get("CXX", "c++")) + FLAGS + list(extra)
@@ -48,7 +58,7 @@ def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     except subprocess.CalledProcessError:
         openmp = ["-Wno-unknown-pragmas"]
     built = [f"-DFASTPE_HAS_{name.upper()}" for name in ISAS]
-    jobs = [(objects / "cpu.o", [*built, "csrc/cpu.cpp"])]
+    jobs = [(objects / "cpu.o", [*built, f"-DFASTPE_ABI={abi()}", "csrc/cpu.cpp"])]
     for name, flags in ISAS.items():
         source = [f"-DFASTPE_ISA={name}", "csrc/cpu_kernels.cpp"]
         jobs.append((objects / f"{name}.o", [*flags, *source]))
@@ -94,7 +104,7 @@ def compile_cuda_for_host(out: Path, objects: Path, extra: tuple[str, ...] = ())
 def _compile_by_type(compiler: list[str], out: Path, objects: Path) -> str:
     objects.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    jobs = [(objects / "cuda.o", ["csrc/cuda.cpp"])]
+    jobs = [(objects / "cuda.o", [f"-DFASTPE_ABI={abi()}", "csrc/cuda.cpp"])]
     for name in TYPES:
         jobs.append((objects / f"{name}.o", [f"-DFASTPE_TYPE={name}", "csrc/cuda_kernels.cu"]))
 

@@ -89,6 +89,10 @@ def test_every_card_has_the_memory(cuda_host, dtype, monkeypatch):
         assert native.shared_memory(dtype, widths) <= 99 << 10
 
 
+def test_library_is_of_this_version(cuda_host):
+    assert cuda_host.unavailable() is None
+
+
 def test_needs_a_card(cuda_host, monkeypatch):
     assert cuda.unsupported(torch.device("cpu"), torch.float32, (8, 8, 8)) == (
         "needs tensors on a CUDA device, got cpu"

@@ -1,5 +1,7 @@
 """What is the Triton backend's own: its launches, its check of the compiler, its refusals."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import make_inputs
@@ -11,6 +13,7 @@ if fastpe.available_backends()["triton"] is not None:
     reason = fastpe.available_backends()["triton"]
     pytest.skip(f"backend 'triton' is not available: {reason}", allow_module_level=True)
 
+from fastpe.backends import cuda
 from fastpe.backends import triton as backend
 from fastpe.backends.triton import common, launch_scan, scan
 
@@ -144,11 +147,115 @@ def test_code_is_looked_up_once_for_equal_arguments(monkeypatch):
     assert function.compiled == 4
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """What torch says of two cards that are not there; the check of the compiler is the test's."""
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(backends, "_reasons", {})
+    return [torch.device("cuda", i) for i in range(2)]
+
+
+PASSING = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
+def test_what_may_pass_is_not_remembered(card, monkeypatch, error):
+    """The error is the caller's; the next call checks again."""
+
+    def check(device):
+        raise error
+
+    monkeypatch.setattr(backend, "miscompiled", check)
+    for _ in range(2):
+        with pytest.raises(type(error), match=str(error).split("[")[0]):
+            backends.unavailable("triton", card[0])
+    assert fastpe.available_backends()["triton"] == f"not known now: {error}"
+    monkeypatch.setattr(backend, "miscompiled", lambda device: None)
+    assert backends.unavailable("triton", card[0]) is None
+
+
+def test_show_config_while_a_check_cannot_run(card, monkeypatch, capsys):
+    def check(device):
+        raise PASSING[0]
+
+    monkeypatch.setattr(backend, "miscompiled", check)
+    fastpe.show_config()
+    out = capsys.readouterr().out
+    assert f"triton     unavailable: not known now: {PASSING[0]}" in out
+    assert f"auto       not known now for tensors on a GPU: {PASSING[0]}" in out
+
+
+def test_every_card_has_a_verdict_of_its_own(card, monkeypatch):
+    asked = []
+
+    def check(device):
+        asked.append(device)
+        if device.index == 1:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(backend, "miscompiled", check)
+    for _ in range(2):
+        assert backends.unavailable("triton", card[0]) is None
+        assert "cannot compile for this card: Pass" in backends.unavailable("triton", card[1])
+        # the current card's
+        assert backends.unavailable("triton") is None
+        assert backends.unavailable("triton", torch.device("cuda")) is None
+    assert asked == card
+
+
+def test_first_call_in_a_capture_is_refused(card, monkeypatch):
+    """The check would break the graph that is being recorded; made before, it is not made again."""
+    checked = []
+    monkeypatch.setattr(backend, "miscompiled", checked.append)
+    with monkeypatch.context() as recording:
+        recording.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for name in ("triton", "auto"):
+            with pytest.raises(RuntimeError, match="call once before capture"):
+                backends.resolve(name, card[0], torch.float32, (64, 64, 64))
+    assert not checked
+    for _ in range(2):
+        assert backends.resolve("auto", card[0], torch.float32, (64, 64, 64)) == "triton"
+    assert checked == card[:1]
+
+
+def _usual(index=0):
+    return torch.device("cuda", index), torch.float32, (64, 64, 64)
+
+
 def test_resolve_names_the_reason_once(monkeypatch):
     """`auto` says why it leaves a card to the reference, once for each reason."""
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(backends, "unavailable", lambda name: "no card")
-    usual = torch.device("cuda"), torch.float32, (64, 64, 64)
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: "no card")
     with pytest.warns(RuntimeWarning, match="reference on cuda, which is slower: triton no card"):
-        assert backends.resolve("auto", *usual) == "reference"
-    assert backends.resolve("auto", *usual) == "reference"
+        assert backends.resolve("auto", *_usual()) == "reference"
+    assert backends.resolve("auto", *_usual()) == "reference"
+
+
+def test_another_backend_in_place_of_the_usual_one_is_said_once(monkeypatch):
+    """The CUDA library takes over where the check failed: not for sizes, nor for a step."""
+    lacking = {"triton": "miscompiles", "cuda": None}
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: lacking[name])
+    monkeypatch.setattr(cuda, "unsupported", lambda *sizes: None)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    message = "uses backend 'cuda' on cuda:0: 'triton' is not available there, miscompiles"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert backends.resolve("auto", *_usual()) == "cuda"
+    assert backends.resolve("auto", *_usual()) == "cuda"
+    with pytest.warns(RuntimeWarning, match="on cuda:1"):
+        assert backends.resolve("auto", *_usual(1)) == "cuda"
+    lacking["triton"] = None
+    assert backends.resolve("auto", *_usual()[:2], (300, 300, 64)) == "cuda"
+    # one launch for a token, if there is a library
+    assert backends.resolve("auto", *_usual(), one_token=True) == "cuda"
+    lacking["cuda"] = "was not built"
+    assert backends.resolve("auto", *_usual(), one_token=True) == "triton"

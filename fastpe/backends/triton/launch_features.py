@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...maps import SineMap
 from ...ops import compute_dtype
-from ..tensors import contiguous, sum_groups, sum_to
+from ..tensors import SINES, check_devices, contiguous, sum_groups, sum_to
 from . import features, noise
 from .common import empty, kernel, numbers, power, rows
 
@@ -20,6 +20,7 @@ class _Sines:
     """What the kernels of the phase features and of their gradient have in common."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, rows_of_tile: int) -> None:
+        check_devices(SINES, (x, positions, *sines[:5]))
         self.x = rows(x)
         self.b, self.t, heads, self.d = x.shape
         self.h = sines.gain.shape[0]
@@ -89,6 +90,7 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    check_devices(("x", "grad_y"), (x, grad_y))
     call, dy = _Sines(x, positions, sines, 64), rows(grad_y)
     none, parameters, levels, wide = x.new_empty(0), any(needs[2:]), call.levels, call.wide
     # of each head of features: those that share a head of x are added behind
@@ -133,6 +135,7 @@ def philox_normal(
     first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`); nothing waits for them."""
+    check_devices(("seed", "step"), (seed, step))
     out = empty(seed, *shape, dtype=dtype)
     if out.numel():
         hd, j, r = shape

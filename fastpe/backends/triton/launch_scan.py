@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops import ScanOptions, compute_dtype, state_heads
-from ..tensors import contiguous, sum_groups, sum_to
+from ..tensors import SCAN, SCAN_BACKWARD, check_devices, contiguous, sum_groups, sum_to
 from . import maps, scan, scan_backward
 from .common import Kernel, empty, kernel, numbers, power, rows
 
@@ -186,6 +186,7 @@ class _Scan:
     """The tensors of one call, or of its gradient, as the kernels take them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
+        check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
         self.plan = _plan(
             *(q.shape, v.shape[-1], q.dtype, None if freq is None else freq.shape),
@@ -324,6 +325,7 @@ def causal_dot_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
     call, (q, k, v, _, _, positions, freq, _) = _Scan(inputs, options), inputs
+    check_devices(SCAN_BACKWARD, (q, *grads, o, den))
     plan, none, (b, t, h, _) = call.plan, q.new_empty(0), q.shape
     if not plan.sequences * h:
         pairs = zip(inputs[:7], needs, strict=True)
