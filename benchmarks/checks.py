@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def printable(text: object) -> str:
@@ -78,6 +82,22 @@ def record(value: object, kinds: Mapping[str, type | tuple[type, ...]], of: str 
             raise ValueError(f"{shown} must be there, got {found or 'nothing'}")
         typed(shown, value[name], kind)
     return value
+
+
+def made(kind: type[T], value: object, of: str) -> T:
+    """Return a dataclass from its fields, which must have the types of its defaults.
+
+    Args:
+        kind: The dataclass.
+        value: What `dataclasses.asdict` returned of one.
+        of: Name of the field that it is itself.
+    """
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(kind)}
+    record(value, {n: (int, float) if k is float else k for n, k in kinds.items()}, of)
+    if unknown := value.keys() - kinds.keys():
+        further = printable(", ".join(sorted(map(str, unknown))))
+        raise ValueError(f"{of} must have no further fields, got {further}")
+    return kind(**value)
 
 
 def json_lines(path: Path, check: Callable[[dict], object]) -> tuple[list[dict], list[str]]:
