@@ -161,8 +161,12 @@ def _gaps(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """Draw time and memory over the length, log-log, one panel for each mode."""
+def plot(records: list[dict], path: Path) -> bool:
+    """Draw time and memory over the length, log-log, one panel for each mode.
+
+    Returns:
+        Whether anything was measured: without that there is no picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +174,7 @@ def plot(records: list[dict], path: Path) -> None:
 
     good = [r for r in records if r["status"] == "ok"]
     if not good:
-        return
+        return False
     plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 12})
     figure, axes = plt.subplots(2, 2, figsize=(15, 12.5), layout="constrained")
     for column, mode in enumerate(MODES):
@@ -186,6 +190,7 @@ def plot(records: list[dict], path: Path) -> None:
     figure.text(0.5, 0.962, describe(good[-1]), ha="center", fontsize=9.5, color="#555555")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+    return True
 
 
 def plot_decoding(records: list[dict], path: Path) -> None:
