@@ -64,6 +64,8 @@ def typed(name: str, value: object, kind: type | tuple[type, ...]) -> None:
         raise ValueError(f"{name} must be {wanted}, got {printable(repr(value))[:80]}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be of 64 bits, got {str(value)[:20]}...")
 
 
 def record(value: object, kinds: Mapping[str, type | tuple[type, ...]], of: str = "") -> dict:

@@ -213,7 +213,8 @@ def checked(song: Song) -> Song:
         ValueError: a field is not as `Song` has it, a song is longer than MOST_BARS bars, or its
             tempo is not SLOWEST to FASTEST.
     """
-    checks.typed("num_bars", song.num_bars, int)
+    kinds = {"title": str, "num_bars": int, "tonic": int, "bpm": (int, float), "split": str}
+    checks.record(vars(song), kinds)
     checks.within("num_bars", song.num_bars, 1, MOST_BARS)
     beats = BEATS * song.num_bars
     track, start, steps, pitch = checks.array("notes", song.notes, (None, 4), "i").T

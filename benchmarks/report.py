@@ -309,6 +309,8 @@ def spaced(want: list[float], gap: float) -> list[float]:
     ]
 
 
+# of a size
+_LARGEST = 2**40
 _ON = {"length": int, "batch": int, "heads": int, "head_dim": int, "dtype": str, "device": str}
 _ON |= {"threads": int, "backend": str, "cpu": str, "date": str}
 _ON |= {"torch": str, "fastpe": str, "python": str, "commit": (str, type(None))}
@@ -322,7 +324,8 @@ def check(record: object) -> None:
     checks.record(record, _ON)
     if record["device"] == "cuda":
         checks.record(record, _ON_GPU)
-    checks.within("length", record["length"], 1, 2**40)
+    for name in ("length", "batch", "heads", "head_dim", "threads"):
+        checks.within(name, record[name], 1, _LARGEST)
     times = _times_of_decoding(record) if "level" in record else _times_of_scaling(record)
     for name, ms in times.items():
         checks.record(ms, {"median": (int, float)}, name)
@@ -344,7 +347,8 @@ def _times_of_scaling(record: dict) -> dict[str, object]:
 
 def _times_of_decoding(record: dict) -> dict[str, object]:
     checks.record(record, _DECODING)
-    checks.within("context", record["context"], 1, 2**40)
+    for name in ("context", "steps"):
+        checks.within(name, record[name], 1, _LARGEST)
     if "ms" not in record:
         checks.record(record, {"error": str})
         return {}
