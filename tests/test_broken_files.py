@@ -43,7 +43,7 @@ def _load(path):
 
 
 FIELDS = {
-    "bpm": (np.inf, r"song 0: bpm must be 4 to 1000, got inf"),
+    "bpm": (np.inf, "song 0: bpm must be finite, got inf"),
     "key_tonic": (12, "song 0: tonic must be 0 to 11, got 12"),
     "n_bars": (2**40, "song 0: n_bars must be 1 to 5000, got 1099511627776"),
     "split": ("dev", "song 0: split must be of"),
