@@ -183,8 +183,11 @@ def backends(setup: Setup) -> dict[str, str]:
     """Return {provider: backend}: on a GPU every one that runs there, unless one was asked for."""
     if setup.device == "cpu" or setup.backend != "auto":
         return {"fastpe": setup.backend}
-    found = [n for n, reason in fastpe.available_backends().items() if reason is None]
-    return {f"fastpe {n}": n for n in found if n not in ("cpu", "reference")}
+    reasons = fastpe.available_backends()
+    found = [n for n, why in reasons.items() if why is None and n not in ("cpu", "reference")]
+    if not found:
+        raise RuntimeError(f"no kernels run on {setup.device}: {reasons}")
+    return {f"fastpe {n}": n for n in found}
 
 
 def measure(setup: Setup, name: str, level: str, seconds: float) -> dict:

@@ -216,6 +216,8 @@ def evaluate(trainer: Trainer, songs: list[Song], out: Path) -> None:
             continue
         found["bars"][length] = scores
         print(f"{length} bars: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+    if not found["bars"]:
+        raise ValueError("nothing was measured: no test song is long enough")
     path = out / "metrics.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")
