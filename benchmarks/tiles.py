@@ -3,8 +3,8 @@
     python benchmarks/tiles.py                                  a minute
     python benchmarks/tiles.py --seconds 600 --roles forward    more of them, of one kernel
 
-A role is a kernel of the scan. A tile is how many tokens and columns a program takes at a time, with
-how many warps and how many loads ahead (`launch_scan.blocks`); here it also says into how many
+A role is a kernel of the scan. A tile is how many tokens and columns a program takes at a time, and
+with how many warps and loads ahead (`launch_scan.blocks`); here it also says into how many
 segments a row is cut. Each candidate first runs in a process of its own, where its results are
 compared with those of the default tile. Those that are right are timed here. Appends a line to
 DIR/tiles.jsonl for each candidate as it is done, and prints the best of each role.
@@ -124,9 +124,9 @@ def override(group: Group, tile: Tile) -> Iterator[None]:
             return found
         block = ROLES[role][0]
         fields = {"c": tile.c, "warps": tile.warps, "stages": tile.stages}
-        if block:
-            # of pairs, where they rotate
-            fields[block] = tile.columns // (parts if block == "bw" else 1)
+        if block and tile.columns:
+            # of pairs, where they rotate; a product takes no fewer than 16
+            fields[block] = max(tile.columns // (parts if block == "bw" else 1), 16)
         return found._replace(**{name: x for name, x in fields.items() if x})
 
     def cut(programs: int, t: int, c: int, *more: object) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--library"):
         native.CPU.path = Path(config.getoption("--library"))
-    config.pluginmanager.register(Watch(config.getoption("--record")))
+    config.pluginmanager.register(Watch(config))
 
 
 def _factory(kind, **options):

@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(watch.Watch(config.getoption("--record")))
+    config.pluginmanager.register(watch.Watch(config))
 """
 
 INNER = """

@@ -30,18 +30,18 @@ class Watch:
     test would fail too. xdist replaces a worker that ends, so the other tests run on a new context.
     """
 
-    def __init__(self, files):
-        self.files = files
-        self.worker = os.environ.get("PYTEST_XDIST_WORKER")
+    def __init__(self, config):
+        self.files = config.getoption("record")
+        self.is_worker = hasattr(config, "workerinput")
 
     # behind xdist, which sends the report
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report):
         # with xdist all reports reach the process that has the workers
-        if self.worker is None and (report.when == "call" or not report.passed):
+        if not self.is_worker and (report.when == "call" or not report.passed):
             self._write(report)
         if report.failed and context_is_lost():
-            if self.worker is None:
+            if not self.is_worker:
                 pytest.exit("the GPU's context is lost; with pytest-xdist the rest would run", 1)
             os._exit(1)
 
