@@ -229,7 +229,7 @@ class Search:
             seconds = self.left(COMPARING)
             if seconds < 0:
                 return None
-            return Isolated(seconds + 10, PRELOAD)(compare, group, tile, self.setup)
+            return Isolated(seconds + 4, PRELOAD)(compare, group, tile, self.setup)
 
         with ThreadPoolExecutor(self.args.jobs) as pool:
             for each in filter(None, itertools.chain(*rows)):
@@ -256,8 +256,6 @@ class Search:
     def run(self) -> None:
         """Compare, then time: nothing else is on the card then."""
         right = self.compared()
-        if self.setup.device != "cpu":
-            torch.cuda.init()
         for group in groups(self.args):
             tiles = [tile for g, tile in right if g == group]
             if not tiles or self.left() < 0:
