@@ -97,7 +97,7 @@ tests() {
   local workers=$1 options=(-o addopts= -q --strict-markers -m gpu --tb=short -rfE)
   shift
   if [ "$workers" -gt 0 ] && have xdist; then
-    [ -z "$dry" ] || workers=2
+    [ -z "$dry" ] || workers=1
     options+=(-p xdist.plugin -n "$workers" --dist load --maxschedchunk 2)
     # each test may cost one
     options+=(--max-worker-restart 600)
@@ -298,8 +298,9 @@ ncu() {
   prefix+=(-k regex:forward_kernel -c 1 --section SpeedOfLight --section LaunchStats)
   prefix+=(--section Occupancy --section SchedulerStats --section WarpStateStats)
   prefix+=(--section MemoryWorkloadAnalysis)
-  [ -z "$dry" ] || prefix=() length=32
-  for case in "fastpe --head-dim 64" "fastpe-rope --head-dim 64" "fastpe --head-dim 128"; do
+  local cases=("fastpe --head-dim 64" "fastpe-rope --head-dim 64" "fastpe --head-dim 128")
+  [ -z "$dry" ] || prefix=() length=32 cases=("${cases[1]}")
+  for case in "${cases[@]}"; do
     # shellcheck disable=SC2086 # words
     benchmark one_call $case --length "$length" "${size[@]}" || status=$?
   done
@@ -358,7 +359,7 @@ for step in "${steps[@]}"; do
   echo "--- ${summary[-1]}"
   # the lines that say most
   said | grep -aE -e '^(\||- |no |copy:|card:|versions:|sha256|FAILED|ERROR|host time|.*error: )' \
-    -e 'SUMMARY|cases are right|(passed|failed|skipped).* in |candidates failed' | cut -c1-180 | tail -n 40
+    -e 'SUMMARY|cases are right|(passed|failed|skipped).* in |candidates failed' | cut -c1-240 | tail -n 40
   # no step fills the file
   [ "$(stat -c %s "$log")" -le $((at + 1900000)) ] || truncate -s $((at + 1900000)) "$log"
 done
