@@ -228,6 +228,9 @@ def main(argv: list[str] | None = None) -> int:
     args.seconds = args.seconds or (0.1 if args.quick else 1.0)
     options.check(parser, args, "contexts")
     isolated, records = runner(args.device), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = args.out / "decode.jsonl"
+    lines.write_text("")
     rows = [(n, c, level) for level in args.levels for n in ENCODINGS for c in args.contexts]
     for name, context, level in tqdm(rows, unit="row"):
         setup = options.setup(args, context + STEPS)
@@ -237,9 +240,8 @@ def main(argv: list[str] | None = None) -> int:
         records.append(
             record | ({"error": result["error"]} if "error" in result else {"ms": result})
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = args.out / "decode.jsonl"
-    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+        with lines.open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
     print("\n\n".join(table(records, level) for level in args.levels))
     report.plot_decoding(records, lines.with_suffix(".png"))
     return int(any("error" in record for record in records))

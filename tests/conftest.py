@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import Fade
 from ranks import Ranks
+from watch import Watch
 
 # before any kernel is imported
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -29,11 +30,15 @@ from fastpe.backends import native
 def pytest_addoption(parser):
     parser.addoption("--library", help="test this build of the CPU library (scripts/sanitize.sh)")
     parser.addoption("--cuda-host", help="and this one of the CUDA kernels for the host")
+    parser.addoption(
+        "--record", action="append", default=[], help="append each report to this file, as JSON"
+    )
 
 
 def pytest_configure(config):
     if config.getoption("--library"):
         native.CPU.path = Path(config.getoption("--library"))
+    config.pluginmanager.register(Watch(config))
 
 
 def _factory(kind, **options):
@@ -266,6 +271,9 @@ def on_a_gpu(request):
     """Skip where there is none, and say what was not checked: the docstring of the test."""
     if not torch.cuda.is_available():
         pytest.skip(f"no GPU; not checked: {request.function.__doc__.splitlines()[0]}")
+    yield
+    # a kernel that failed late is this test's failure, not the next one's
+    torch.cuda.synchronize()
 
 
 @pytest.fixture
