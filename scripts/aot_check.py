@@ -54,15 +54,16 @@ def kind(launch: Launch) -> tuple:
 
 
 def recorded(args: argparse.Namespace, arch: str) -> list[Launch]:
-    """Return what is to be compiled for an architecture."""
+    """Return what is to be compiled for an architecture; with --hits, what was not in the cache."""
     found = []
     if args.tests:
-        found += launches.from_tests(arch)
+        found += launches.from_tests(arch, args.hits)
         if args.sample:
             found = list({kind(x): x for x in reversed(found)}.values())
     if args.bars:
         for shape in launches.BARS:
-            found += launches.traces(arch, [torch.bfloat16], [(64, 64), (128, 128)], shape)
+            widths = [(d, d) for d in (64, 128, 256)]
+            found += launches.traces(arch, [torch.bfloat16], widths, shape, args.hits)
     if not args.tests and not args.bars:
         widths = [tuple(map(int, w.split("x"))) for w in args.widths]
         found += launches.traces(arch, [getattr(torch, d) for d in args.dtypes], widths)
@@ -191,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="kernels and cases with this in their name")
     parser.add_argument("--cuda", action="store_true", help="the CUDA library too (needs nvcc)")
     parser.add_argument("--keep", metavar="FOLDER", help="keep the code, as a card's cache")
+    parser.add_argument("--hits", action="store_true", help="fail if it was not kept before")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args()
 
@@ -202,6 +204,8 @@ def main() -> int:
     os.environ["TRITON_CACHE_DIR"] = args.keep or tempfile.mkdtemp()
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     jobs = [(launch, arch) for arch in args.arch for launch in recorded(args, arch)]
+    if args.hits:
+        return min(len(jobs), 1)
     print(f"triton {triton.__version__}, {len(jobs)} kernels for {', '.join(args.arch)}")
     failed = build_all(jobs, args.jobs)
     if args.cuda:

@@ -1,8 +1,8 @@
 """Record what Triton would compile for a launch: kernel, signature, constants, alignment.
 
 `recording` stands in the place of every launch; Triton itself says how it takes the arguments, so
-that a recorded launch compiles to the very entry of Triton's cache that a launch on a card looks for.
-Two sources: `traces` runs the launchers on tensors without memory, record_gpu_tests.py the GPU tests.
+that it compiles to the very entry of Triton's cache that a launch on a card looks for. Two sources:
+`traces` runs the launchers on tensors without memory, record_gpu_tests.py runs the GPU tests.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from pathlib import Path
 
 # the compiler must be seen, whatever the tests have set
 os.environ.pop("TRITON_INTERPRET", None)
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import triton
@@ -34,6 +33,7 @@ from fastpe.backends import triton as backend
 from fastpe.backends.triton import common, launch_scan
 from fastpe.ops import ScanOptions
 
+ROOT = Path(__file__).parent.parent
 # shared memory that one program can have, in bytes
 SHARED = {
     "80": 163 << 10,
@@ -59,7 +59,12 @@ SINES = {
 }
 # batch, tokens and heads of a trace, and of what benchmarks/bars.py times
 SHAPE, BARS = (1, 4096, 8), ((4, 256, 16), (4, 8192, 16))
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,22 @@ def target(arch: str) -> GPUTarget:
 
 
 class Recorder:
-    """Launches in the order of their first, by `case` and `group` as they are set."""
+    """Launches in the order of their first, by `case` and `group` as they are set.
 
-    def __init__(self) -> None:
+    Args:
+        missed: Note only what is not in Triton's cache; it then is compiled.
+    """
+
+    def __init__(self, missed: bool = False) -> None:
         self.found: dict[Launch, Launch] = {}
-        self.case, self.group, self.count = "", None, 0
+        self.missed, self.hits, self.count = missed, 0, 0
+        self.case, self.group = "", None
 
-    def compile(self, source: object, target: object = None, options: object = None) -> object:
+    def compile(self, source: object, target: GPUTarget, options: dict[str, object]) -> object:
         """Stand in the place of triton.compile."""
+        if self.missed and _in_cache(source, target, options):
+            self.hits += 1
+            return source
         launch = Launch(
             Name.of(source.fn),
             tuple(source.signature.items()),
@@ -171,10 +184,23 @@ class Recorder:
         kernel.function.warmup(*tensors, *numbers, grid=grid, **kernel.meta)
 
 
+_compile = triton.compiler.compile
+
+
+def _in_cache(source: object, target: GPUTarget, options: dict[str, object]) -> bool:
+    found = []
+    triton.knobs.compilation.listener = lambda **said: found.append(said["cache_hit"])
+    try:
+        _compile(source, target=target, options=options)
+    finally:
+        triton.knobs.compilation.listener = None
+    return found[0]
+
+
 @contextlib.contextmanager
-def recording(arch: str) -> Iterator[Recorder]:
+def recording(arch: str, missed: bool = False) -> Iterator[Recorder]:
     """Record every launch as for a card of an architecture; nothing is compiled or run."""
-    recorder = Recorder()
+    recorder = Recorder(missed)
     card = common.Card(PROCESSORS, SHARED.get(arch, 64 << 10))
     kept = common.Kernel.__call__, launch_scan.card, triton.compiler.compile
     common.Kernel.__call__ = lambda *args: recorder.launch(*args)
@@ -188,10 +214,11 @@ def recording(arch: str) -> Iterator[Recorder]:
 
 
 def traces(
-    arch: str, dtypes: list[torch.dtype], widths: list[tuple[int, int]], shape: tuple = SHAPE
-) -> list[Launch]:
+    arch: str, dtypes: list[torch.dtype], widths: list[tuple[int, int]], shape: tuple = SHAPE,
+    missed: bool = False,
+) -> list[Launch]:  # fmt: skip
     """Return what the launchers compile for these dtypes, D and E, on tensors without memory."""
-    with recording(arch) as recorder:
+    with recording(arch, missed) as recorder:
         recorder.case, recorder.group = "noise", ("", 0)
         key = torch.empty((), dtype=torch.int64, device="meta")
         backend.philox_normal(key, key, 0, 0, (512, 20, 64), torch.float32)
@@ -199,10 +226,12 @@ def traces(
             for d, e in widths:
                 for name, make in (ENCODINGS | SINES).items():
                     if name == "rope-packed" and d > 128:
-                        continue  # at D = 256 its forward_kernel spills 48 bytes on sm_90, in 16 bits
+                        continue  # its forward_kernel spills 48 bytes on sm_90, in 16 bits
                     recorder.case = f"{name} {SHORT[dtype]} D={d} E={e}"
                     recorder.group = SHORT[dtype], d
                     trace(name, make, dtype, d, e, shape)
+    if missed:
+        print(f"{recorder.hits} kernels were in the cache, {len(recorder.found)} were not")
     return list(recorder.found)
 
 
@@ -255,12 +284,12 @@ def trace(
     backend.causal_dot_backward((o, None, None), inputs, options, o, den, needs)
 
 
-def from_tests(arch: str) -> list[Launch]:
+def from_tests(arch: str, missed: bool = False) -> list[Launch]:
     """Return what the GPU tests launch: they run in a process of their own, on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "launches"
         environment = os.environ | {
-            "FASTPE_RECORD": f"{arch}:{file}",
+            "FASTPE_RECORD": f"{arch}:{int(missed)}:{file}",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         }
         tests = [str(x) for x in sorted((ROOT / "tests").glob("test_gpu*.py"))]

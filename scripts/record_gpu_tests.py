@@ -1,6 +1,6 @@
 """A pytest plugin: run the GPU tests without a card, and record what they launch (launches.py).
 
-    FASTPE_RECORD=90:FILE python -m pytest -o addopts= -p record_gpu_tests -m gpu tests/test_gpu*.py
+    FASTPE_RECORD=90:0:FILE python -m pytest -o addopts= -p record_gpu_tests tests/test_gpu*.py
 
 Tensors are on the CPU and kernels write nothing: what a test would compare is not compared. Loaded
 with -p, before tests/conftest.py, which then finds a card.
@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-torch.cuda.is_available = lambda: True
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import gpu
@@ -26,7 +25,7 @@ import launches
 from fastpe import backends
 from fastpe.backends import triton as backend
 
-ARCH, FILE = os.environ["FASTPE_RECORD"].split(":")
+ARCH, MISSED, FILE = os.environ["FASTPE_RECORD"].split(":")
 
 
 class _Stream:
@@ -70,6 +69,7 @@ def _pretend_backend():
     )
 
 
+torch.cuda.is_available = lambda: True
 _pretend_tests()
 _pretend_torch()
 _pretend_backend()
@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
     """Record the self-check of the backend and all tests."""
-    with launches.recording(ARCH) as recorder:
+    with launches.recording(ARCH, MISSED == "1") as recorder:
         launch = recorder.launch
 
         def finite(kernel, grid, tensors, numbers):
@@ -108,5 +108,6 @@ def pytest_runtestloop(session):
         backend.miscompiled(torch.device("cpu"))
         result = yield
     Path(FILE).write_bytes(pickle.dumps(list(recorder.found)))
-    print(f"\n{recorder.count} launches, {len(recorder.found)} kernels")
+    said = f"{recorder.hits} kernels were in the cache, " if MISSED == "1" else ""
+    print(f"\n{said}{recorder.count} launches, {len(recorder.found)} kernels to compile")
     return result

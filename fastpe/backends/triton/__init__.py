@@ -16,7 +16,7 @@ from ...feature_maps import elu1
 from ...ops import ScanOptions
 from .common import INTERPRETED
 from .launch_features import phase_features, phase_features_backward, philox_normal
-from .launch_scan import causal_dot, causal_dot_backward
+from .launch_scan import causal_dot, causal_dot_backward, too_wide
 
 __all__ = [
     "causal_dot",
@@ -98,4 +98,4 @@ def unsupported(
         return f"needs tensors on a CUDA device, got {device}"
     if max(widths) > WIDEST:
         return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
-    return None
+    return too_wide(max(widths), dtype, device)

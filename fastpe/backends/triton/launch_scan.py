@@ -34,9 +34,9 @@ class Blocks(NamedTuple):
 
 
 # For 16 bits, by the widest block of a row and whether pairs rotate (2) or not (1): tokens of a
-# tile, columns of the result that a program makes, warps. The largest that need next to no spills on
-# sm_90 (scripts/aot_check.py); where there is no entry, `blocks` has others. float16's operands are
-# twice as large (`common.numbers`).
+# tile, columns of the result that a program makes, warps. The largest that need next to no spills
+# on sm_90 (scripts/aot_check.py); where there is no entry, `blocks` has others. The operands of
+# float16 are twice as large (`common.numbers`).
 _TILES = {
     torch.bfloat16: {
         "forward": {
@@ -83,8 +83,8 @@ _TILES = {
     },
 }
 
-# bytes of shared memory that 32 columns of a row of more than 128 numbers take
-_WIDE = {torch.float32: 133184, torch.float64: 174208}
+# bytes of shared memory that rows of more than 128 numbers take, with two stages and with one
+_WIDE = {torch.float32: (133184, 98304), torch.float64: (174208, 131072)}
 
 
 @functools.cache
@@ -103,9 +103,7 @@ def blocks(
     bw, be = power(width), power(e)
     widest = max(bw * parts, be, 64)
     c, columns, warps, stages = 16, 32, 8, 2
-    if widest > 128 and shared < _WIDE.get(dtype, 0):
-        columns = 16
-    elif dtype.itemsize == 2:
+    if dtype.itemsize == 2:
         c, columns, warps = _TILES[dtype][role].get((widest, parts), (c, columns, warps))
     if chunk:
         c = min(c, power(chunk))
@@ -113,9 +111,24 @@ def blocks(
         bw = min(bw, max(columns // parts, 16))
     elif role != "grad_kv":
         be = min(be, columns)
+    if widest > 128 and shared < _WIDE.get(dtype, (0,))[0]:
+        stages = 1
     if (role, dtype, bw, parts) == ("grad_q", torch.float32, 16, 2):
         stages = 1  # Triton 3.6.0 cannot compile two where features are of rotated pairs
     return Blocks(c, bw, be, warps, stages)
+
+
+def too_wide(widest: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why a card has too little shared memory for rows of so many numbers, or None."""
+    if widest <= 128 or dtype not in _WIDE:
+        return None
+    least, shared = _WIDE[dtype][1], card(device).shared
+    if shared >= least:
+        return None
+    return (
+        f"takes D, R and E up to 128 of {dtype} on a card with {shared} bytes of shared memory for a "
+        f"program, got {widest}, which take {least}"
+    )
 
 
 def segments(programs: int, t: int, c: int, sequences: int, processors: int) -> tuple[int, int]:
