@@ -41,16 +41,21 @@ BUDGET = {
     ("100", "fp32"): {64: 1024, 128: 2 << 10, 256: 32 << 10},
 }
 ANY = 1 << 20
-# one launch for each of these and each dtype is a sample
-KINDS = "PSI", "ENCODE", "PAIRS", "MAP_FIRST", "NORMALIZE", "MIX"
+# a sample has each combination of these constants once, for each kernel and dtype
+KINDS = ("ENCODE", "PAIRS", "MAP_FIRST", "NORMALIZE", "MIX"), ("PSI",)
 HEAD = f"{'kernel':26}{'case':44}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'s':>6}"
 
 
-def kind(launch: Launch) -> tuple:
-    """Return what a launch has in common with others of its kind."""
-    names = [name for name, _ in launch.signature]
-    constants = {names[at[0]]: x for at, x in launch.constants}
-    return launch.kernel, launch.signature[0][1], *(constants.get(name) for name in KINDS)
+def sample(found: list[Launch]) -> list[Launch]:
+    """Return a few launches that stand for all."""
+    chosen = {}
+    for launch in found:
+        names = [name for name, _ in launch.signature]
+        constants = {names[at[0]]: x for at, x in launch.constants}
+        for kind in KINDS:
+            values = tuple(constants.get(name) for name in kind)
+            chosen.setdefault((launch.kernel, launch.signature[0][1], kind, values), launch)
+    return list(dict.fromkeys(chosen.values()))
 
 
 def recorded(args: argparse.Namespace, arch: str) -> list[Launch]:
@@ -59,14 +64,16 @@ def recorded(args: argparse.Namespace, arch: str) -> list[Launch]:
     if args.tests:
         found += launches.from_tests(arch, args.hits)
         if args.sample:
-            found = list({kind(x): x for x in reversed(found)}.values())
+            found = sample(found)
     if args.bars:
         for shape in launches.BARS:
             widths = [(d, d) for d in (64, 128, 256)]
-            found += launches.traces(arch, [torch.bfloat16], widths, shape, args.hits)
+            names = "none", "rope", "sinespe"
+            found += launches.traces(arch, [torch.bfloat16], widths, names, shape, args.hits)
     if not args.tests and not args.bars:
         widths = [tuple(map(int, w.split("x"))) for w in args.widths]
-        found += launches.traces(arch, [getattr(torch, d) for d in args.dtypes], widths)
+        dtypes = [getattr(torch, d) for d in args.dtypes]
+        found += launches.traces(arch, dtypes, widths, args.encodings)
     return [x for x in dict.fromkeys(found) if args.only in f"{x.kernel.name} {x.case}"]
 
 
@@ -186,6 +193,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", default=["80", "89", "90", "100"])
     parser.add_argument("--widths", nargs="+", default=["64x64", "128x128", "256x256"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    known = list(launches.ENCODINGS | launches.SINES)
+    parser.add_argument("--encodings", nargs="+", default=known, choices=known)
     parser.add_argument("--tests", action="store_true", help="what the GPU tests launch")
     parser.add_argument("--sample", action="store_true", help="of that, one of each kind")
     parser.add_argument("--bars", action="store_true", help="what benchmarks/bars.py launches")

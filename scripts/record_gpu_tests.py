@@ -77,7 +77,7 @@ _pretend_backend()
 
 def _few(*bounds):
     """Stand for `range`: what is repeated launches nothing new."""
-    return range(*bounds) if len(bounds) > 1 else range(min(bounds[0], 2))
+    return range(2) if len(bounds) == 1 and bounds[0] >= 20 else range(*bounds)
 
 
 def pytest_collection_modifyitems(items):

@@ -126,10 +126,19 @@ def test_a_card_with_too_little_memory_is_refused(monkeypatch):
     """By name with the reason, not by an error at launch."""
     monkeypatch.setattr(launch_scan, "card", lambda device: common.Card(40, 64 << 10))
     q, k, v = (x.to(DEVICE) for x in make_inputs(1, 3, 1, 200, 8, torch.float32))
-    with pytest.raises(ValueError, match="'triton' takes D, R and E up to 128 of torch.float32 on"):
+    with pytest.raises(ValueError, match=r"E = 200, 200, 8 of torch\.float32 on cards w"):
         fastpe.causal_linear_attention(q, k, v, backend="triton")
     for dtype, d in ((torch.float32, 128), (torch.bfloat16, 256)):
         assert backend.unsupported(DEVICE, dtype, (d, d, d)) is None
+    small, large = (lambda device: common.Card(58, L4)), (lambda device: common.Card(108, A100))
+    for found, dtype, d, fits in (
+        (small, torch.float32, 256, True),
+        (small, torch.float64, 128, True),
+        (small, torch.float64, 129, False),
+        (large, torch.float64, 256, True),
+    ):
+        monkeypatch.setattr(launch_scan, "card", found)
+        assert (backend.unsupported(DEVICE, dtype, (d, d, 64)) is None) == fits
 
 
 @pytest.mark.parametrize("d", [16, 32, 64, 128, 256])

@@ -98,4 +98,4 @@ def unsupported(
         return f"needs tensors on a CUDA device, got {device}"
     if max(widths) > WIDEST:
         return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
-    return too_wide(max(widths), dtype, device)
+    return too_wide(widths, dtype, device)

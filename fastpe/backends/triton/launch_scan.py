@@ -68,10 +68,11 @@ _TILES = {
         },
         "grad_q": {
             (64, 1): (32, 64, 4),
-            (64, 2): (16, 64, 8),
+            (64, 2): (16, 64, 4),
             (128, 1): (16, 64, 8),
+            (128, 2): (16, 64, 8),
         },
-        "grad_kv": {(64, 1): (32, 64, 8), (64, 2): (16, 64, 8)},
+        "grad_kv": {(64, 1): (16, 64, 4), (64, 2): (16, 64, 4)},
         "grad_k": {(128, 1): (16, 64, 8)},
         "grad_v": {(128, 1): (16, 64, 8)},
         "state": {
@@ -83,8 +84,12 @@ _TILES = {
     },
 }
 
-# bytes of shared memory that rows of more than 128 numbers take, with two stages and with one
-_WIDE = {torch.float32: (133184, 98304), torch.float64: (174208, 131072)}
+# bytes of shared memory that a program takes at most with two stages, and with one, by the widest
+# block of a row; other rows take less than every card has (scripts/aot_check.py)
+_SHARED = {
+    torch.float32: {256: (133184, 98304)},
+    torch.float64: {128: (103040, 73728), 256: (201856, 137216)},
+}
 
 
 @functools.cache
@@ -111,23 +116,21 @@ def blocks(
         bw = min(bw, max(columns // parts, 16))
     elif role != "grad_kv":
         be = min(be, columns)
-    if widest > 128 and shared < _WIDE.get(dtype, (0,))[0]:
+    if shared < _SHARED.get(dtype, {}).get(widest, (0, 0))[0]:
         stages = 1
     if (role, dtype, bw, parts) == ("grad_q", torch.float32, 16, 2):
         stages = 1  # Triton 3.6.0 cannot compile two where features are of rotated pairs
     return Blocks(c, bw, be, warps, stages)
 
 
-def too_wide(widest: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return why a card has too little shared memory for rows of so many numbers, or None."""
-    if widest <= 128 or dtype not in _WIDE:
-        return None
-    least, shared = _WIDE[dtype][1], card(device).shared
-    if shared >= least:
+def too_wide(widths: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why a card has too little shared memory for D, R and E, or None."""
+    least = _SHARED.get(dtype, {}).get(power(max(widths)), (0, 0))[1]
+    if not least or card(device).shared >= least:
         return None
     return (
-        f"takes D, R and E up to 128 of {dtype} on a card with {shared} bytes of shared memory for a "
-        f"program, got {widest}, which take {least}"
+        f"takes D, R and E = {', '.join(map(str, widths))} of {dtype} on cards with {least} bytes "
+        f"of shared memory for a program, this one has {card(device).shared}"
     )
 
 
