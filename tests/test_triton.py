@@ -135,7 +135,8 @@ def test_a_card_with_too_little_memory_is_refused(monkeypatch):
         (small, torch.float32, 256, True),
         (small, torch.float64, 128, True),
         (small, torch.float64, 129, False),
-        (large, torch.float64, 256, True),
+        (large, torch.float64, 128, True),
+        (large, torch.float64, 256, False),
     ):
         monkeypatch.setattr(launch_scan, "card", found)
         assert (backend.unsupported(DEVICE, dtype, (d, d, 64)) is None) == fits
