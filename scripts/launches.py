@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 import fastpe
 from fastpe.backends import triton as backend
-from fastpe.backends.triton import common, launch_scan
+from fastpe.backends.triton import common
 from fastpe.ops import ScanOptions
 
 ROOT = Path(__file__).parent.parent
@@ -201,14 +201,14 @@ def recording(arch: str, missed: bool = False) -> Iterator[Recorder]:
     """Record every launch as for a card of an architecture; nothing is compiled or run."""
     recorder = Recorder(missed)
     card = common.Card(PROCESSORS, SHARED.get(arch, 64 << 10))
-    kept = common.Kernel.__call__, launch_scan.card, triton.compiler.compile
+    kept = common.Kernel.__call__, common.card, triton.compiler.compile
     common.Kernel.__call__ = lambda *args: recorder.launch(*args)
-    launch_scan.card, triton.compiler.compile = lambda device: card, recorder.compile
+    common.card, triton.compiler.compile = lambda device: card, recorder.compile
     driver.set_active(PretendedDriver(arch))
     try:
         yield recorder
     finally:
-        common.Kernel.__call__, launch_scan.card, triton.compiler.compile = kept
+        common.Kernel.__call__, common.card, triton.compiler.compile = kept
         driver.set_active(None)
 
 

@@ -13,6 +13,7 @@ if fastpe.available_backends()["triton"] is not None:
 
 from fastpe.backends import triton as backend
 from fastpe.backends.triton import common, launch_scan, scan
+from fastpe.backends.triton.blocks import blocks
 from fastpe.backends.triton.common import power
 
 # bytes of shared memory for one program
@@ -97,13 +98,13 @@ def test_slots_hold_every_segment_once(sequences):
 def test_blocks_hold_what_each_kernel_needs(width, e, parts, dtype):
     """All features in one block for what sums over them, all values for what sums over those."""
     for role in ("forward", "state", "grad_q", "grad_k", "grad_v"):
-        block = launch_scan.blocks(role, width, e, parts, dtype, H100)
+        block = blocks(role, width, e, parts, dtype, H100)
         if role in ("forward", "state", "grad_v"):
             assert block.bw >= width
         if role in ("grad_q", "grad_k"):
             assert block.be >= e
         assert min(block.c, block.bw, block.be) >= 16
-    assert launch_scan.blocks("forward", width, e, parts, dtype, H100, chunk=16).c == 16
+    assert blocks("forward", width, e, parts, dtype, H100, chunk=16).c == 16
 
 
 @pytest.mark.parametrize("width", [129, 200, 256])
@@ -112,7 +113,7 @@ def test_blocks_hold_what_each_kernel_needs(width, e, parts, dtype):
 def test_wide_rows_of_float32_fit_small_cards(role, parts, width):
     """In 99 KB (A10, L4, 4090, 5090); scripts/aot_check.py compares with what is compiled."""
     for shared in (L4, A100, H100):
-        block = launch_scan.blocks(role, -(-width // parts), 256, parts, torch.float32, shared)
+        block = blocks(role, -(-width // parts), 256, parts, torch.float32, shared)
         # two operands of a product, a large and a small part of each, and what they are made of;
         # a load ahead brings both again, and values
         tile = 4 * block.c * power(width)
@@ -124,7 +125,7 @@ def test_wide_rows_of_float32_fit_small_cards(role, parts, width):
 
 def test_a_card_with_too_little_memory_is_refused(monkeypatch):
     """By name with the reason, not by an error at launch."""
-    monkeypatch.setattr(launch_scan, "card", lambda device: common.Card(40, 64 << 10))
+    monkeypatch.setattr(common, "card", lambda device: common.Card(40, 64 << 10))
     q, k, v = (x.to(DEVICE) for x in make_inputs(1, 3, 1, 200, 8, torch.float32))
     with pytest.raises(ValueError, match=r"E = 200, 200, 8 of torch\.float32 on cards w"):
         fastpe.causal_linear_attention(q, k, v, backend="triton")
@@ -138,14 +139,14 @@ def test_a_card_with_too_little_memory_is_refused(monkeypatch):
         (large, torch.float64, 128, True),
         (large, torch.float64, 256, False),
     ):
-        monkeypatch.setattr(launch_scan, "card", found)
+        monkeypatch.setattr(common, "card", found)
         assert (backend.unsupported(DEVICE, dtype, (d, d, 64)) is None) == fits
 
 
 @pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
 def test_one_stage_for_pairs_of_float32(d):
     """With two, Triton 3.6.0 cannot compile grad_q for RoPE(apply="before") and a normaliser."""
-    block = launch_scan.blocks("grad_q", d // 2, d, 2, torch.float32, H100)
+    block = blocks("grad_q", d // 2, d, 2, torch.float32, H100)
     assert block.stages == (1 if block.bw == 16 else 2)
 
 

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import reference
 from ...feature_maps import elu1
 from ...ops import ScanOptions
+from .blocks import too_wide
 from .common import INTERPRETED
 from .launch_features import phase_features, phase_features_backward, philox_normal
-from .launch_scan import causal_dot, causal_dot_backward, too_wide
+from .launch_scan import causal_dot, causal_dot_backward
 
 __all__ = [
     "causal_dot",

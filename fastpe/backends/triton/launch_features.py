@@ -38,8 +38,10 @@ class _Sines:
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
         # tokens of one sequence, or of those that share positions, and so sines; a tile reads all
-        # of the noise, so of 16 bits as many as need no spills (scripts/aot_check.py)
-        self.rows = rows_of_tile if x.dtype.itemsize == 2 else 32
+        # of the noise, so of 16 bits as many as need no spills (scripts/aot_check.py), of float16,
+        # whose operands are wider, half
+        most = {torch.bfloat16: rows_of_tile, torch.float16: 64}
+        self.rows = most.get(x.dtype, 32)
         together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
         tokens = self.rows // together
         self.tiles = -(-self.b // together) * -(-self.t // tokens)
