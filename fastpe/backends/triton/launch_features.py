@@ -15,7 +15,6 @@ from ..tensors import contiguous, sum_groups, sum_to
 from . import features, noise
 from .common import empty, kernel, numbers, power, rows
 
-
 # a tile reads all of the noise: as many tokens as need no spills (scripts/aot_check.py)
 _ROWS = {torch.bfloat16: 128, torch.float16: 32}
 _ROWS_BACKWARD = {torch.bfloat16: 64, torch.float16: 64}
