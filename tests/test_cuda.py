@@ -100,7 +100,7 @@ def test_needs_a_card(cuda_host, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     monkeypatch.setattr(cuda, "CUDA", cuda_host)
-    assert cuda.unavailable() == "torch finds no CUDA device"
+    assert cuda.unavailable(torch.device("cuda", 0)) == "torch finds no CUDA device"
 
 
 @pytest.mark.gpu

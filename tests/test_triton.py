@@ -237,7 +237,7 @@ def test_show_config_while_a_check_cannot_run(card, monkeypatch, capsys):
     fastpe.show_config()
     out = capsys.readouterr().out
     assert f"triton     unavailable: not known now: {PASSING[0]}" in out
-    assert f"auto       not known now for tensors on a GPU: {PASSING[0]}" in out
+    assert f"auto       not known now: {PASSING[0]} for tensors on a GPU" in out
 
 
 def test_every_card_has_a_verdict_of_its_own(card, monkeypatch):
@@ -254,7 +254,6 @@ def test_every_card_has_a_verdict_of_its_own(card, monkeypatch):
         assert "cannot compile for this card: Pass" in backends.unavailable("triton", card[1])
         # the current card's
         assert backends.unavailable("triton") is None
-        assert backends.unavailable("triton", torch.device("cuda")) is None
     assert asked == card
 
 

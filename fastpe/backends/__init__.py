@@ -26,8 +26,8 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
-# by name and index of the device; what an error cut short is not known
-_reasons: dict[tuple[str, int | None], str | None] = {}
+# by name and device; what an error cut short is not known
+_reasons: dict[tuple[str, torch.device], str | None] = {}
 _warned: set[str] = set()
 
 
@@ -36,22 +36,27 @@ def unavailable(name: str, device: torch.device | None = None) -> str | None:
 
     Args:
         name: Of the backend.
-        device: Of the tensors; default the current GPU, where there is one.
+        device: Of the tensors; default the current GPU, or the CPU where there is none.
     Raises:
         RuntimeError: its check cannot run now, for lack of memory or because a CUDA graph is being
             recorded. The next call checks it.
     """
-    index = None if device is None else device.index
-    anywhere = index is None and (device is None or device.type == "cuda")
-    if anywhere and torch.cuda.is_available():
-        index = torch.cuda.current_device()
-    key = name, index
+    if device is None:
+        device = current_device()
+    key = name, device
     if key not in _reasons:
         try:
-            _reasons[key] = None if name == "reference" else load(name).unavailable(index)
+            _reasons[key] = None if name == "reference" else load(name).unavailable(device)
         except ImportError as error:
             _reasons[key] = str(error)
     return _reasons[key]
+
+
+def current_device() -> torch.device:
+    """Return the current GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def describe(name: str) -> str:

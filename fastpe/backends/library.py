@@ -138,7 +138,7 @@ class Library:
         return self._call(name, *args)
 
     def _call(self, name: str, *args: Structure | None) -> None:
-        references = (None if x is None else ctypes.byref(x) for x in args)
+        references = [None if x is None else ctypes.byref(x) for x in args]
         if getattr(self.functions, self.prefix + name)(*references):
             message = getattr(self.functions, f"{self.prefix}error")().decode()
             raise RuntimeError(f"{self.prefix}{name}: {message}")

@@ -42,8 +42,8 @@ _SLICES = 64
 _STEP_ROOM = 64 << 10
 
 
-def unavailable(index: int | None = None) -> str | None:
-    """Return why the library cannot be used, or None; index: of a GPU, unused."""
+def unavailable(device: torch.device) -> str | None:
+    """Return why the library cannot be used, or None, whatever the device."""
     return CPU.unavailable()
 
 

@@ -38,11 +38,9 @@ _PASSING = torch.OutOfMemoryError, torch.AcceleratorError
 _PASSING_TEXTS = ("out of memory", "capturing")
 
 
-def unavailable(index: int | None = None) -> str | None:
-    """Return why the kernels cannot run on a GPU, or None.
+def unavailable(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a GPU, or None; the current one stands for a CPU.
 
-    Args:
-        index: Of the GPU; None where there is none.
     Raises:
         RuntimeError: the check cannot run now; it says nothing of later.
     """
@@ -50,7 +48,8 @@ def unavailable(index: int | None = None) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    device = torch.device("cuda", index)
+    if device.type != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.device(device):
         capturing = torch.cuda.is_current_stream_capturing()
     if capturing:
