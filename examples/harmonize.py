@@ -30,6 +30,7 @@ from music.model import ADDED, ENCODINGS, MAPS, Config, takes_labels, variant
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
 
+import checks
 from baselines import BASELINES
 from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
@@ -159,7 +160,7 @@ def windows_of(songs: list[Song], config: Config) -> Windows:
 
 def name_of(path: Path | None) -> str:
     """Return the name of the songs, as checkpoints keep it."""
-    return path.name if path else "chorales"
+    return checks.printable(path.name) if path else "chorales"
 
 
 def prepare(args: argparse.Namespace) -> Trainer:
@@ -255,7 +256,8 @@ def generate(args: argparse.Namespace, trainer: Trainer, tests: list[Song]) -> N
     if args.melody:
         del rolls["truth"]
     pictures.piano_rolls(cut, rolls, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}: {cut.title}")
+    names = checks.printable(f"{path} and {path.with_suffix('.png').name}")
+    print(f"wrote {names}: {cut.title}")
 
 
 def widened(keys: torch.Tensor) -> np.ndarray:

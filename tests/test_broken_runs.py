@@ -1,6 +1,7 @@
 """Checkpoints, states and records whose fields are wrong: one clear line, and the run goes on."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -144,23 +145,33 @@ def test_a_study_goes_on_after_a_line_that_was_cut_off(tmp_path, capsys, monkeyp
     assert (len(records), len(skipped)) == (1, 1)
 
 
-def test_songs_too_short_to_be_judged_are_an_error(tmp_path, capsys):
-    data = songs.save_songs(tmp_path / "songs.npz", bars=4)
-    options = [
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "1",
-        "--threads",
-        "1",
-    ]
+@pytest.fixture(scope="module")
+def trained(folder):
+    data = songs.save_songs(folder / "songs.npz", bars=4)
+    options = ["--data", str(data), "--out", str(folder / "run"), "--steps", "1", "--threads", "1"]
     options += ["--batch", "1", "--bars", "4", "--dim", "8", "--heads", "2"]
     assert harmonize.main(["train", *options]) == 0
+    return folder / "run"
+
+
+def test_songs_too_short_to_be_judged_are_an_error(tmp_path, trained, capsys):
     short = songs.save_songs(tmp_path / "short.npz", bars=2)
-    assert harmonize.main(["evaluate", "--data", str(short), "--out", str(tmp_path / "run")]) == 1
+    assert harmonize.main(["evaluate", "--data", str(short), "--out", str(trained)]) == 1
     assert "error: nothing was measured" in capsys.readouterr().err
+
+
+def test_a_melody_whose_name_cannot_be_shown(tmp_path, trained, capsys):
+    pytest.importorskip("symusic", reason="symusic is not installed")
+    midi, song = songs.module("midi"), song_of_chords(0, 4)
+    path = tmp_path / os.fsdecode(b"m\xe9lodie.mid")
+    midi.write(tmp_path / "a.mid", {"melody": song.roll(songs.MELODY)})
+    try:
+        (tmp_path / "a.mid").rename(path)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    assert harmonize.main(["generate", "--melody", str(path), "--out", str(trained)]) == 0
+    assert "m\\udce9lodie-harmonized.mid and m\\udce9lodie" in capsys.readouterr().out
+    assert harmonize.name_of(path) == "m\\udce9lodie.mid"
 
 
 RESULTS = songs.ROOT / "benchmarks" / "results" / "cpu-epyc-avx2-2-cores"
