@@ -13,7 +13,11 @@ if fastpe.available_backends()["triton"] is not None:
 
 from fastpe.backends import triton as backend
 from fastpe.backends.triton import common, launch_scan, scan
+from fastpe.backends.triton.blocks import blocks
+from fastpe.backends.triton.common import power
 
+# bytes of shared memory for one program
+L4, A100, H100 = 99 << 10, 163 << 10, 227 << 10
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -50,9 +54,8 @@ def test_tensors_elsewhere_are_refused():
 
 @pytest.mark.parametrize("t", [0, 1, 15, 64, 65, 1000, 4097])
 @pytest.mark.parametrize("programs", [1, 7, 64, 5000])
-def test_segments_cover_every_token_once(monkeypatch, programs, t):
-    monkeypatch.setattr(launch_scan, "processors", lambda device: 132)
-    length, count = launch_scan.segments(programs, t, 32, 1, DEVICE)
+def test_segments_cover_every_token_once(programs, t):
+    length, count = launch_scan.segments(programs, t, 32, 1, 132)
     assert length % 32 == 0
     assert (count - 1) * length < max(t, 1) <= count * length
     # a card that is full is given no more work
@@ -95,13 +98,56 @@ def test_slots_hold_every_segment_once(sequences):
 def test_blocks_hold_what_each_kernel_needs(width, e, parts, dtype):
     """All features in one block for what sums over them, all values for what sums over those."""
     for role in ("forward", "state", "grad_q", "grad_k", "grad_v"):
-        block = launch_scan.blocks(role, width, e, parts, dtype)
+        block = blocks(role, width, e, parts, dtype, H100)
         if role in ("forward", "state", "grad_v"):
             assert block.bw >= width
         if role in ("grad_q", "grad_k"):
             assert block.be >= e
         assert min(block.c, block.bw, block.be) >= 16
-    assert launch_scan.blocks("forward", width, e, parts, dtype, chunk=16).c == 16
+    assert blocks("forward", width, e, parts, dtype, H100, chunk=16).c == 16
+
+
+@pytest.mark.parametrize("width", [129, 200, 256])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("role", ["forward", "state", "grad_q", "grad_k", "grad_v"])
+def test_wide_rows_of_float32_fit_small_cards(role, parts, width):
+    """In 99 KB (A10, L4, 4090, 5090); scripts/aot_check.py compares with what is compiled."""
+    for shared in (L4, A100, H100):
+        block = blocks(role, -(-width // parts), 256, parts, torch.float32, shared)
+        # two operands of a product, a large and a small part of each, and what they are made of;
+        # a load ahead brings both again, and values
+        tile = 4 * block.c * power(width)
+        needed = 6 * tile if block.stages == 1 else 8 * tile + 4 * block.c * 33
+        assert needed <= shared
+    # and lose nothing where there is room
+    assert block.stages == 2 or (role == "grad_q" and parts == 2)
+
+
+def test_a_card_with_too_little_memory_is_refused(monkeypatch):
+    """By name with the reason, not by an error at launch."""
+    monkeypatch.setattr(common, "card", lambda device: common.Card(40, 64 << 10))
+    q, k, v = (x.to(DEVICE) for x in make_inputs(1, 3, 1, 200, 8, torch.float32))
+    with pytest.raises(ValueError, match=r"E = 200, 200, 8 of torch\.float32 on cards w"):
+        fastpe.causal_linear_attention(q, k, v, backend="triton")
+    for dtype, d in ((torch.float32, 128), (torch.bfloat16, 256)):
+        assert backend.unsupported(DEVICE, dtype, (d, d, d)) is None
+    small, large = (lambda device: common.Card(58, L4)), (lambda device: common.Card(108, A100))
+    for found, dtype, d, fits in (
+        (small, torch.float32, 256, True),
+        (small, torch.float64, 128, True),
+        (small, torch.float64, 129, False),
+        (large, torch.float64, 128, True),
+        (large, torch.float64, 256, False),
+    ):
+        monkeypatch.setattr(common, "card", found)
+        assert (backend.unsupported(DEVICE, dtype, (d, d, 64)) is None) == fits
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
+def test_one_stage_for_pairs_of_float32(d):
+    """With two, Triton 3.6.0 cannot compile grad_q for RoPE(apply="before") and a normaliser."""
+    block = blocks("grad_q", d // 2, d, 2, torch.float32, H100)
+    assert block.stages == (1 if block.bw == 16 else 2)
 
 
 class _Jitted:

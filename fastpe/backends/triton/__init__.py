@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import reference
 from ...feature_maps import elu1
 from ...ops import ScanOptions
+from .blocks import too_wide
 from .common import INTERPRETED
 from .launch_features import phase_features, phase_features_backward, philox_normal
 from .launch_scan import causal_dot, causal_dot_backward
@@ -98,4 +99,4 @@ def unsupported(
         return f"needs tensors on a CUDA device, got {device}"
     if max(widths) > WIDEST:
         return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
-    return None
+    return too_wide(widths, dtype, device)
