@@ -106,6 +106,12 @@ class _Attention(nn.Module):
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
         return tuple(y.unflatten(-1, (h, -1)) for y, h in zip((q, k, v), heads, strict=True))
 
+    def reset_parameters(self) -> None:
+        """Reset the projections, the encoding and the feature map, as each of them does."""
+        for part in (self.in_proj, self.out_proj, self.pos_encoding, self.feature_map):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+
     def _resample(self) -> None:
         for part in (self.pos_encoding, self.feature_map):
             if isinstance(part, (PositionalEncoding, FeatureMap)):
