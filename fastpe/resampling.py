@@ -88,19 +88,20 @@ class Resampled(nn.Module):
         if not source._random:
             return None
         if observed():
-            return source._made_key()
+            return source._made_key(_decoded(source.seed_code))
         # one tensor as long as the noise lasts: a state that has it needs no look at its values
         codes, known = (source.seed_code, source.step_code), source._key
-        stamp = _stamp(codes[0]), _stamp(codes[1])
-        if known is None or known[0] != stamp:
+        stamps = _stamp(codes[0]), _stamp(codes[1])
+        if known is None or known[0] != stamps:
             with torch.inference_mode(False), torch.no_grad():
+                same = known is not None and known[0][0] == stamps[0]
+                seed = known[2] if same else _decoded(codes[0])
                 # the codes are kept, so that their ids remain their own
-                source._key = known = stamp, source._made_key(), codes
+                source._key = known = stamps, source._made_key(seed), seed, codes
         return known[1]
 
-    def _made_key(self) -> Tensor:
-        steps = self.step_code // (_UNIT * max(self._every, 1))
-        return torch.stack((_decoded(self.seed_code), steps))
+    def _made_key(self, seed: Tensor) -> Tensor:
+        return torch.stack((seed, self.step_code // (_UNIT * max(self._every, 1))))
 
     def reseed_(self, seed: int | None = None) -> None:
         """Take another seed, and begin to count again.
