@@ -71,6 +71,8 @@ def test_table_of_another_device(make):
     assert not table.is_inference()
     assert table.device == meta
     assert encoding.frequencies(meta) is table
+    assert encoding.to("meta").frequencies(meta) is table
+    assert meta in make().to("meta")._cycles
 
 
 @FIXED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +94,15 @@ class RoPE(PositionalEncoding):
         if self.learned:
             put(self.theta, self._geometric())
 
-    def _fill(self) -> None:
-        # before it is compiled, where it would be part of the graph
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
+        super()._apply(fn, recurse)
+        self._fill(fn(torch.empty(0, device="cpu")).device)
+        return self
+
+    def _fill(self, device: torch.device | None = None) -> None:
+        # before the module is compiled: its graph would make the table at each call
         if not self.learned:
-            self.frequencies()
+            self.frequencies(device)
 
     def _geometric(self) -> Tensor:
         # theta at first, [H or 1, rotary_dim / 2, L], float64 on the CPU
@@ -136,7 +142,7 @@ class RoPE(PositionalEncoding):
         # kept without the mode of this call: an inference tensor cannot be saved for a backward
         if observed():
             table = self._cycles_on(device)
-            kept = torch.compiler.is_dynamo_compiling() and not torch.is_inference_mode_enabled()
+            kept = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
         else:
             with torch.inference_mode(False), torch.no_grad():
                 table, kept = self._cycles_on(device), True
