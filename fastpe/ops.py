@@ -332,13 +332,13 @@ def philox_normal(seed, step, module, kind, shape, dtype, first=0):
     return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype, first)
 
 
-@_op("count_forward(Tensor(a!) step) -> ()", lambda step: None)
-def count_forward(step):
-    """Add one to the step of the noise, in compiled code."""
+@_op("count_forward(Tensor(a!) step, int unit) -> ()", lambda step, unit: None)
+def count_forward(step, unit):
+    """Add a unit to the step of the noise, in compiled code."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "a compiled forward with noise was run again inside backward, which would draw it "
             "anew: compile around the checkpoint, not inside, or construct the encoding with "
             "resample='never' and call resample_() before each forward"
         )
-    step.add_(1)
+    step.add_(unit)
