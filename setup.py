@@ -1,11 +1,12 @@
 """Build csrc/ into torch-free libraries with a C ABI; see CONTRIBUTING.md.
 
 ninja compiles what has changed since the last time, in parallel. Without a compiler the package
-installs all the same and runs on PyTorch; FASTPE_CPU=1 turns a failed build into an error. The CUDA
-library is built if there is an nvcc: FASTPE_CUDA=1 makes a failure an error too, FASTPE_CUDA=0 leaves
-the library out.
+installs all the same and runs on PyTorch; FASTPE_CPU=1 turns a failed build into an error. The
+CUDA library is built if there is an nvcc: FASTPE_CUDA=1 makes a failure an error too, FASTPE_CUDA=0
+leaves the library out.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -32,6 +33,15 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
 
 
+def abi() -> int:
+    """Return the number of csrc/fastpe.h: another text has another number.
+
+    The libraries are given it, fastpe/backends/library.py has it, and loading compares the two.
+    """
+    text = Path("csrc/fastpe.h").read_text(encoding="utf-8")
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
 def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     """Compile and link the CPU library; with OpenMP if the compiler has it."""
     compiler = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *extra]
@@ -42,7 +52,7 @@ def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     except subprocess.CalledProcessError:
         openmp = ["-Wno-unknown-pragmas"]
     built = [f"-DFASTPE_HAS_{name.upper()}" for name in ISAS]
-    jobs = {"cpu": ("csrc/cpu.cpp", built)}
+    jobs = {"cpu": ("csrc/cpu.cpp", [*built, f"-DFASTPE_ABI={abi()}"])}
     for name, flags in ISAS.items():
         jobs[name] = "csrc/cpu_kernels.cpp", [*flags, f"-DFASTPE_ISA={name}"]
     run_ninja([*compiler, *openmp], jobs, out, objects)
@@ -83,7 +93,7 @@ def compile_cuda_for_host(out: Path, objects: Path, extra: tuple[str, ...] = ())
 
 
 def _compile_by_type(compiler: list[str], out: Path, objects: Path) -> str:
-    jobs = {"cuda": ("csrc/cuda.cpp", [])}
+    jobs = {"cuda": ("csrc/cuda.cpp", [f"-DFASTPE_ABI={abi()}"])}
     for name in TYPES:
         jobs[name] = "csrc/cuda_kernels.cu", [f"-DFASTPE_TYPE={name}"]
     return run_ninja(compiler, jobs, out, objects)

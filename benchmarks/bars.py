@@ -1,17 +1,17 @@
 """How far the kernels are from what the card allows: bars on ratios of things timed in turn.
 
     python benchmarks/bars.py --device cuda --backend triton
+    python benchmarks/bars.py --device cuda --parts scan --seconds 0.2
 
 The floor is the time to move q, k, v and o once (11 times one of them for forward+backward) at the
 rate of a copy on the card. Every case is compared with float64 first. Times are the device's, with
 everything launched ahead; the crossover is given as one waits for it too ("with the host").
-Writes DIR/bars.jsonl: every time, every memory, and the bars themselves.
+Writes DIR/bars.jsonl: every time, every memory, and the bars themselves, as they come.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ import devices
 import options
 import report
 import torch
-from harness import BASELINE, FORWARD, MODES, TRAINING, Setup
+from harness import BASELINE, FORWARD, MODES, TRAINING, Setup, environment
 from turns import Bench, Key, ratio
 
 NONE, ROPE, SPE, CODES = "fastpe", "fastpe-rope", "fastpe-sinespe", "spe-codes"
@@ -75,8 +75,12 @@ class Bar:
         return f"{100 * x:.1f} %" if self.unit == "%" else f"{x:.3g}x"
 
 
-def scan_bars(bench: Bench, rate: float, args: argparse.Namespace) -> list[Bar]:
+def scan_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
     """Return the bars of the scan: the floor, what a rotation costs, FlashAttention."""
+    rates = devices.copy_rate(args.device, int(args.copy * 1e9))
+    rate = statistics.median(rates)
+    bench.record("copy", size=int(args.copy * 1e9), bytes_per_second=rates)
+    print(f"copy: {rate / 1e12:.3g} TB/s, {args.copy:g} GB read and written", flush=True)
     bars: list[Bar] = []
     for width in args.widths[:2]:
         ours = [(NONE, width), (ROPE, width)]
@@ -175,6 +179,9 @@ def cliff_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
     return bars
 
 
+PARTS = {"scan": scan_bars, "spe": spe_bars, "cliff": cliff_bars, "crossover": crossover_bars}
+
+
 def bytes_of(setup: Setup, length: int, width: int) -> int:
     """Return the bytes of one of q, k, v and o."""
     return setup.batch * length * setup.heads * width * getattr(torch, setup.dtype).itemsize
@@ -190,6 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="for the crossover")
     parser.add_argument("--bar-lengths", type=int, nargs=2, default=[8192, 32768])
     parser.add_argument("--widths", type=int, nargs=3, default=[64, 128, 256], help="head dims")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=0.5, help="for what is timed in turn")
     parser.add_argument("--gate", type=int, default=1000, help="tokens compared with float64")
     parser.add_argument("--copy", type=float, default=2.0, metavar="GB", help="size of the copy")
@@ -202,28 +210,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 3 if a bar is not met or could not be measured."""
     args = parse(argv)
-    bench = Bench(options.setup(args, max(args.bar_lengths)), args.seconds, args.gate)
-    rates = devices.copy_rate(args.device, int(args.copy * 1e9))
-    rate = statistics.median(rates)
-    bench.record("copy", size=int(args.copy * 1e9), bytes_per_second=rates)
-    args.out.mkdir(parents=True, exist_ok=True)
+    path, setup = args.out / "bars.jsonl", options.setup(args, max(args.bar_lengths))
+    bench = Bench(setup, args.seconds, args.gate, path)
     bars: list[Bar] = []
-    parts = (
-        lambda: scan_bars(bench, rate, args),
-        lambda: spe_bars(bench, args),
-        lambda: cliff_bars(bench, args),
-        lambda: crossover_bars(bench, args),
-    )
-    for part in parts:
-        bars += part()
-        # what is cut short has its times all the same
-        lines = [json.dumps(r) for r in bench.records]
-        lines += [json.dumps({"kind": "bar", **asdict(bar), "met": bar.met}) for bar in bars]
-        (args.out / "bars.jsonl").write_text("\n".join(lines) + "\n")
-    print(report.markdown([["case", "mode", "bar", "measured", ""], *(bar.row() for bar in bars)]))
+    for part in args.parts:
+        found = PARTS[part](bench, args)
+        for bar in found:
+            bench.write({"kind": "bar", **asdict(bar), "met": bar.met})
+        rows = [["case", "mode", "bar", "measured", ""], *(bar.row() for bar in found)]
+        print(report.markdown(rows), flush=True)
+        bars += found
     print("\n".join(f"- {bar.case}, {bar.mode}: {bar.note}" for bar in bars if bar.note))
-    print(f"\ncopy: {rate / 1e12:.3g} TB/s, {args.copy:g} GB read and written")
-    print(report.describe(bench.records[0]))
+    print(report.describe(asdict(setup) | environment(setup)))
     return 0 if all(bar.met for bar in bars) else 3
 
 

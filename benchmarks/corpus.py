@@ -10,13 +10,13 @@ chord_per_beat / beat_ptr: index into chord_root and chord_mask (bit p: pitch cl
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
+
+import checks
 
 # sixteenths a beat, beats a bar: every song is in 4/4
 STEPS, BEATS = 4, 4
@@ -24,20 +24,27 @@ BAR = STEPS * BEATS
 PITCHES = 128
 MELODY, BRIDGE, ACCOMPANIMENT = 0, 1, 2
 PRIORS = ("time", "rep", "key", "bin", "phrase")
-# what NumPy raises for files of other kinds, or cut short
-_UNREADABLE = (
-    AttributeError,
-    BadZipFile,
-    EOFError,
-    IndexError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-    zlib.error,
-)
+SPLITS = ("", "train", "val", "test")
+# an hour and more: what is longer has a broken length
+MOST_BARS = 5000
+# beats a minute; MIDI can say no less than 3.6
+SLOWEST, FASTEST = 4, 1000
 # of the .npz files: ticks a sixteenth, and the velocity that is written
 _TICKS, _VELOCITY = 4, 80
+# {array of the .npz files: (its dimensions, None for any size; kinds of its dtype)}
+_ARRAYS: dict[str, tuple[tuple[int | None, ...], str]] = {
+    "n_bars": ((None,), "iu"),
+    "bpm": ((None,), "iuf"),
+    "key_tonic": ((None,), "iu"),
+    "split": ((None,), "U"),
+    "notes": ((None, 5), "iu"),
+    "chord_per_beat": ((None,), "iu"),
+    "phrase": ((None, 3), "iu"),
+    "chord_root": ((None,), "iu"),
+    "chord_mask": ((None,), "iu"),
+}
+# {array that says where each song's part begins: of which array}
+_POINTERS = {"note_ptr": "notes", "beat_ptr": "chord_per_beat", "phrase_ptr": "phrase"}
 
 
 @dataclass(frozen=True)
@@ -135,13 +142,25 @@ def draw(notes: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         notes: int [N, 3]: first step, number of steps, MIDI pitch; what lies outside is cut off.
         num_steps: Length of the rolls.
     """
-    roll, onset = np.zeros((2, num_steps, PITCHES), dtype=bool)
-    for step, steps, pitch in notes:
-        if step + steps > 0 and 0 <= pitch < PITCHES:
-            roll[max(step, 0) : step + steps, pitch] = True
-            if 0 <= step < num_steps:
-                onset[step, pitch] = True
-    return roll, onset
+    onset = np.zeros((num_steps, PITCHES), dtype=bool)
+    step, _, pitch = notes.T
+    inside = (step >= 0) & (step < num_steps) & (pitch >= 0) & (pitch < PITCHES)
+    onset[step[inside], pitch[inside]] = True
+    return count(notes, num_steps) > 0, onset
+
+
+def count(notes: np.ndarray, num_steps: int) -> np.ndarray:
+    """Return how many notes sound at each step and pitch, int32 [num_steps, 128].
+
+    Args:
+        notes: As for `draw`.
+        num_steps: Length.
+    """
+    step, steps, pitch = notes[(notes[:, 2] >= 0) & (notes[:, 2] < PITCHES)].T
+    change = np.zeros((num_steps + 1, PITCHES), dtype=np.int32)
+    np.add.at(change, (step.clip(0, num_steps), pitch), 1)
+    np.subtract.at(change, ((step + steps).clip(0, num_steps), pitch), 1)
+    return change[:-1].cumsum(0, dtype=np.int32)
 
 
 def notes_of(roll: np.ndarray, onset: np.ndarray | None = None) -> np.ndarray:
@@ -187,6 +206,35 @@ def degrees(root: np.ndarray, chroma: np.ndarray, tonic: int) -> np.ndarray:
     return np.where(root < 0, 12, (root - tonic) % 12 + 13 * minor)
 
 
+def checked(song: Song) -> Song:
+    """Return a song that was read from a file, with its title on one line.
+
+    Raises:
+        ValueError: a field is not as `Song` has it, a song is longer than MOST_BARS bars, or its
+            tempo is not SLOWEST to FASTEST.
+    """
+    kinds = {"title": str, "num_bars": int, "tonic": int, "bpm": (int, float), "split": str}
+    checks.record(vars(song), kinds)
+    checks.within("num_bars", song.num_bars, 1, MOST_BARS)
+    beats = BEATS * song.num_bars
+    track, start, steps, pitch = checks.array("notes", song.notes, (None, 4), "i").T
+    for name, value, low, high in (
+        ("track of a note", track, MELODY, ACCOMPANIMENT),
+        ("first step of a note", start, -BAR * MOST_BARS, BAR * MOST_BARS),
+        ("steps of a note", steps, 1, BAR * MOST_BARS),
+        ("pitch of a note", pitch, 0, PITCHES - 1),
+        ("root of a chord", checks.array("root", song.root, (beats,), "i"), -1, 11),
+        ("phrase", checks.array("phrase", song.phrase, (song.num_bars,), "i"), -1, 2**31 - 1),
+        ("tonic", song.tonic, 0, 11),
+        ("bpm", song.bpm, SLOWEST, FASTEST),
+    ):
+        checks.within(name, value, low, high)
+    checks.array("chroma", song.chroma, (beats, 12), "b")
+    if song.split not in SPLITS:
+        raise ValueError(f"split must be of {SPLITS}, got {checks.printable(repr(song.split))}")
+    return replace(song, title=checks.printable(song.title))
+
+
 def load(path: Path | str) -> list[Song]:
     """Return the songs of an .npz file; its fields are above.
 
@@ -194,46 +242,84 @@ def load(path: Path | str) -> list[Song]:
         ValueError: there is no such file, or it is not in this format.
     """
     path = Path(path)
+    name = checks.printable(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise ValueError(f"data file {name} does not exist")
+    where = ""
+    try:
+        data, songs = _read(path), []
+        for i in range(len(data["n_bars"])):
+            where = f"song {i}: "
+            songs.append(_song(data, i, path.stem))
+    except ValueError as error:
+        raise ValueError(f"{name} is not in the expected format: {where}{error}") from error
+    return songs
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    # every array of the format, of the right dimensions and kind, and pointers that can be followed
+    wanted = {**_ARRAYS, **dict.fromkeys(_POINTERS, ((None,), "iu"))}
     try:
         # NumPy leaves what is no archive open
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-        return [_song(data, i, path.stem) for i in range(len(data["n_bars"]))]
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} is not in the expected format: {error!r}") from error
+            more = {"title": ((None,), "U")} if "title" in file else {"song_id": ((None,), "iu")}
+            wanted |= more
+            data = {name: file[name] for name in wanted if name in file}
+    except Exception as error:
+        raise ValueError(checks.reason(error)) from error
+    for name, (shape, kinds) in wanted.items():
+        checks.array(name, data.get(name), shape, kinds)
+    count = len(data["n_bars"])
+    for name in ("bpm", "key_tonic", "split", *more):
+        checks.array(name, data[name], (count,), wanted[name][1])
+    checks.array("chord_mask", data["chord_mask"], data["chord_root"].shape, "iu")
+    for name, of in _POINTERS.items():
+        at = checks.array(name, data[name], (count + 1,), "iu").astype(np.int64)
+        checks.within(name, at, 0, len(data[of]))
+        if (np.diff(at) < 0).any():
+            raise ValueError(f"{name} must not fall, got {at[:-1][np.diff(at) < 0][0]} and less")
+    return data
 
 
 def _song(data: dict[str, np.ndarray], i: int, name: str) -> Song:
     def part(field: str, pointer: str) -> np.ndarray:
         return data[field][data[pointer][i] : data[pointer][i + 1]].astype(np.int64)
 
-    notes, chord, bars = (
-        part("notes", "note_ptr"),
-        part("chord_per_beat", "beat_ptr"),
-        int(data["n_bars"][i]),
-    )
-    if len(chord) != BEATS * bars:
-        raise ValueError(f"song {i} has {len(chord)} beats in {bars} bars, expected {BEATS * bars}")
+    bars, longest = int(data["n_bars"][i]), _TICKS * BAR * MOST_BARS
+    checks.within("n_bars", bars, 1, MOST_BARS)
+    notes, phrases = part("notes", "note_ptr"), part("phrase", "phrase_ptr")
+    checks.within("first tick of a note", notes[:, 1], -longest, longest)
+    checks.within("ticks of a note", notes[:, 2], 0, longest)
     start = np.round(notes[:, 1] / _TICKS).astype(np.int64)
     end = np.round((notes[:, 1] + notes[:, 2]) / _TICKS).astype(np.int64)
+    chord = checks.array("chord_per_beat", part("chord_per_beat", "beat_ptr"), (BEATS * bars,), "i")
+    checks.within("chord_per_beat", chord, 0, len(data["chord_root"]) - 1)
     mask = data["chord_mask"].astype(np.int64)[chord]
+    checks.within("chord_mask", mask, 0, 2**12 - 1)
     letters = np.full(bars, -1)
-    for first, size, label in part("phrase", "phrase_ptr"):
+    checks.within("first bar of a phrase", phrases[:, 0], 0, bars - 1)
+    checks.within("bars of a phrase", phrases[:, 1], 0, bars)
+    checks.within("end of a phrase", phrases[:, 0] + phrases[:, 1], 0, bars)
+    checks.within("letter of a phrase", phrases[:, 2], 0, 2**31 - 1)
+    for first, size, label in phrases:
         # capitals are sung: the same letter is the same material
         letters[first : first + size] = label + 32 if _is_capital(label) else label
-    untitled = f"{name}, song {i} (number {int(data['song_id'][i])})"
-    return Song(
-        str(data["title"][i]) if "title" in data else untitled,
-        np.stack((notes[:, 0], start, np.maximum(end - start, 1), notes[:, 3]), axis=1),
-        bars,
-        data["chord_root"].astype(np.int64)[chord],
-        (mask[:, None] >> np.arange(12) & 1).astype(bool),
-        letters,
-        int(data["key_tonic"][i]),
-        float(data["bpm"][i]),
-        str(data["split"][i]),
+    if "title" in data:
+        title = str(data["title"][i])
+    else:
+        title = f"{name}, song {i} (number {int(data['song_id'][i])})"
+    return checked(
+        Song(
+            title,
+            np.stack((notes[:, 0], start, np.maximum(end - start, 1), notes[:, 3]), axis=1),
+            bars,
+            data["chord_root"].astype(np.int64)[chord],
+            (mask[:, None] >> np.arange(12) & 1).astype(bool),
+            letters,
+            int(data["key_tonic"][i]),
+            float(data["bpm"][i]),
+            str(data["split"][i]),
+        )
     )
 
 

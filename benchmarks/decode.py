@@ -183,8 +183,11 @@ def backends(setup: Setup) -> dict[str, str]:
     """Return {provider: backend}: on a GPU every one that runs there, unless one was asked for."""
     if setup.device == "cpu" or setup.backend != "auto":
         return {"fastpe": setup.backend}
-    found = [n for n, reason in fastpe.available_backends().items() if reason is None]
-    return {f"fastpe {n}": n for n in found if n not in ("cpu", "reference")}
+    reasons = fastpe.available_backends()
+    found = [n for n, why in reasons.items() if why is None and n not in ("cpu", "reference")]
+    if not found:
+        raise RuntimeError(f"no kernels run on {setup.device}: {reasons}")
+    return {f"fastpe {n}": n for n in found}
 
 
 def measure(setup: Setup, name: str, level: str, seconds: float) -> dict:
@@ -225,6 +228,9 @@ def main(argv: list[str] | None = None) -> int:
     args.seconds = args.seconds or (0.1 if args.quick else 1.0)
     options.check(parser, args, "contexts")
     isolated, records = runner(args.device), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = args.out / "decode.jsonl"
+    lines.write_text("")
     rows = [(n, c, level) for level in args.levels for n in ENCODINGS for c in args.contexts]
     for name, context, level in tqdm(rows, unit="row"):
         setup = options.setup(args, context + STEPS)
@@ -234,9 +240,8 @@ def main(argv: list[str] | None = None) -> int:
         records.append(
             record | ({"error": result["error"]} if "error" in result else {"ms": result})
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = args.out / "decode.jsonl"
-    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+        with lines.open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
     print("\n\n".join(table(records, level) for level in args.levels))
     report.plot_decoding(records, lines.with_suffix(".png"))
     return int(any("error" in record for record in records))

@@ -24,15 +24,21 @@ _REFERENCE = "fastpe uses its PyTorch reference"
 
 
 class Isolated:
-    """Runs functions in fresh processes, one at a time."""
+    """Runs functions in fresh processes, one at a time for each thread that calls.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: After so many a process is ended, and that is its error; None for no end.
+        preload: Further modules for the server to import.
+    """
+
+    def __init__(self, seconds: float | None = None, preload: tuple[str, ...] = ()) -> None:
+        self.seconds = seconds
         methods = multiprocessing.get_all_start_methods()
         self._context = multiprocessing.get_context(
             "forkserver" if "forkserver" in methods else "spawn"
         )
         if "forkserver" in methods:
-            self._context.set_forkserver_preload(list(PRELOAD))
+            self._context.set_forkserver_preload([*PRELOAD, *preload])
 
     def __call__(self, function: Callable[..., dict], *args: object) -> dict:
         """Return what the function returns, or {"error": why} if it raised or its process died."""
@@ -41,7 +47,9 @@ class Isolated:
         process.start()
         send.close()
         try:
-            multiprocessing.connection.wait([receive, process.sentinel])
+            if not multiprocessing.connection.wait([receive, process.sentinel], self.seconds):
+                process.kill()
+                return {"error": f"not done after {self.seconds:g} s"}
             result = receive.recv() if receive.poll() else None
         except EOFError:
             result = None

@@ -5,8 +5,8 @@
     pytest benchmarks --benchmark-autosave && pytest benchmarks --benchmark-compare
 
 Each group holds our operator and its baselines, on the same data: softmax attention
-(`F.scaled_dot_product_attention`), plain PyTorch (`backend="reference"`), and for the features of SPE
-a product of matrices with as many multiplications. B=1, H=8, D=E=64, float32.
+(`F.scaled_dot_product_attention`), plain PyTorch (`backend="reference"`), and, beside the features of
+SPE, a product of matrices with as many multiplications. B=1, H=8, D=E=64, float32.
 """
 
 from __future__ import annotations

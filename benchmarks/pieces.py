@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import checks
 import corpus
 from corpus import PITCHES, by_first_appearance, degrees
 
 BACH = Path(__file__).parent / "data" / "bwv846.json"
 _FIGURE = (0, 1, 2, 3, 4, 2, 3, 4)
+# {pattern of a bar: fewest and most pitches}
+_PITCHES = {"block": (0, PITCHES), "run": (16, 16), "broken": (5, 5)}
 _LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
 
@@ -70,13 +73,10 @@ def load(path: Path | None = None, song: int = 0) -> Piece:
     """
     path = BACH if path is None else Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise ValueError(f"data file {checks.printable(path)} does not exist")
     if path.suffix not in (".json", ".npz"):
-        raise ValueError(f"data file must end in .json or .npz, got {path.name}")
-    try:
-        return (_load_json if path.suffix == ".json" else _load_npz)(path, song)
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not in the expected format: {error!r}") from error
+        raise ValueError(f"data file must end in .json or .npz, got {checks.printable(path.name)}")
+    return (_load_json if path.suffix == ".json" else _load_npz)(path, song)
 
 
 def embed(
@@ -124,10 +124,8 @@ def _notes_of_bar(bar: dict) -> list[tuple[int, int, int]]:
         return [(0, 16, pitch) for pitch in pitches]
     if bar["pattern"] == "run":
         return [(i, 16 - i if i < 2 else 1, pitch) for i, pitch in enumerate(pitches)]
-    if bar["pattern"] == "broken":
-        half = [(i, 8 - i if i < 2 else 1, pitches[n]) for i, n in enumerate(_FIGURE)]
-        return half + [(step + 8, duration, pitch) for step, duration, pitch in half]
-    raise ValueError(f"pattern must be block, run or broken, got {bar['pattern']!r}")
+    half = [(i, 8 - i if i < 2 else 1, pitches[n]) for i, n in enumerate(_FIGURE)]
+    return half + [(step + 8, duration, pitch) for step, duration, pitch in half]
 
 
 def _piece(
@@ -149,10 +147,41 @@ def _root(chord: str) -> int:
     return (_LETTERS[chord[0]] + chord.count("#", 1, 2) - chord.count("b", 1, 2)) % 12
 
 
+def _score(path: Path) -> dict:
+    # what a .json holds, every field of it checked
+    of_score = {"title": str, "steps_per_bar": int, "tonic": int, "bars": list}
+    of_bar = {"chord": str, "phrase": str, "pattern": str, "pitches": list, "pitch_classes": list}
+    score = checks.record(json.loads(path.read_bytes()), of_score)
+    # the patterns are of sixteen steps
+    checks.within("steps_per_bar", score["steps_per_bar"], corpus.BAR, corpus.BAR)
+    checks.within("tonic", score["tonic"], 0, 11)
+    checks.within("number of bars", len(score["bars"]), 1, corpus.MOST_BARS)
+    for i, bar in enumerate(score["bars"]):
+        name = f"bars[{i}]"
+        checks.record(bar, of_bar, name)
+        if bar["pattern"] not in _PITCHES:
+            got = checks.printable(bar["pattern"])
+            raise ValueError(f"{name}.pattern must be of {', '.join(_PITCHES)}, got {got}")
+        if not bar["chord"].startswith(tuple(_LETTERS)):
+            got = checks.printable(bar["chord"])
+            raise ValueError(f"{name}.chord must begin with its root, A to G, got {got!r}")
+        least, most = _PITCHES[bar["pattern"]]
+        checks.within(f"number of {name}.pitches", len(bar["pitches"]), least, most)
+        for field, high in (("pitches", PITCHES - 1), ("pitch_classes", 11)):
+            for value in bar[field]:
+                checks.typed(f"{name}.{field}", value, int)
+                checks.within(f"{name}.{field}", value, 0, high)
+    return score | {"title": checks.printable(score["title"])}
+
+
 def _load_json(path: Path, song: int) -> Piece:
     if song != 0:
         raise ValueError(f"song must be 0 for {path.name}, which holds one piece, got {song}")
-    score = json.loads(path.read_text())
+    try:
+        score = _score(path)
+    except (ValueError, RecursionError) as error:
+        name, why = checks.printable(path), checks.printable(error)
+        raise ValueError(f"{name} is not in the expected format: {why}") from error
     bars, per_bar = score["bars"], score["steps_per_bar"]
     notes = [
         (per_bar * i + step, duration, pitch)

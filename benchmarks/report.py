@@ -7,16 +7,18 @@ python benchmarks/report.py benchmarks/out/decode.jsonl
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import reach
 from harness import BASELINE, FORWARD, MODES
+
+import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,8 +161,12 @@ def _gaps(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """Draw time and memory over the length, log-log, one panel for each mode."""
+def plot(records: list[dict], path: Path) -> bool:
+    """Draw time and memory over the length, log-log, one panel for each mode.
+
+    Returns:
+        Whether anything was measured: without that there is no picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,7 +174,7 @@ def plot(records: list[dict], path: Path) -> None:
 
     good = [r for r in records if r["status"] == "ok"]
     if not good:
-        return
+        return False
     plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 12})
     figure, axes = plt.subplots(2, 2, figsize=(15, 12.5), layout="constrained")
     for column, mode in enumerate(MODES):
@@ -184,6 +190,7 @@ def plot(records: list[dict], path: Path) -> None:
     figure.text(0.5, 0.962, describe(good[-1]), ha="center", fontsize=9.5, color="#555555")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+    return True
 
 
 def plot_decoding(records: list[dict], path: Path) -> None:
@@ -302,18 +309,79 @@ def spaced(want: list[float], gap: float) -> list[float]:
     ]
 
 
-def main() -> None:
-    """Print the tables of a file and draw its picture beside it."""
+# of a size
+_LARGEST = 2**40
+_ON = {"length": int, "batch": int, "heads": int, "head_dim": int, "dtype": str, "device": str}
+_ON |= {"threads": int, "backend": str, "cpu": str, "date": str}
+_ON |= {"torch": str, "fastpe": str, "python": str, "commit": (str, type(None))}
+_ON_GPU = dict.fromkeys(("gpu", "driver", "cuda", "triton"), (str, type(None)))
+_SCALING = {"case": str, "label": str, "ours": bool, "mode": str, "status": str}
+_DECODING = {"case": str, "row": str, "level": str, "context": int, "steps": int}
+
+
+def check(record: object) -> None:
+    """Raise a ValueError unless a record, as it was read, has what is shown of it here."""
+    checks.record(record, _ON)
+    if record["device"] == "cuda":
+        checks.record(record, _ON_GPU)
+    for name in ("length", "batch", "heads", "head_dim", "threads"):
+        checks.within(name, record[name], 1, _LARGEST)
+    times = _times_of_decoding(record) if "level" in record else _times_of_scaling(record)
+    for name, ms in times.items():
+        checks.record(ms, {"median": (int, float)}, name)
+        if ms["median"] <= 0:
+            raise ValueError(f"{name}.median must be positive, got {ms['median']}")
+
+
+def _times_of_scaling(record: dict) -> dict[str, object]:
+    checks.record(record, _SCALING)
+    if record["mode"] not in MODES:
+        got = checks.printable(record["mode"])
+        raise ValueError(f"mode must be of {', '.join(MODES)}, got {got}")
+    if record["status"] != "ok":
+        checks.record(record, {"reason": str})
+        return {}
+    checks.record(record, {"ms": dict, "sdpa_ms": (dict, type(None)), "extra_mb": (int, float)})
+    return {name: record[name] for name in ("ms", "sdpa_ms") if record[name] is not None}
+
+
+def _times_of_decoding(record: dict) -> dict[str, object]:
+    checks.record(record, _DECODING)
+    for name in ("context", "steps"):
+        checks.within(name, record[name], 1, _LARGEST)
+    if "ms" not in record:
+        checks.record(record, {"error": str})
+        return {}
+    checks.typed("ms", record["ms"], dict)
+    for side in ("fastpe", "softmax"):
+        if not any(name.startswith(side) for name in record["ms"]):
+            got = checks.printable(", ".join(record["ms"]))
+            raise ValueError(f"ms must have times of {side}, got {got or 'none'}")
+    return {f"ms.{name}": ms for name, ms in record["ms"].items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables of a file and draw its picture beside it; return 1 if nothing is in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="seq_scaling.jsonl or decode.jsonl")
-    path = parser.parse_args().file
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path = parser.parse_args(argv).file
+    if not path.is_file():
+        parser.error(f"file {checks.printable(path)} does not exist")
+    records, skipped = checks.json_lines(path, check)
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    # of a file that holds both, one kind
+    records = [r for r in records if ("level" in r) == ("level" in records[0])]
+    if not records:
+        print(f"error: {checks.printable(path)} has no record", file=sys.stderr)
+        return 1
     if "level" in records[0]:
         plot_decoding(records, path.with_suffix(".png"))
     else:
         print(tables(records))
         plot(records, path.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,8 @@
     python benchmarks/seq_scaling.py --device cuda --dtype bfloat16 --batch 4 --heads 16
 
 Every case is checked against float64 before it is timed. Writes DIR/seq_scaling.jsonl, .md, .png.
+The end of --quick's minutes leaves out longer sequences, never the shortest one of a case. A case
+without a row is an error, unless it cannot run here and was not asked for by name.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 import devices
@@ -38,7 +41,8 @@ class Limits:
         call_seconds: Time of a call, predicted.
         seconds: Time to spend on the repeats of a case at one length and mode.
         slow_start: Also measure what compiles for long.
-        minutes: After so many, what is left is skipped; None for no end.
+        minutes: After so many of measuring, checks not counted, longer sequences are skipped; every
+            case gets its first one. None for no end.
     """
 
     gigabytes: float
@@ -116,10 +120,13 @@ class Sweep:
         self.checked: dict[str, dict] = {}
         # {case: (status, reason)} of those not to be measured (any more)
         self.out: dict[str, tuple[str, str]] = {}
+        # those of them that cannot run here, or not with --quick
+        self.unavailable: set[str] = set()
         # {(case, mode): (length, ms, extra MB)} of the longest length measured
         self.last: dict[tuple[str, str], tuple[int, float, float]] = {}
         self.baseline: set[tuple[int, str]] = set()
-        self.start = time.monotonic()
+        # spent on measuring
+        self.seconds = 0.0
 
     def check(self, name: str) -> None:
         """Compare a case with float64, or note why it is left out."""
@@ -129,6 +136,7 @@ class Sweep:
             reason = "compiles for a minute; not with --quick unless named in --cases"
         if reason:
             self.out[name] = "skipped", reason
+            self.unavailable.add(name)
             return
         result = self.isolated(check, self.table, name, self.setup)
         if "error" in result:
@@ -143,7 +151,9 @@ class Sweep:
             status, reason = self.out[name]
             both = {"status": status, "reason": reason}
             return [self._record(name, setup, mode) | both for mode in MODES]
+        start = time.monotonic()
         records = self._measure(name, setup)
+        self.seconds += time.monotonic() - start
         failed = [r["reason"] for r in records if r["status"] == "error"]
         if failed:
             self.out[name] = "skipped", f"it failed at {length} tokens: {failed[0]}"
@@ -186,8 +196,8 @@ class Sweep:
 
     def _too_much(self, name: str, setup: Setup, mode: str) -> str | None:
         # why a measurement would cost more than the limits allow
-        minutes = (time.monotonic() - self.start) / 60
-        if self.limits.minutes and minutes > self.limits.minutes:
+        over = self.limits.minutes and self.seconds > 60 * self.limits.minutes
+        if over and (name, mode) in self.last:
             return f"the {self.limits.minutes:g} minutes of --quick are over"
         case, megabytes = self.cases[name], 0.0
         if case.extra_bytes:
@@ -209,6 +219,21 @@ class Sweep:
             )
         return None
 
+    def missing(self, records: list[dict], named: Collection[str]) -> list[str]:
+        """Return "case, mode: reason" of all that has no row.
+
+        Args:
+            records: All that were made.
+            named: Cases that were asked for: these must have rows even where they cannot run.
+        """
+        found = {(r["case"], r["mode"]) for r in records if r["status"] == "ok"}
+        reasons: dict[tuple[str, str], str] = {}
+        for r in records:
+            expected = r["case"] in named or r["case"] not in self.unavailable
+            if expected and (r["case"], r["mode"]) not in found:
+                reasons.setdefault((r["case"], r["mode"]), r["reason"])
+        return [f"{name}, {mode}: {reason}" for (name, mode), reason in reasons.items()]
+
     def _record(self, name: str, setup: Setup, mode: str) -> dict:
         case = self.cases[name]
         row = {"case": name, "label": case.label, "ours": case.ours, "mode": mode}
@@ -217,7 +242,7 @@ class Sweep:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; return 1 if a case was wrong or failed."""
+    """Run the benchmark; return 1 if a case was wrong, failed or has no row."""
     args = parse(argv)
     setup = options.setup(args, args.max_len, data=args.data, song=args.song)
     try:
@@ -258,9 +283,16 @@ def main(argv: list[str] | None = None) -> int:
     text = report.tables(records)
     print(text)
     lines.with_suffix(".md").write_text(text)
-    report.plot(records, lines.with_suffix(".png"))
-    print(f"wrote {lines}, {lines.with_suffix('.md').name}, {lines.with_suffix('.png').name}")
-    return int(any(record["status"] == "error" for record in records))
+    wrote = [str(lines), lines.with_suffix(".md").name]
+    if report.plot(records, lines.with_suffix(".png")):
+        wrote.append(lines.with_suffix(".png").name)
+    print(f"wrote {', '.join(wrote)}")
+    missing = sweep.missing(records, {*(args.cases or ()), *args.baselines})
+    for line in missing:
+        print(f"error: no row of {line}", file=sys.stderr)
+    if not any(record["status"] == "ok" for record in records):
+        print("error: nothing was measured", file=sys.stderr)
+    return int(bool(missing) or any(record["status"] == "error" for record in records))
 
 
 if __name__ == "__main__":

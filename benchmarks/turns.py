@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from cases import TABLES
@@ -18,25 +20,31 @@ Key = tuple[str, int]
 
 
 class Bench:
-    """Measures on one device in this process, and keeps every record.
+    """Measures on one device in this process, and writes every record.
 
     Args:
         setup: Sizes but for the length; its head_dim is that of most cases.
         seconds: For the repeats of what is timed in turn.
         gate: Tokens of the comparison with float64.
+        path: Gets every record as a line of JSON at once: what is cut short has its times.
     """
 
-    def __init__(self, setup: Setup, seconds: float, gate: int) -> None:
-        self.setup, self.seconds, self.gate = setup, seconds, gate
+    def __init__(self, setup: Setup, seconds: float, gate: int, path: Path) -> None:
+        self.setup, self.seconds, self.gate, self.path = setup, seconds, gate, path
         self.table = TABLES[setup.device]
-        self.records: list[dict] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
         self.run = InProcess(setup.device)
         self._checked: dict[Key, str | None] = {}
 
     def record(self, kind: str, **what: object) -> None:
-        """Keep a record, with what it was measured on."""
-        on = asdict(self.setup) | environment(self.setup)
-        self.records.append({"kind": kind} | on | what)
+        """Write a record, with what it was measured on."""
+        self.write({"kind": kind} | asdict(self.setup) | environment(self.setup) | what)
+
+    def write(self, record: dict) -> None:
+        """Append a line to the file."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def wrong(self, name: str, head_dim: int) -> str | None:
         """Return why a case is not to be timed at this width, or None if it is right."""

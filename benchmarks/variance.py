@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def measure(args: argparse.Namespace, backend: str) -> list[dict]:
 
 
 def main() -> int:
-    """Run the benchmark."""
+    """Run the benchmark; return 1 if an error came out as no number."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--realizations", type=int, default=64, help="R of SPE's noise")
@@ -128,7 +129,10 @@ def main() -> int:
         numbers = (f"{r[name]:.3g}" for name in MEASURES)
         table.append([r["row"], str(r["features"]), *numbers])
     print(report.markdown(table))
-    return 0
+    lost = [r for r in records if not all(math.isfinite(r[name]) for name in MEASURES)]
+    for r in lost:
+        print(f"error: {r['row']}, R = {r['features']}: not finite", file=sys.stderr)
+    return int(bool(lost))
 
 
 if __name__ == "__main__":

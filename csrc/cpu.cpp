@@ -81,6 +81,10 @@ FASTPE_EXPORT int fastpe_philox_normal(const FastpePhiloxNormal *args) {
   FASTPE_RUN(philox_normal, args)
 }
 FASTPE_EXPORT const char *fastpe_error(void) { return error; }
+FASTPE_EXPORT const int64_t *fastpe_abi(void) {
+  static const int64_t table[] = FASTPE_ABI_TABLE;
+  return table;
+}
 FASTPE_EXPORT int fastpe_best_isa(void) { return best(); }
 FASTPE_EXPORT int fastpe_openmp(void) {
 #ifdef _OPENMP

@@ -57,5 +57,9 @@ FASTPE_EXPORT int fastpe_cuda_shared_memory(const FastpeCausalDot *args) {
   return FASTPE_CHOOSE(args->q.dtype, shared_memory, args);
 }
 FASTPE_EXPORT const char *fastpe_cuda_error(void) { return error; }
+FASTPE_EXPORT const int64_t *fastpe_cuda_abi(void) {
+  static const int64_t table[] = FASTPE_ABI_TABLE;
+  return table;
+}
 
 }  // extern "C"

@@ -1,6 +1,6 @@
 // The C ABI of the native libraries: one struct per op, filled by fastpe/backends/native.py.
 //
-// No torch header is needed to build or to load them. Sizes are checked by the caller.
+// No torch header is needed to build or to load them. The caller checks the sizes of tensors.
 #pragma once
 #include <stdint.h>
 
@@ -82,6 +82,16 @@ typedef struct {
   void *out;
 } FastpePhiloxNormal;
 
+// A number that setup.py makes of the text of this file, and the sizes of the structs.
+// fastpe/backends/library.py compares them with its own before it fills a struct, which a library of
+// another version would read in another way.
+#define FASTPE_ABI_TABLE                                                              \
+  {                                                                                   \
+    FASTPE_ABI, sizeof(FastpeTensor), sizeof(FastpeCausalDot), sizeof(FastpePhaseFeatures), \
+        sizeof(FastpePhiloxNormal)                                                    \
+  }
+const int64_t *fastpe_abi(void);
+
 // 0 on success, else the message of fastpe_error()
 int fastpe_causal_dot(const FastpeCausalDot *args);
 int fastpe_causal_dot_backward(const FastpeCausalDot *args);
@@ -104,6 +114,7 @@ int fastpe_cuda_phase_features_backward(const FastpePhaseFeatures *args);
 int fastpe_cuda_step(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
                      const FastpePhaseFeatures *k);
 const char *fastpe_cuda_error(void);
+const int64_t *fastpe_cuda_abi(void);
 // the most shared memory, in bytes, that a block of causal_dot or its gradient needs
 int fastpe_cuda_shared_memory(const FastpeCausalDot *args);
 

@@ -42,6 +42,7 @@ from music import decoding, midi, pictures, speed
 from music.model import Config
 from music.training import Budget, Trainer, restore
 
+import checks
 from corpus import BAR, Song
 
 # length of a picture at most
@@ -150,14 +151,18 @@ def resume(
         raise ValueError(f"state {args.resume} does not exist")
     try:
         content = torch.load(args.resume, weights_only=True)
+        kinds = {"threshold": float, "coins": torch.Tensor, "prompt_bars": list}
+        checks.record(content, kinds)
+        checks.within("threshold", content["threshold"], 0, 1)
         pieces = decoding.Pieces.restore(content)
+        for bars, roll in zip(content["prompt_bars"], pieces.rolls, strict=True):
+            checks.typed("prompt_bars", bars, int)
+            checks.within("prompt_bars", bars, 1, len(roll) // BAR)
         generator = torch.Generator()
         generator.set_state(content["coins"])
-        threshold = content["threshold"]
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{args.resume} is no file of --save: {reason}") from error
-    sampler = decoding.Sampler(threshold, args.temperature, args.top_k, generator)
+        raise ValueError(f"{args.resume} is no file of --save: {checks.reason(error)}") from error
+    sampler = decoding.Sampler(content["threshold"], args.temperature, args.top_k, generator)
     return pieces, sampler, content["prompt_bars"]
 
 

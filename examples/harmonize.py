@@ -32,6 +32,7 @@ from music.model import ADDED, ENCODINGS, MAPS, Config, takes_labels, variant
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
 
+import checks
 from baselines import BASELINES
 from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
@@ -160,8 +161,8 @@ def windows_of(songs: list[Song], config: Config) -> Windows:
 
 
 def name_of(path: Path | None) -> str:
-    """Return the name that checkpoints give to the songs."""
-    return path.name if path else "chorales"
+    """Return the name of the songs, as checkpoints keep it."""
+    return checks.printable(path.name) if path else "chorales"
 
 
 def prepare(args: argparse.Namespace) -> Trainer:
@@ -218,6 +219,8 @@ def evaluate(trainer: Trainer, songs: list[Song], out: Path) -> None:
             continue
         found["bars"][length] = scores
         print(f"{length} bars: " + ", ".join(f"{name} {x:.4g}" for name, x in scores.items()))
+    if not found["bars"]:
+        raise ValueError("nothing was measured: no test song is long enough")
     path = out / "metrics.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")
@@ -255,7 +258,8 @@ def generate(args: argparse.Namespace, trainer: Trainer, tests: list[Song]) -> N
     if args.melody:
         del rolls["truth"]
     pictures.piano_rolls(cut, rolls, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}: {cut.title}")
+    names = checks.printable(f"{path} and {path.with_suffix('.png').name}")
+    print(f"wrote {names}: {cut.title}")
 
 
 def widened(keys: torch.Tensor) -> np.ndarray:

@@ -211,7 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     figure = Figure(figsize=(15.5, 10.8))
     figure.suptitle(
-        f"{piece.name}, {args.bars} bars: how much a query (down) sees of a key (across)", y=0.985
+        f"{piece.name}, {args.bars} bars: how much a query (down) sees of a key (across)",
+        y=0.985,
+        parse_math=False,
     )
     above, below = figure.subfigures(2, 1, height_ratios=(8, 2.8))
     draw_contexts(above, piece)

@@ -30,6 +30,8 @@ from music import evaluation, findings
 from music.rows import ROWS
 from music.training import Budget, Trainer
 
+import checks
+
 
 def run(name: str, budget: Budget, data: Path | None) -> dict:
     """Train a row and evaluate it; return its record."""
@@ -37,6 +39,8 @@ def run(name: str, budget: Budget, data: Path | None) -> dict:
     start, config = time.monotonic(), ROWS[name].config
     songs = load_songs(data)
     seen, unseen = (windows_of(songs[part], config) for part in ("train", "test"))
+    # a training that could not be judged is not begun
+    evaluation.starts_of(unseen, budget.bars)
     trainer = Trainer(config, budget)
     if not trainer.train(seen, quiet=True):
         raise KeyboardInterrupt
@@ -53,10 +57,15 @@ def run(name: str, budget: Budget, data: Path | None) -> dict:
 
 
 def read(file: Path, budget: Budget) -> dict[tuple[str, int], dict]:
-    """Return the records with this budget, any seed, and the present configuration of their row."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    """Return the records with this budget, any seed, and the present configuration of their row.
+
+    A line that is no record is skipped, and the reason printed.
+    """
+    records, skipped = checks.json_lines(file, findings.check) if file.exists() else ([], [])
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
     found = {}
-    for record in map(json.loads, lines):
+    for record in records:
         name, seed = record["row"], record["budget"]["seed"]
         same = name in ROWS and record["config"] == asdict(ROWS[name].config)
         if same and record["budget"] == asdict(replace(budget, seed=seed)):
@@ -64,9 +73,18 @@ def read(file: Path, budget: Budget) -> dict[tuple[str, int], dict]:
     return found
 
 
-def train(args: argparse.Namespace, file: Path, budget: Budget) -> bool:
-    """Run the trainings that the file does not have; return whether all of them succeeded."""
+def train(args: argparse.Namespace, file: Path, budget: Budget) -> tuple[list[dict], bool]:
+    """Run the trainings that the file does not have, and append their records.
+
+    Returns:
+        records: All records of the budget, old and new.
+        good: Whether all trainings succeeded.
+    """
     done, good = read(file, budget), True
+    if file.exists() and not file.read_bytes().endswith(b"\n"):
+        # what was cut off keeps a line of its own
+        with file.open("a") as out:
+            out.write("\n")
     wanted = [(name, seed) for seed in args.seeds for name in args.rows]
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.jobs, mp_context=spawn)
@@ -83,11 +101,13 @@ def train(args: argparse.Namespace, file: Path, budget: Budget) -> bool:
                 print(f"{running[future]}: {error}", file=sys.stderr)
                 good = False
                 continue
+            line = json.dumps(record)
             with file.open("a") as out:
-                out.write(json.dumps(record) + "\n")
+                out.write(line + "\n")
+            done[running[future]] = json.loads(line)
     finally:
         pool.shutdown(cancel_futures=True)
-    return good
+    return list(done.values()), good
 
 
 def study(args: argparse.Namespace) -> int:
@@ -96,8 +116,9 @@ def study(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "study.jsonl"
     budget = Budget(steps=args.steps, data=name_of(args.data), bars=default_bars(args.data))
-    good = train(args, file, budget)
-    records = list(read(file, budget).values())
+    records, good = train(args, file, budget)
+    if not findings.lengths_of(records):
+        raise ValueError(f"nothing was measured: {file} holds no record of these trainings")
     text = f"{findings.report(records)}\n"
     print(text)
     file.with_suffix(".md").write_text(text)

@@ -2,7 +2,7 @@
 
 from torch.serialization import add_safe_globals
 
-from . import diagnostics, distributed, nn
+from . import diagnostics, distributed, flops, nn
 from .attention import (
     LinearAttentionState,
     causal_linear_attention,
@@ -17,6 +17,7 @@ from .favor import Favor
 from .feature_maps import DPFP, FeatureMap, Hedgehog, Taylor2
 from .published import load_spe_state_dict
 
+flops.watch()
 # torch.load with weights_only=True takes states
 add_safe_globals([LinearAttentionState])
 

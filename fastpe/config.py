@@ -20,7 +20,11 @@ def show_config() -> None:
             print(f"  {name:10} unavailable: {reason}")
         else:
             print(f"  {name:10} {backends.describe(name)}")
-    for device, where in (("cpu", "the CPU"), ("cuda", "a GPU")):
-        if device == "cpu" or torch.cuda.is_available():
-            usual = torch.device(device), torch.float32, (64, 64, 64)
-            print(f"  auto       {backends.resolve('auto', *usual)!r} for tensors on {where}")
+    cpu, current = torch.device("cpu"), backends.current_device()
+    for device in dict.fromkeys((cpu, current)):
+        where = "the CPU" if device == cpu else "a GPU"
+        try:
+            chosen = repr(backends.resolve("auto", device, torch.float32, (64, 64, 64)))
+        except RuntimeError as error:  # of a check that cannot run now
+            chosen = f"not known now: {error}"
+        print(f"  auto       {chosen} for tensors on {where}")

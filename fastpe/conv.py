@@ -54,6 +54,7 @@ class KeptNoise:
         """Return the codes of positions [N], [N, H, D, R]."""
         h, d, taps = fir.weight.shape
         key = int(fir.seed), int(fir.step), fir.module, fir.num_realizations, dtype, (h, d, taps)
+        key = *key, fir.seed.device
         known, before = self._known
         if known != key:
             before = {}
@@ -62,7 +63,8 @@ class KeptNoise:
             i, row = divmod(position, _TILE)
             noise = tiles.get(i, before.get(i))
             if noise is None:
-                noise = _noise(fir, dtype, i * _TILE, _TILE + taps - 1)
+                with torch.inference_mode(False):
+                    noise = _noise(fir, dtype, i * _TILE, _TILE + taps - 1)
             if len(tiles) < _KEPT:
                 tiles[i] = noise
             code = torch.einsum("hdj,hdjr->hdr", weight, noise[:, :, row : row + taps])

@@ -40,7 +40,8 @@ class Favor(Resampled, FeatureMap):
         signs: Use w and -w, R / 2 of them.
         per_head: Each head has w of its own, else all heads have the same.
         resample: When training redraws w: "forward", "never", or n: at every n-th forward.
-        seed: Of the noise; default drawn from torch's generator.
+        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
+            until its `reseed_()` is called.
 
     Raises:
         ValueError: an argument is not as above.
@@ -67,6 +68,11 @@ class Favor(Resampled, FeatureMap):
         self.num_features, self.orthogonal = num_features, orthogonal
         self.signs, self.per_head = signs, per_head
         self._init_noise(resample, seed)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Take the seed that was given, or a new one, and begin to count again."""
+        self._reset_noise()
 
     def feature_dim(self, width: int) -> int:
         """R = num_features; by default 2 F with signs, else F."""

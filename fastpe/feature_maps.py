@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_positive
+from .ops import observed
+from .sharded import put
 
 # added by the relu map, so that a query of negatives still sees every key (SPE's LRA code)
 RELU_SHIFT = 1e-3
@@ -91,7 +93,7 @@ class FeatureMap(nn.Module):
         mine = self.noise_key
         if mine is None or key is None:
             return key if mine is None else mine
-        if torch.compiler.is_compiling():
+        if observed():
             return torch.cat((key, mine))
         # one tensor as long as the noise lasts: a state that has it needs no look at its values
         joined = self._joined
@@ -178,8 +180,14 @@ class Hedgehog(FeatureMap):
         check_positive("head_dim", head_dim)
         check_positive("num_heads", num_heads)
         self.head_dim, self.num_heads = head_dim, num_heads
-        self.weight = nn.Parameter(torch.eye(head_dim).repeat(num_heads, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every W to the identity and every b to zero."""
+        put(self.weight, torch.eye(self.head_dim, device="cpu").expand(self.num_heads, -1, -1))
+        put(self.bias, torch.zeros(self.num_heads, self.head_dim, device="cpu"))
 
     def feature_dim(self, width: int) -> int:
         """R = 2 D."""

@@ -123,6 +123,12 @@ class _Attention(nn.Module):
         """Return the outputs of all heads as one; 0 at padding."""
         return _blank(self.out_proj(o.flatten(-2)), padding)
 
+    def reset_parameters(self) -> None:
+        """Reset the projections, the encoding and the feature map, as each of them does."""
+        for part in (self.in_proj, self.out_proj, self.pos_encoding, self.feature_map):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+
     def _resample(self) -> None:
         for part in (self.pos_encoding, self.feature_map):
             if isinstance(part, (PositionalEncoding, FeatureMap)):

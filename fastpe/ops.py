@@ -214,16 +214,18 @@ def refuse_transforms() -> None:
         )
 
 
+_EAGER = Tensor, torch.nn.Parameter
+
+
 def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     # neither traced nor differentiated: the kernel can be called as it is
     if observed():
         return False
     recorded = torch.is_grad_enabled()
-    return all(
-        x is None
-        or (type(x) in (Tensor, torch.nn.Parameter) and not (recorded and x.requires_grad))
-        for x in tensors
-    )
+    for x in tensors:
+        if x is not None and (type(x) not in _EAGER or (recorded and x.requires_grad)):
+            return False
+    return True
 
 
 _SINE_INPUTS = (
@@ -325,18 +327,18 @@ def _first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Ten
 def philox_normal(seed, step, module, kind, shape, dtype, first=0):
     """Return the numbers of `noise.philox_normal`, by a kernel where there is one."""
     backend = {"cpu": "cpu", "cuda": "triton"}.get(seed.device.type)
-    if backend and backends.unavailable(backend) is None:
+    if backend and backends.unavailable(backend, seed.device) is None:
         return backends.load(backend).philox_normal(seed, step, module, kind, shape, dtype, first)
     return noise.philox_normal(seed, step, module, kind, tuple(shape), dtype, first)
 
 
-@_op("count_forward(Tensor(a!) step) -> ()", lambda step: None)
-def count_forward(step):
-    """Add one to the step of the noise, in compiled code."""
+@_op("count_forward(Tensor(a!) step, int unit) -> ()", lambda step, unit: None)
+def count_forward(step, unit):
+    """Add a unit to the step of the noise, in compiled code."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "a compiled forward with noise was run again inside backward, which would draw it "
             "anew: compile around the checkpoint, not inside, or construct the encoding with "
             "resample='never' and call resample_() before each forward"
         )
-    step.add_(1)
+    step.add_(unit)

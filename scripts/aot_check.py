@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Compile every GPU kernel, as it is launched, for cards that are not here; no driver is needed.
 
-    python scripts/aot_check.py                   sm_80, sm_90, sm_100
-    python scripts/aot_check.py --arch gfx942     for information
+    python scripts/aot_check.py                        sm_80, sm_89, sm_90, sm_100
+    python scripts/aot_check.py --tests                what the GPU tests launch
+    python scripts/aot_check.py --tests --sample       one of each kind of it
+    python scripts/aot_check.py --arch gfx942          for information
 
-The backend's own launchers run on tensors without memory; what they would launch is compiled.
-Prints registers, spilled bytes, shared memory and tensor-core instructions; spills over a budget
-fail.
+The backend's own launchers run on tensors without memory, or the GPU tests on the CPU; what they
+would launch is compiled (launches.py). Prints registers, spilled bytes, shared memory and
+tensor-core instructions. Fails on what does not compile, on more shared memory than a card has, and
+on spills over a budget.
 """
 
 from __future__ import annotations
@@ -18,26 +21,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 
-# the gate must see the compiler, whatever the tests have set
-os.environ.pop("TRITON_INTERPRET", None)
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import launches
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-import fastpe
-import setup
-from fastpe.backends import triton as backend
-from fastpe.backends.triton import launch_scan
-from fastpe.backends.triton.common import Kernel
-from fastpe.ops import ScanOptions
+from launches import Launch
 
 # Bytes of spills that are accepted: next to none on the architecture that is tuned for, in 16 bits;
 # in float32 products of three parts take more registers than there are. On 100 it is the scan of
@@ -46,157 +36,47 @@ BUDGET = {
     ("90", "bf16"): {64: 0, 128: 8, 256: 0},
     ("80", "bf16"): {64: 640, 128: 32, 256: 64},
     ("100", "bf16"): {64: 96, 128: 256, 256: 64},
+    ("90", "fp16"): {64: 32, 128: 128},
+    ("80", "fp16"): {64: 320, 128: 64},
     ("90", "fp32"): {64: 512, 128: 1536, 256: 24 << 10},
     ("80", "fp32"): {64: 2 << 10, 128: 20 << 10, 256: 32 << 10},
     ("100", "fp32"): {64: 1024, 128: 2 << 10, 256: 32 << 10},
 }
-# shared memory of one program, bytes
-SHARED = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}
-ENCODINGS = {
-    "none": None,
-    "rope": fastpe.RoPE,
-    "rope-half": lambda d, h: fastpe.RoPE(d, h, interleaved=False),
-    "ropepool": fastpe.RoPEPool,
-    "rope-packed": fastpe.RoPE,  # sequences by ranges, four heads for one of the keys and values
-}
-SINES = {
-    "sinespe": lambda d, h: fastpe.SineSPE(d, h, num_realizations=64, seed=0),
-    "fstripe-pooled": fastpe.FStripe,
-    "fstripe-unpooled": lambda d, h: fastpe.FStripe(d, h, pool=False),
-}
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int64: "i64",
-}
+ANY = 1 << 20
+# a sample has each combination of these constants once, for each kernel and dtype
+KINDS = ("ENCODE", "PAIRS", "MAP_FIRST", "NORMALIZE", "MIX"), ("PSI",)
+HEAD = f"{'kernel':26}{'case':44}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'s':>6}"
 
 
-@dataclass(frozen=True)
-class Name:
-    """A device function by its name, since functions do not travel to other processes."""
-
-    module: str
-    name: str
-
-    @classmethod
-    def of(cls, value: object) -> object:
-        """Return a function's name, anything else as it is."""
-        return cls(value.__module__, value.__name__) if isinstance(value, JITFunction) else value
-
-    @staticmethod
-    def resolve(value: object) -> object:
-        """Return what `of` was given."""
-        return getattr(sys.modules[value.module], value.name) if isinstance(value, Name) else value
+def sample(found: list[Launch]) -> list[Launch]:
+    """Return a few launches that stand for all."""
+    chosen = {}
+    for launch in found:
+        names = [name for name, _ in launch.signature]
+        constants = {names[at[0]]: x for at, x in launch.constants}
+        for kind in KINDS:
+            values = tuple(constants.get(name) for name in kind)
+            chosen.setdefault((launch.kernel, launch.signature[0][1], kind, values), launch)
+    return list(dict.fromkeys(chosen.values()))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel as it is compiled: the same for every length and batch."""
-
-    kernel: Name
-    case: str = field(compare=False)
-    signature: tuple
-    constants: tuple
-    attrs: tuple
-    options: tuple
-
-
-def recorder(found: dict[Launch, Launch], case: list[str]) -> Callable:
-    """Return what stands in the place of `Kernel.__call__` and notes what would be compiled."""
-
-    def record(self: Kernel, grid: tuple, tensors: tuple, numbers: tuple) -> None:
-        signature, constants, attrs = [], [], []
-        args = *tensors, *numbers
-        values = dict(zip(self.function.arg_names, args, strict=False)) | self.meta
-        for i, param in enumerate(self.function.params):
-            value = values[param.name]
-            one = type(value) is int and value == 1 and not param.do_not_specialize
-            if param.is_constexpr or one:
-                signature.append((param.name, "constexpr"))
-                constants.append(((i,), Name.of(value)))
-                continue
-            if isinstance(value, torch.Tensor):
-                signature.append((param.name, "*" + TYPES[value.dtype]))
-                aligned = True  # as torch allocates
-            else:
-                signature.append((param.name, "i64" if value >= 2**31 else "i32"))
-                aligned = value % 16 == 0 and not param.do_not_specialize
-            if aligned:
-                attrs.append(((i,), (("tt.divisibility", 16),)))
-        options = [(name, self.meta[name]) for name in ("num_warps", "num_stages")]
-        parts = map(tuple, (signature, constants, attrs, options))
-        launch = Launch(Name.of(self.function), case[0], *parts)
-        found.setdefault(launch, launch)
-
-    return record
-
-
-def launches(dtypes: list[torch.dtype], widths: list[tuple[int, int]]) -> list[Launch]:
-    """Return what the launchers compile for these dtypes, D and E."""
-    found: dict[Launch, Launch] = {}
-    case = ["noise"]
-    call, Kernel.__call__ = Kernel.__call__, recorder(found, case)
-    launch_scan.processors = lambda device: 132
-    key = torch.empty((), dtype=torch.int64, device="meta")
-    backend.philox_normal(key, key, 0, 0, (512, 20, 64), torch.float32)
-    for dtype in dtypes:
-        for d, e in widths:
-            for name, make in (ENCODINGS | SINES).items():
-                if name == "rope-packed" and d > 128:
-                    continue  # at D = 256 its forward_kernel spills 48 bytes on sm_90, in 16 bits
-                case[0] = f"{name} {TYPES[dtype]} D={d} E={e}"
-                trace(name, make, dtype, d, e)
-    Kernel.__call__ = call
-    return list(found)
-
-
-def trace(name: str, make: object, dtype: torch.dtype, d: int, e: int) -> None:
-    """Run forward and backward of one encoding on tensors without memory."""
-    h, t = 8, 4096
-    encoding = make(d, h) if make else None
-    maps = None if encoding is None else encoding.position_maps(torch.device("cpu"))
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    positions = empty(1, t, 1, dtype=torch.float64)
-    if name in SINES:
-        sines = maps[0]._replace(
-            **{
-                n: x.detach().to("meta")
-                for n, x in maps[0]._asdict().items()
-                if isinstance(x, torch.Tensor)
-            }
-        )
-        x = empty(4, t, h, d)
-        backend.phase_features(x, positions, sines, True)
-        y = empty(4, t, h, sines.feature_dim)
-        backend.phase_features_backward(y, x, positions, sines, True, [True, False] + [True] * 4)
-        return
-    rotation = None if maps is None else maps[0]
-    options = ScanOptions(
-        feature_map="elu1",
-        normalize="sum",
-        eps=1e-6,
-        interleaved=rotation is not None and rotation.interleaved,
-        pool=rotation is not None and rotation.pool,
-        map_first=True,
-        scale=1.0 if rotation is None else rotation.scale,
-        chunk=0,
-        backend="triton",
-    )
-    learned = encoding is not None and bool(list(encoding.parameters()))
-    where = (None, None) if rotation is None else (positions, rotation.freq.detach().to("meta"))
-    shared, ranges = h, None
-    if name == "rope-packed":
-        shared, ranges = h // 4, empty(3, 2, dtype=torch.int64)
-    keys_values = empty(1, t, shared, d), empty(1, t, shared, e)
-    inputs = empty(1, t, h, d), *keys_values, None, None, *where, ranges
-    o, den, _, _ = backend.causal_dot(*inputs, options)
-    needs = [True, True, True, False, False, False, learned]
-    backend.causal_dot_backward((o, None, None), inputs, options, o, den, needs)
+def recorded(args: argparse.Namespace, arch: str) -> list[Launch]:
+    """Return what is to be compiled for an architecture; with --hits, what was not in the cache."""
+    found = []
+    if args.tests:
+        found += launches.from_tests(arch, args.hits)
+        if args.sample:
+            found = sample(found)
+    if args.bars:
+        for shape in launches.BARS:
+            widths = [(d, d) for d in (64, 128, 256)]
+            names = "none", "rope", "sinespe"
+            found += launches.traces(arch, [torch.bfloat16], widths, names, shape, args.hits)
+    if not args.tests and not args.bars:
+        widths = [tuple(map(int, w.split("x"))) for w in args.widths]
+        dtypes = [getattr(torch, d) for d in args.dtypes]
+        found += launches.traces(arch, dtypes, widths, args.encodings)
+    return [x for x in dict.fromkeys(found) if args.only in f"{x.kernel.name} {x.case}"]
 
 
 @contextlib.contextmanager
@@ -216,19 +96,12 @@ def captured(path: str) -> object:
 
 def build(launch: Launch, arch: str) -> dict:
     """Compile a launch and return what the compiler says of it."""
-    target = (
-        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
-    )
-    source = triton.compiler.ASTSource(
-        Name.resolve(launch.kernel),
-        dict(launch.signature),
-        {k: Name.resolve(v) for k, v in launch.constants},
-        {k: [list(i) for i in v] for k, v in launch.attrs},
-    )
     start = time.time()
     with tempfile.NamedTemporaryFile() as log:
         with captured(log.name):
-            kernel = triton.compile(source, target=target, options=dict(launch.options))
+            kernel = triton.compile(
+                launch.source(), target=launches.target(arch), options=dict(launch.options)
+            )
         text = Path(log.name).read_text()
     if arch.startswith("gfx"):
         code = kernel.asm["amdgcn"]
@@ -236,9 +109,11 @@ def build(launch: Launch, arch: str) -> dict:
         spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]) * 4
         tensor = len(re.findall(r"v_mfma", code))
     else:
-        registers = int(re.findall(r"Used (\d+) registers", text)[-1])
+        # what was in the cache before says nothing
+        registers = int((re.findall(r"Used (\d+) registers", text) or [0])[-1])
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-        tensor = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", kernel.asm["ptx"]))
+        code = kernel.asm.get("ptx", "")
+        tensor = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", code))
     return {
         "registers": registers,
         "spilled": spilled,
@@ -250,6 +125,8 @@ def build(launch: Launch, arch: str) -> dict:
 
 def build_cuda(architectures: list[str]) -> int:
     """Compile the CUDA library, print the table of its kernels, return how many spill."""
+    import setup
+
     with tempfile.TemporaryDirectory() as folder:
         said = setup.compile_cuda(
             Path(folder) / "cuda.so",
@@ -272,57 +149,76 @@ def build_cuda(architectures: list[str]) -> int:
             case += f" {('forward', 'grad_q', 'grad_k', 'grad_v')[int(role[1])]}"
         over = int(spilled) > 0
         failed += over
-        print(f"{name:26}{case:34}{arch:>7}{registers:>6}{spilled:>7}{'  FAILED' * over}")
+        print(f"{name:26}{case:44}{arch:>7}{registers:>6}{spilled:>7}{'  FAILED' * over}")
     return failed
 
 
 def budget(launch: Launch, arch: str) -> int:
     """Return the bytes of spills that a launch may have on an architecture."""
-    dtype, width = re.search(r"(\w+) D=(\d+)|$", launch.case).groups(default="0")
-    return BUDGET.get((arch, dtype), {}).get(int(width), 0 if dtype == "0" else 1 << 20)
+    if launch.group is None:
+        return ANY  # a test: any width and any map
+    dtype, width = launch.group
+    return BUDGET.get((arch, dtype), {}).get(width, ANY) if dtype else 0
 
 
-def main() -> int:
-    """Compile, print the table, and return how many kernels are over the budget."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", nargs="+", default=["80", "90", "100"])
-    parser.add_argument("--widths", nargs="+", default=["64x64", "128x128", "256x256"])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--only", default="", help="kernels and cases with this in their name")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA library too (needs nvcc)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # what is cached prints no log
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    widths = [tuple(map(int, w.split("x"))) for w in args.widths]
-    found = launches([getattr(torch, d) for d in args.dtypes], widths)
-    found = [x for x in found if args.only in f"{x.kernel.name} {x.case}"]
+def build_all(jobs: list[tuple[Launch, str]], workers: int) -> int:
+    """Compile launches, print a line each, return how many fail."""
     failed = 0
-    print(f"triton {triton.__version__}, {len(found)} kernels for {', '.join(args.arch)}")
-    print(
-        f"{'kernel':26}{'case':34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'s':>6}"
-    )
-    with ProcessPoolExecutor(args.jobs) as pool:
-        jobs = {pool.submit(build, x, arch): (x, arch) for x in found for arch in args.arch}
-        for job in as_completed(jobs):
-            launch, arch = jobs[job]
-            name = launch.kernel.name
+    print(HEAD)
+    with ProcessPoolExecutor(workers) as pool:
+        running = {pool.submit(build, *job): job for job in jobs}
+        for done in as_completed(running):
+            launch, arch = running[done]
+            line = f"{launch.kernel.name:26}{launch.case:44}{arch:>7}"
             try:
-                r = job.result()
+                r = done.result()
             except Exception as error:
                 while error.__cause__:
                     error = error.__cause__
-                print(f"{name:26}{launch.case:34}{arch:>7} {type(error).__name__}: {error}")
+                print(f"{line} {type(error).__name__}: {error}  FAILED", flush=True)
                 failed += 1
                 continue
             over = r["spilled"] > budget(launch, arch)
-            over = over or r["shared"] > SHARED.get(arch, 1 << 20)
+            over = over or r["shared"] > launches.SHARED.get(arch, ANY)
             failed += over
             print(
-                f"{name:26}{launch.case:34}{arch:>7}{r['registers']:>6}{r['spilled']:>7}"
-                f"{r['shared']:>8}{r['tensor']:>5}{r['seconds']:>6.1f}{'  FAILED' * over}",
+                f"{line}{r['registers']:>6}{r['spilled']:>7}{r['shared']:>8}{r['tensor']:>5}"
+                f"{r['seconds']:>6.1f}{'  FAILED' * over}",
                 flush=True,
             )
+    return failed
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=["80", "89", "90", "100"])
+    parser.add_argument("--widths", nargs="+", default=["64x64", "128x128", "256x256"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    known = list(launches.ENCODINGS | launches.SINES)
+    parser.add_argument("--encodings", nargs="+", default=known, choices=known)
+    parser.add_argument("--tests", action="store_true", help="what the GPU tests launch")
+    parser.add_argument("--sample", action="store_true", help="of that, one of each kind")
+    parser.add_argument("--bars", action="store_true", help="what benchmarks/bars.py launches")
+    parser.add_argument("--only", default="", help="kernels and cases with this in their name")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA library too (needs nvcc)")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the code, as a card's cache")
+    parser.add_argument("--hits", action="store_true", help="fail if it was not kept before")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compile, print the table, and return whether anything is over the budget."""
+    args = parse()
+    # what is cached prints no log
+    os.environ["TRITON_CACHE_DIR"] = args.keep or tempfile.mkdtemp()
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    jobs = [(launch, arch) for arch in args.arch for launch in recorded(args, arch)]
+    if args.hits:
+        return min(len(jobs), 1)
+    print(f"triton {triton.__version__}, {len(jobs)} kernels for {', '.join(args.arch)}")
+    failed = build_all(jobs, args.jobs)
     if args.cuda:
         failed += build_cuda(args.arch)
     print(f"{failed} over the budget" if failed else "all within the budget")

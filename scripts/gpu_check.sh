@@ -1,171 +1,378 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call, offline, with the machine's own python3:
-#   scripts/gpu_check.sh [-t SECONDS] [STEP ...]
-# Steps: build host tests sanitize bars scaling decode; by default all, in this order, for at most
-# 540 seconds together. A step that fails or runs out of time does not stop the next; the exit
-# status is 1 if any did. Logs and records go to $OUT (a new folder if unset). Compiled kernels are
-# kept in .gpu_cache, and go to $OUT too: put triton.txz into .gpu_cache for a machine without them.
+# Everything that needs a GPU, offline, with the machine's own python3, in two calls:
+#   scripts/gpu_check.sh first           what matters most, less than 330 seconds
+#   scripts/gpu_check.sh second          the rest, less than 330 seconds, on the same machine
+#   scripts/gpu_check.sh [-x N] STEP...  some steps; -x gives each N times its seconds
+#   scripts/gpu_check.sh --plan          the steps and their seconds
+#   scripts/gpu_check.sh --dry first second    no GPU: does every step start and find its work?
+# A step that fails or runs out of time does not stop the next; the exit status is 1 if any did.
+# The log and the records are in $OUT (a new folder if unset) as they are made, eight files at most.
+# Compiled kernels and libraries that scripts/gpu_prepare.sh has put into build/gpu are used.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-limit=540
-if [ "${1:-}" = -t ]; then limit=$2 && shift 2; fi
-[ $# -gt 0 ] || set -- build host tests sanitize bars scaling decode
-OUT=${OUT:-$(mktemp -d)}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# plug-ins of the machine may warn, and warnings are errors
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-export TRITON_CACHE_DIR=$PWD/.gpu_cache/triton TORCHINDUCTOR_CACHE_DIR=$PWD/.gpu_cache/inductor
-mkdir -p "$TRITON_CACHE_DIR" "$OUT"
-if [ -f .gpu_cache/triton.txz ] && [ -z "$(ls "$TRITON_CACHE_DIR")" ]; then
-  tar -xJf .gpu_cache/triton.txz -C .gpu_cache
-fi
+# call, step, seconds, what it does; a step may also use the seconds that those before it left over
+plan='
+first   machine      12  versions, the card and its clocks, what was carried here
+first   smoke        30  Triton: four encodings, two dtypes, a process each
+first   scan         75  the bars of the scan (benchmarks/bars.py)
+first   tiles        50  tiles of each kernel, compared, then timed (benchmarks/tiles.py)
+first   triton       85  the GPU tests but those of the CUDA library
+first   smoke_cuda   12  the CUDA library: four encodings, two dtypes, a process each
+first   cuda         48  the GPU tests of the CUDA library
+second  again        40  what failed in the first call, each launch waited for
+second  sanitize     55  memcheck and racecheck of six small cases
+second  ncu          40  counters of three forward kernels
+second  crossover    70  the other bars: softmax at short lengths, SPE, the widest heads
+second  large        25  tensors of more than 2^31 numbers, alone on the card
+second  host         12  how long a call keeps the host
+second  decode       32  one token at a time
+second  scaling      38  time and memory as sequences grow
+'
+# column WANTED of the rows whose column GIVEN is VALUE
+field() { awk -v value="$1" -v given="$2" -v wanted="$3" '$given == value { print $wanted }' <<<"$plan"; }
 
-python3 - <<'PY' | tee "$work/machine"
-import importlib.metadata, os, platform, subprocess
-import torch
-
-query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap"]
-try:
-    found = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
-    print("card:", found.stdout.strip())
-except OSError as error:
-    print("card: none,", error)
-versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "numpy")}
-print("versions:", versions, "CUDA", torch.version.cuda, "Python", platform.python_version())
-print("CUDA in torch:", torch.cuda.is_available(), "|", os.cpu_count(), "CPUs")
-PY
-nvcc --version 2>/dev/null | tail -2 | head -1
-echo "sources: $(cat $(find fastpe csrc -name '*.py' -o -name '*.h' -o -name '*.c*' | sort) setup.py \
-  | sha256sum | cut -c1-12)"
-
-arch=$(sed -n 's/^card:.*, \([0-9]*\)\.\([0-9]\)$/\1\2/p' "$work/machine" | head -1)
-
-failed=0
-summary=()
-if ! grep -q 'CUDA in torch: True' "$work/machine"; then
-  summary+=("gpu           -    none: tests that need one are skipped")
-  failed=1
-fi
-
-# run NAME SECONDS COMMAND...: a step, with a time of its own and no more than what is left
-run() {
-  local name=$1 most=$2 left=$((limit - SECONDS)) start=$SECONDS status note=ok
-  shift 2
-  if [ "$left" -lt 5 ]; then
-    summary+=("$(printf '%-10s %4s  not run: the time is over' "$name" -)")
-    failed=1
-    return 1
+dry='' factor=1
+while :; do
+  case ${1:-} in
+    --plan) printf '%s' "$plan" && exit ;;
+    --dry) dry=yes && shift ;;
+    -x) factor=$2 && shift 2 ;;
+    *) break ;;
+  esac
+done
+steps=()
+for name in "${@:-first}"; do
+  found=$(field "$name" 1 2)
+  [ -n "$found" ] || found=$(field "$name" 2 2)
+  if [ -z "$found" ]; then
+    echo "no step $name: first, second, or one of" $(awk '{ print $2 }' <<<"$plan") >&2
+    exit 2
   fi
-  [ "$most" -lt "$left" ] || most=$left
-  timeout -k 5 "$most" "$@" >"$work/$name.log" 2>&1
+  mapfile -t -O ${#steps[@]} steps <<<"$found"
+done
+
+OUT=${OUT:-$(mktemp -d)}
+log=$OUT/gpu_check.log
+mkdir -p "$OUT" && : >>"$log"
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# the machine's plug-ins of pytest may warn, and warnings are errors
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+# Triton keeps absolute paths: the folder has the same name where the cache is filled
+export TRITON_CACHE_DIR=/tmp/fastpe-triton-cache TORCHINDUCTOR_CACHE_DIR=/tmp/fastpe-inductor-cache
+# what the first call leaves for the second
+left=/tmp/fastpe-gpu-check
+if [ -n "$dry" ]; then
+  left=$(mktemp -d)
+  trap 'rm -rf "$left"' EXIT
+  TRITON_CACHE_DIR=$left/triton TORCHINDUCTOR_CACHE_DIR=$left/inductor
+  factor=$((factor * 20))
+  one=tests/test_gpu_runtime.py::test_new_memory_is_nan
+  echo "{\"test\": \"$one\", \"outcome\": \"failed\"}" >"$left/tests.jsonl"
+elif ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "torch finds no GPU here; --dry runs without one" >&2
+  exit 1
+fi
+mkdir -p "$TRITON_CACHE_DIR" "$left"
+
+have() { python3 -c "import $1" 2>/dev/null; }
+kernels() { find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -l; }
+# what the log has of the step that runs
+said() { tail -c "+$((at + 1))" "$log"; }
+
+# run COMMAND...: until the step's deadline
+run() {
+  local most=$((deadline - SECONDS)) status
+  [ "$most" -ge 2 ] || { echo "=== $step, no time for: $*" >>"$log" && return 124; }
+  echo "=== $step: $*" >>"$log"
+  timeout -k 5 "$most" "$@" >>"$log" 2>&1
   status=$?
-  [ $status -eq 0 ] || note="failed, status $status"
-  [ "$name $status" != "bars 3" ] || note="failed: not every bar is met"
-  [ $status -ne 124 ] && [ $status -ne 137 ] || note="stopped after $most s"
-  [ $status -eq 0 ] || failed=1
-  { echo "=== $name: $* ($note)" && cat "$work/$name.log"; } >>"$OUT/gpu_check.log"
-  summary+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$note")")
-  echo "$name: $note, $((SECONDS - start)) s"
+  [ $status -eq 0 ] || echo "=== $step: status $status" >>"$log"
   return $status
 }
 
-test_python="python3 -m pytest -m gpu --tb=short"
+# tests WORKERS ARGUMENT...: pytest; under "${prefix[@]}", without xdist in one process
+prefix=()
+tests() {
+  local workers=$1 options=(-o addopts= -q --strict-markers -m gpu --tb=short -rfE)
+  shift
+  if [ "$workers" -gt 0 ] && have xdist; then
+    [ -z "$dry" ] || workers=1
+    options+=(-p xdist.plugin -n "$workers" --dist load --maxschedchunk 2)
+    # each test may cost one
+    options+=(--max-worker-restart 600)
+  fi
+  # what hangs costs its worker
+  have pytest_timeout && options+=(-p pytest_timeout --timeout 60 --timeout-method thread)
+  run "${prefix[@]}" python3 -m pytest "${options[@]}" --record "$OUT/tests.jsonl" "$@" || return
+  # without a GPU that is all they can do
+  [ -n "$dry" ] || said | grep -q '[0-9] passed' || return 6
+}
+mapfile -t files < <(grep -lE 'mark\.gpu|gpu_only' tests/test_*.py)
+apart="(host_time or two_to_the_31)"
 
-build() {
-  # by the functions of setup.py: both at once, for the card that is here alone, whatever the
-  # version of setuptools; what can be built is tested, and the reason for the rest is in the log
-  run build 270 python3 - "${arch:-90}" <<'PY'
+# benchmark NAME ARGUMENT...: what --dry gives them is small, for the CPU
+size=(--device cuda --dtype bfloat16 --batch 4 --heads 16)
+[ -z "$dry" ] || size=(--device cpu --dtype float32 --batch 1 --heads 1 --threads 1)
+benchmark() { run "${prefix[@]}" python3 "benchmarks/$1.py" "${@:2}"; }
+
+build=
+libraries() {
+  local name sources missing=() carried=()
+  sources=$(cat csrc/* setup.py | sha256sum | cut -c1-16)
+  mkdir -p build/gpu
+  for name in cuda cpu; do
+    if [ -f "build/gpu/libfastpe_$name.so" ] && [ "$(cat build/gpu/sources)" = "$sources" ]; then
+      cp "build/gpu/libfastpe_$name.so" fastpe/ && carried+=("$name")
+    else
+      missing+=("$name")
+    fi
+  done 2>/dev/null
+  echo "libraries: carried: ${carried[*]:-none}; being built: ${missing[*]:-none}" | tee -a "$log"
+  [ ${#missing[@]} -gt 0 ] || return
+  # beside the first steps
+  timeout 270 python3 - "$sources" "${missing[@]}" >>"$log" 2>&1 <<'PY' &
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import setup
+import torch
 
-jobs = {"cpu": (setup.compile_cpu, {})}
-if hasattr(setup, "compile_cuda"):
-    jobs["cuda"] = setup.compile_cuda, {"architectures": (sys.argv[1],)}
-else:
-    print("setup.py has no compile_cuda")
+import setup
 
 
 def build(name):
-    compile_it, options = jobs[name]
+    target = Path(f"build/gpu/libfastpe_{name}.so")
+    options = {}
+    if name == "cuda":
+        options["architectures"] = ("{}{}".format(*torch.cuda.get_device_capability()),)
     try:
-        compile_it(Path(f"fastpe/libfastpe_{name}.so"), Path("build/gpu_check") / name, **options)
+        getattr(setup, f"compile_{name}")(target, Path("build/gpu_objects") / name, **options)
     except Exception as error:
-        return f"{name}: {error}"
+        return f"=== build, {name}: {error}"
+    # whole at once: other processes load it
+    part = Path("fastpe") / f"{target.name}.part"
+    part.write_bytes(target.read_bytes())
+    part.replace(part.with_suffix(""))
     return None
 
 
+sources, *names = sys.argv[1:]
 with ThreadPoolExecutor() as pool:
-    errors = [error for error in pool.map(build, jobs) if error]
-sys.exit("\n".join(errors) or 0)
+    errors = list(filter(None, pool.map(build, names)))
+if errors:
+    sys.exit("\n".join(errors))
+Path("build/gpu/sources").write_text(sources + "\n")
+print("=== build: done")
 PY
-  python3 -c 'import fastpe; fastpe.show_config()' 2>&1 | tee -a "$OUT/gpu_check.log"
+  build=$!
 }
 
-host() {
-  run host 60 $test_python -s -k host_time tests/test_gpu_runtime.py
-  grep 'host time' "$work/host.log"
+# wait for the libraries
+built() {
+  while [ -n "$build" ] && kill -0 "$build" 2>/dev/null; do
+    [ $SECONDS -lt $((deadline - 2)) ] || { echo "=== $step: no library yet" >>"$log" && return 124; }
+    sleep 0.2
+  done
+  [ -z "$build" ] || { wait "$build" && build=''; } && return
+  echo "=== $step: the libraries were not built" >>"$log"
+  return 1
 }
 
-tests() {
-  local workers=
-  python3 -c 'import xdist' 2>/dev/null && workers="-p xdist.plugin -n 6"
-  run tests 270 $test_python -k "not host_time" $workers -rfE --durations=6 --maxfail=60
-  grep -aE '^(FAILED|ERROR)|(passed|failed).* in ' "$work/tests.log" | cut -c1-160 | tail -25
+machine() {
+  [ -n "$dry" ] || rm -f "$left/tests.jsonl"
+  run python3 - <<'PY'
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+FIELDS = "name,driver_version,memory.total,compute_cap,clocks.sm,clocks.mem,clocks.max.sm"
+FIELDS += ",clocks.max.mem,power.draw,temperature.gpu"
+PACKAGES = "torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "transformers"
+
+
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+try:
+    query = ["nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader"]
+    card = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+except OSError as error:
+    card = f"none, {error}"
+print(f"card: {card} ({FIELDS})")
+print("versions: Python", platform.python_version(), "| CUDA of torch", torch.version.cuda, end=" | ")
+print(", ".join(f"{name} {version(name)}" for name in PACKAGES), "|", os.cpu_count(), "CPUs")
+for name, why in (("xdist", "tests run in one process"), ("pytest_timeout", "a test may hang")):
+    if importlib.util.find_spec(name) is None:
+        print(f"no {name}: {why}")
+# kernels that another Triton compiled are not found in the cache
+triton = importlib.util.find_spec("triton")
+for path in sorted(Path(triton.origin).parent.glob("_C/libtriton*.so")) if triton else ():
+    print(f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}")
+PY
+}
+
+smoke() {
+  local arguments=(--device cuda --backends "${1:-triton}")
+  [ -z "$dry" ] || arguments=(--device cpu --backends cpu --dtypes float32 --length 20 --jobs 2)
+  benchmark smoke "${arguments[@]}" --out "$OUT"
+}
+
+smoke_cuda() { built && smoke cuda; }
+
+bars() {
+  local arguments=(--seconds 0.2)
+  [ -z "$dry" ] || arguments=(--bar-lengths 32 48 --widths 16 16 32 --head-dim 16 --lengths 32
+    --seconds 0.01 --gate 32 --copy 0.001)
+  benchmark bars "${size[@]}" --parts "$@" "${arguments[@]}" --out "$OUT"
+  local status=$?
+  # no bar is met at the sizes of --dry
+  [ -z "$dry" ] || [ $status -ne 3 ] || status=0
+  return $status
+}
+
+scan() { bars scan; }
+
+crossover() { bars crossover spe cliff; }
+
+tiles() {
+  local arguments=(--seconds $((deadline - SECONDS - 3))) prefix=()
+  if [ -n "$dry" ]; then
+    prefix=(env TRITON_INTERPRET=1)
+    arguments=(--length 16 --head-dims 16 --roles forward --most 1 --jobs 1 --seconds 500)
+  fi
+  benchmark tiles "${size[@]}" "${arguments[@]}" --out "$OUT"
+}
+
+# tests_of WHICH: both calls need to know what fails
+tests_of() { tests 12 --record "$left/tests.jsonl" -k "$1 and not $apart" --maxfail 60 "${files[@]}"; }
+
+triton() { tests_of "not cuda"; }
+
+cuda() { built && tests_of cuda; }
+
+again() {
+  local failed
+  built
+  mapfile -t failed < <(python3 - "$left/tests.jsonl" <<'PY'
+import json
+import pathlib
+import sys
+
+path = pathlib.Path(sys.argv[1])
+rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+for name in list(dict.fromkeys(row["test"] for row in rows if row["outcome"] == "failed"))[:30]:
+    print(name)
+PY
+  )
+  if [ ${#failed[@]} -eq 0 ]; then
+    echo "nothing is known to have failed: no failure in the first call, or another machine" >>"$log"
+    return
+  fi
+  CUDA_LAUNCH_BLOCKING=1 tests 4 --maxfail 30 "${failed[@]}"
 }
 
 sanitize() {
-  local tool
-  # each allocation is one of the driver's: what is out of bounds is nobody else's
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local tool job jobs=() status=0 prefix=()
+  local six="((none and bfloat16) or (rope and not ropepool and float32) or (sinespe and bfloat16))"
+  built
+  # both at a time: nothing is timed
   for tool in memcheck racecheck; do
-    run "$tool" 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-      $test_python -k sanitize tests/test_gpu_runtime.py
-    grep -aE '=========.*(ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error:)|passed|failed' \
-      "$work/$tool.log" | cut -c1-160 | tail -5
+    [ -n "$dry" ] || prefix=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20)
+    # each allocation is one of the driver's, so what is out of bounds is nobody else's
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 tests 0 -k "sanitize and $six" "${files[@]}" &
+    jobs+=($!)
   done
-  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+  return $status
 }
 
-bars() {
-  run bars 170 python3 benchmarks/bars.py --device cuda --out "$OUT"
+ncu() {
+  local case status=0 length=8192 prefix=(ncu --clock-control none --profile-from-start off)
+  prefix+=(-k regex:forward_kernel -c 1 --section SpeedOfLight --section LaunchStats)
+  prefix+=(--section Occupancy --section SchedulerStats --section WarpStateStats)
+  prefix+=(--section MemoryWorkloadAnalysis)
+  local cases=("fastpe --head-dim 64" "fastpe-rope --head-dim 64" "fastpe --head-dim 128")
+  [ -z "$dry" ] || prefix=() length=32 cases=("${cases[1]}")
+  for case in "${cases[@]}"; do
+    # shellcheck disable=SC2086 # words
+    benchmark one_call $case --length "$length" "${size[@]}" || status=$?
+  done
+  ! said | grep -q "No kernels were profiled" || status=1
+  return $status
+}
+
+large() { built && tests 0 -k two_to_the_31 "${files[@]}"; }
+
+host() { built && tests 0 -s -k host_time "${files[@]}"; }
+
+decode() {
+  local arguments=(--contexts 1024 16384 --seconds 0.2) status
+  built
+  [ -z "$dry" ] || arguments=(--contexts 16 --seconds 0.01 --head-dim 16)
+  benchmark decode "${size[@]}" --levels attention "${arguments[@]}" --out "$OUT"
+  status=$?
+  rm -f "$OUT/decode.png"
+  return $status
 }
 
 scaling() {
-  run scaling 150 python3 benchmarks/seq_scaling.py --device cuda --dtype bfloat16 --batch 4 \
-    --heads 16 --min-len 512 --max-len 32768 --quick --max-seconds 2 --out "$OUT"
+  local arguments=(--min-len 2048 --max-len 32768 --max-seconds 2
+    --cases fastpe fastpe-rope fastpe-sinespe fastpe-fstripe-pooled sdpa-cudnn) status
+  [ -z "$dry" ] || arguments=(--min-len 32 --max-len 32 --head-dim 16 --cases fastpe)
+  benchmark seq_scaling "${size[@]}" --quick "${arguments[@]}" --out "$OUT"
+  status=$?
+  rm -f "$OUT/seq_scaling.png"
+  return $status
 }
 
-decode() {
-  run decode 90 python3 benchmarks/decode.py --device cuda --dtype bfloat16 --seconds 0.3 \
-    --levels attention --out "$OUT"
-}
-
-for step in "$@"; do
-  case $step in
-    build | host | tests | sanitize | bars | scaling | decode) $step ;;
-    *) echo "no step $step: build host tests sanitize bars scaling decode" >&2 && exit 2 ;;
-  esac
-done
-
-if [ -n "$(ls "$TRITON_CACHE_DIR")" ] && command -v xz >/dev/null; then
-  timeout 60 tar -C .gpu_cache -c triton 2>/dev/null | xz -2 -T0 >"$OUT/triton.txz"
-  # what is over 16 MiB does not travel
-  [ "$(stat -c %s "$OUT/triton.txz")" -lt 16777216 ] || rm "$OUT/triton.txz"
+if [ -z "$dry" ]; then
+  if [ -f build/gpu/triton-cache.tar.xz ] && [ "$(kernels)" = 0 ]; then
+    tar -C / -xJf build/gpu/triton-cache.tar.xz
+  fi
+  libraries
 fi
-
-# the end of the output is what is read: what failed, the bars, the steps
-for log in "$work"/*.log; do
-  name=$(basename "$log" .log)
-  printf '%s\n' "${summary[@]}" | grep -qE "^$name .*(failed|stopped)" || continue
-  [ "$name" = bars ] || { echo "--- end of $name" && tail -n 12 "$log" | cut -c1-200; }
+carried=$(kernels)
+failed=0 deadline=$SECONDS summary=()
+for step in "${steps[@]}"; do
+  deadline=$((deadline + factor * $(field "$step" 2 3)))
+  start=$SECONDS before=$(kernels) at=$(stat -c %s "$log")
+  $step
+  status=$?
+  case $status in
+    0) note=ok ;;
+    5) note="failed: no test was found" ;;
+    6) note="failed: every test was skipped" ;;
+    124 | 137) note="stopped: its time was over" ;;
+    *) note="failed, status $status" ;;
+  esac
+  case "$step $status" in "scan 3" | "crossover 3") note="failed: not every bar is met" ;; esac
+  [ $status -eq 0 ] || failed=1
+  compiled=$(($(kernels) - before))
+  [ $compiled -eq 0 ] || note="$note; $compiled Triton kernels were compiled"
+  summary+=("$(printf '%-11s %4d s  %s' "$step" $((SECONDS - start)) "$note")")
+  echo "--- ${summary[-1]}"
+  # the lines that say most
+  said | grep -aE -e '^(\||- |no |copy:|card:|versions:|sha256|FAILED|ERROR|host time|.*error: )' \
+    -e 'SUMMARY|cases are right|(passed|failed|skipped).* in |candidates failed' | cut -c1-240 | tail -n 40
+  # no step fills the file
+  [ "$(stat -c %s "$log")" -le $((at + 1900000)) ] || truncate -s $((at + 1900000)) "$log"
 done
-[ ! -f "$work/bars.log" ] || { echo "--- bars" && grep -aE '^(\||- |copy:|error)' "$work/bars.log"; }
-echo "--- steps, $SECONDS s; records in $OUT"
-printf '%s\n' "${summary[@]}"
+[ -z "$build" ] || kill "$build" 2>/dev/null
+{
+  echo "--- $SECONDS s; records in $OUT"
+  echo "Triton kernels: $carried were here, $(($(kernels) - carried)) were compiled"
+  [ -n "$dry" ] || python3 scripts/gpu_cache.py report "$TRITON_CACHE_DIR"
+  printf '%s\n' "${summary[@]}"
+} | tee -a "$log"
 exit $failed

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import Fade
 from ranks import Ranks
+from watch import Watch
 
 # before any kernel is imported
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -29,11 +30,15 @@ from fastpe.backends import native
 def pytest_addoption(parser):
     parser.addoption("--library", help="test this build of the CPU library (scripts/sanitize.sh)")
     parser.addoption("--cuda-host", help="and this one of the CUDA kernels for the host")
+    parser.addoption(
+        "--record", action="append", default=[], help="append each report to this file, as JSON"
+    )
 
 
 def pytest_configure(config):
     if config.getoption("--library"):
         native.CPU.path = Path(config.getoption("--library"))
+    config.pluginmanager.register(Watch(config))
 
 
 def _factory(kind, **options):
@@ -132,7 +137,10 @@ _INTERPRETED = _THOROUGH | {
     "test_empty_batch_and_sequence",
     "test_every_number_is_philox",
     "test_expanded_inputs",
+    "test_features_elsewhere",
     "test_feature_maps_and_normalizers",
+    "test_gradient_of_a_scan_elsewhere",
+    "test_gradient_of_features_elsewhere",
     "test_heads_that_share",
     "test_integer_positions_beyond_24_bits",
     "test_kernels_are_the_same_to_rounding",
@@ -140,12 +148,14 @@ _INTERPRETED = _THOROUGH | {
     "test_last_key_does_not_move_past_outputs",
     "test_negative_views",
     "test_no_token_is_of_a_sequence",
+    "test_noise_elsewhere",
     "test_odd_width",
     "test_parameters_in_any_layout",
     "test_phase_features_of_heads_that_share",
     "test_ranges_are_sequences_alone",
     "test_ranges_of_heads_with_frequencies_of_their_own",
     "test_rows_from_any_on",
+    "test_scan_elsewhere",
     "test_second_derivative_is_never_dropped",
     "test_shapes_of_positions",
     "test_split_and_resume",
@@ -261,6 +271,9 @@ def on_a_gpu(request):
     """Skip where there is none, and say what was not checked: the docstring of the test."""
     if not torch.cuda.is_available():
         pytest.skip(f"no GPU; not checked: {request.function.__doc__.splitlines()[0]}")
+    yield
+    # a kernel that failed late is this test's failure, not the next one's
+    torch.cuda.synchronize()
 
 
 @pytest.fixture

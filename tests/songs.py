@@ -64,6 +64,26 @@ def assert_same(song, wanted):
         assert np.array_equal(found, expected), field.name
 
 
+def assert_sane(song):
+    """Check the fields of a song that was read from a file."""
+    assert 4 <= song.bpm <= 1000
+    assert 1 <= song.num_bars <= 5000
+    assert 0 <= song.tonic < 12
+    assert song.split in ("", "train", "val", "test")
+    assert song.title.isprintable()
+    track, start, steps, pitch = song.notes.T
+    assert set(track) <= {MELODY, BRIDGE, ACCOMPANIMENT}
+    assert (np.abs(start) <= 80_000).all()
+    assert ((steps >= 1) & (steps <= 80_000)).all()
+    assert ((pitch >= 0) & (pitch < 128)).all()
+    assert song.root.shape == (4 * song.num_bars,)
+    assert ((song.root >= -1) & (song.root < 12)).all()
+    assert song.chroma.shape == (4 * song.num_bars, 12)
+    assert song.phrase.shape == (song.num_bars,)
+    assert (song.phrase >= -1).all()
+    assert all(roll.shape == (16 * song.num_bars, 128) for roll in song.rolls())
+
+
 def notes_of(cadence, shift=0, beats=4):
     """Return notes of chords `beats` long each, the root in the bass, and roots and chroma."""
     notes, roots, chroma = [], [], []

@@ -123,7 +123,8 @@ def test_tokens_load(tmp_path, dtype):
         (np.zeros((1, 3, 2), dtype=int), "must be integers"),
         (np.zeros((3, 2), dtype=bool), "must be integers"),
         (np.zeros((0, 2), dtype=int), "must not be empty"),
-        (np.array([[0, -1]]), "must be 0 to 2"),
+        (np.array([[0, -1]]), "must be 0 to 1048575, got -1"),
+        (np.array([[0, 2**40]]), "must be 0 to 1048575, got 1099511627776"),
     ],
 )
 def test_bad_tokens(tmp_path, ids, message):

@@ -89,6 +89,10 @@ def test_every_card_has_the_memory(cuda_host, dtype, monkeypatch):
         assert native.shared_memory(dtype, widths) <= 99 << 10
 
 
+def test_library_is_of_this_version(cuda_host):
+    assert cuda_host.unavailable() is None
+
+
 def test_needs_a_card(cuda_host, monkeypatch):
     assert cuda.unsupported(torch.device("cpu"), torch.float32, (8, 8, 8)) == (
         "needs tensors on a CUDA device, got cpu"
@@ -96,7 +100,7 @@ def test_needs_a_card(cuda_host, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     monkeypatch.setattr(cuda, "CUDA", cuda_host)
-    assert cuda.unavailable() == "torch finds no CUDA device"
+    assert cuda.unavailable(torch.device("cuda", 0)) == "torch finds no CUDA device"
 
 
 @pytest.mark.gpu

@@ -282,6 +282,7 @@ def _attend(layer, x, begin, end, how, **options):
 
 def _slice_of_layer(group, make, backend, how):
     layer = _layer(encodings(make)[0].values[0], backend)
+    torch.manual_seed(dist.get_rank(group))  # noise does not depend on it
     begin, end = _ends(group)
     outputs, grads = _attend(layer, _tokens(), begin, end, how, group=group)
     for grad in grads:

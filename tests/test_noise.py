@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import encodings
 from helpers import assert_within, make_inputs
-from torch.utils.checkpoint import checkpoint
 
-from fastpe import FStripe, SineSPE, backends, causal_linear_attention, noise
+from fastpe import Favor, FStripe, SineSPE, backends, causal_linear_attention, noise
 from fastpe.nn import CausalLinearAttention
 
 NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff", "convspe")
@@ -106,9 +105,8 @@ def _attend(encoding, x, **options):
 def test_seed_and_step_are_in_the_state_dict(backend, make):
     x = make_inputs(1, 9, 2, 8, 8, torch.float32)
     one, other = make(8, 2), make(8, 2)
-    other.seed += 1
-    assert {"seed", "step"} <= set(one.state_dict())
-    assert one.state_dict()["seed"].dtype == one.state_dict()["step"].dtype == torch.int64
+    other.reseed_(one.seed + 1)
+    assert {"seed_code", "step_code"} <= set(one.state_dict())
     one.resample_()
     one.resample_()
     before = _attend(one, x, backend=backend)
@@ -120,6 +118,86 @@ def test_seed_and_step_are_in_the_state_dict(backend, make):
     other.resample_()
     assert not torch.equal(_attend(other, x, backend=backend), before)
     assert torch.equal(_attend(one, x, backend=backend), before)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 1, 7, -1, 2**63 - 1, -(2**63), 1234567890123456789, -987654321]
+)
+def test_every_seed_is_kept(seed):
+    encoding = SineSPE(4, 1, seed=seed)
+    assert encoding.seed == encoding.noise_key[0] == seed
+
+
+def _ema(decay):
+    return {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(decay)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, _ema(0.9), _ema(0.999), _ema(0.99999)], ids=["swa", "0.9", "0.999", "0.99999"]
+)
+@pytest.mark.parametrize("seed", [7, 2**61 + 12345, -(2**63)])
+def test_averages_keep_the_seed(options, seed):
+    """Of all buffers, of which torch averages whole numbers too, or of the state dict."""
+    model = _layer(seed=seed, resample="never")
+    model.pos_encoding.resample_()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True, **options)
+    by_hand = copy.deepcopy(model)
+    for _ in range(300):
+        average.update_parameters(model)
+        for mine, x in zip(by_hand.buffers(), model.buffers(), strict=True):
+            mine.copy_(0.999 * mine + 0.001 * x)
+    for found in (average.module, by_hand):
+        assert torch.equal(found.pos_encoding.noise_key, model.pos_encoding.noise_key)
+
+
+def test_averages_of_other_steps_keep_the_seed():
+    model = _layer(seed=2**61 + 12345)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True, **_ema(0.9))
+    for _ in range(20):
+        model.pos_encoding.maybe_resample_()
+        average.update_parameters(model)
+    assert average.module.pos_encoding.seed == model.pos_encoding.seed
+    assert 0 < average.module.pos_encoding.step <= 20
+
+
+def test_state_dicts_of_before():
+    """They had seed and step as they are."""
+    layer = CausalLinearAttention(
+        8, 2, pos_encoding=SineSPE(4, 2, resample=3), feature_map=Favor(8)
+    )
+    saved = {name: x for name, x in layer.state_dict().items() if not name.endswith("_code")}
+    seeds = {"pos_encoding": (-(2**40) - 3, 7), "feature_map": (2**62 - 5, 4)}
+    for part, (seed, step) in seeds.items():
+        saved |= {f"{part}.seed": torch.tensor(seed), f"{part}.step": torch.tensor(step)}
+    assert not any(layer.load_state_dict(saved))
+    assert layer.pos_encoding.noise_key.tolist() == [-(2**40) - 3, 2]
+    assert layer.feature_map.noise_key.tolist() == [2**62 - 5, 4]
+    assert layer.pos_encoding.step == 7
+    with pytest.raises(RuntimeError, match="step_code"):
+        layer.load_state_dict({n: x for n, x in saved.items() if n != "feature_map.step"})
+
+
+def test_copies_have_one_noise_until_they_are_seeded():
+    """As parameters: stacks are made of copies of one layer, and averages of a model too."""
+    layers = torch.nn.TransformerEncoder(_Encoder(), 3, enable_nested_tensor=False).layers
+    encodings_of = [layer.pos_encoding for layer in layers]
+    assert len({e.seed for e in encodings_of}) == 1
+    for encoding in encodings_of[1:]:
+        encoding.reseed_()
+    assert len({e.seed for e in encodings_of}) == 3
+    encodings_of[2].reseed_(5)
+    assert encodings_of[2].noise_key.tolist() == [5, 0]
+    for encoding in encodings_of:
+        encoding.reset_parameters()
+    assert len({e.seed for e in encodings_of}) == 3
+    share = encodings_of[0].share()
+    share.reseed_(8)
+    assert encodings_of[0].seed == share.seed == 8
+
+
+class _Encoder(CausalLinearAttention):
+    def __init__(self):
+        super().__init__(8, 2, pos_encoding=SineSPE(4, 2, num_realizations=8))
 
 
 def test_default_seed_comes_from_torch():
@@ -194,104 +272,6 @@ def test_prefill_and_decode_use_one_noise(backend):
     assert_within(torch.cat(parts, 1), whole, 2e-5)
 
 
-# activation checkpointing
-
-
-class _Block(torch.nn.Module):
-    def __init__(self, backend, **options):
-        super().__init__()
-        self.attention = _layer(backend, **options)
-        self.dropout = torch.nn.Dropout(0.2)
-
-    def forward(self, x):
-        return x + self.dropout(self.attention(x))
-
-
-def _train(blocks, x, run, steps=2):
-    """Return losses, gradients and keys of a few steps, from one state of torch's generator."""
-    torch.manual_seed(8)
-    out = []
-    for _ in range(steps):
-        leaf = x.clone().requires_grad_()
-        y = leaf
-        for block in blocks:
-            y = run(block, y)
-        blocks.zero_grad()
-        y.square().sum().backward()
-        out += [y.detach(), leaf.grad, *(p.grad.clone() for p in blocks.parameters())]
-    keys = [block.attention.pos_encoding.noise_key for block in blocks]
-    return [*out, *keys]
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("resample", ["forward", 2, "never"])
-def test_checkpoint_recomputes_with_the_same_noise(backend, reentrant, resample):
-    """Gradients to the bit, for one block and for two, and over steps."""
-    blocks = torch.nn.ModuleList([_Block(backend, resample=resample) for _ in range(2)])
-    again = copy.deepcopy(blocks)
-    x = torch.randn(2, 7, 8)
-    plain = _train(blocks, x, lambda block, y: block(y))
-    saved = _train(again, x, lambda block, y: checkpoint(block, y, use_reentrant=reentrant))
-    for actual, expected in zip(saved, plain, strict=True):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpoint_of_several_forwards(backend, reentrant):
-    """Two forwards before one backward, as in accumulation: each gets its own noise again."""
-    block = _Block(backend)
-    again = copy.deepcopy(block)
-    x = torch.randn(2, 7, 8)
-
-    def run(module, call):
-        torch.manual_seed(8)
-        leaf = x.clone().requires_grad_()
-        (call(module, leaf).square().sum() + call(module, 2 * leaf).sum()).backward()
-        after = module(x)  # the noise goes on, too
-        return [leaf.grad, *(p.grad for p in module.parameters()), after]
-
-    plain = run(block, lambda module, y: module(y))
-    saved = run(again, lambda module, y: checkpoint(module, y, use_reentrant=reentrant))
-    for actual, expected in zip(saved, plain, strict=True):
-        # reentrant backward adds up the same numbers in another order
-        assert_within(actual, expected, 1e-6 if reentrant else 0)
-
-
-def test_checkpoint_leaves_the_step_alone():
-    """Afterwards evaluation uses the noise that it would without checkpointing."""
-    block = _Block("reference")
-    x = torch.randn(2, 7, 8, requires_grad=True)
-    (
-        checkpoint(block, x, use_reentrant=False) + checkpoint(block, x, use_reentrant=False)
-    ).sum().backward()
-    assert block.attention.pos_encoding.noise_key[1] == 2
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpoint_without_the_generator_is_refused(backend, reentrant):
-    block = _Block(backend)
-    x = torch.randn(2, 7, 8, requires_grad=True)
-    y = checkpoint(block, x, use_reentrant=reentrant, preserve_rng_state=False)
-    with pytest.raises(RuntimeError, match="preserve_rng_state=True"):
-        y.sum().backward()
-
-
-def test_forwards_from_one_generator_state_are_told_apart(backend):
-    """One at a time each has its noise again; two at once cannot be told apart, which is said."""
-    block = _Block(backend)
-    x = torch.randn(2, 7, 8, requires_grad=True)
-
-    def forward():
-        torch.manual_seed(8)
-        return checkpoint(block, x, use_reentrant=False).sum()
-
-    for _ in range(2):
-        forward().backward()
-    both = forward() + forward()
-    with pytest.raises(RuntimeError, match="several forwards began with"):
-        both.backward()
-
-
 # sharing over layers
 
 
@@ -345,33 +325,6 @@ def test_first_layer_redraws_for_all(backend):
     twin.load_state_dict(layers.state_dict())
     layers.eval()
     assert torch.equal(twin(x), layers(x))
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpointed_layers_that_share(backend, reentrant):
-    """Each layer is run again alone, behind the forward of another batch."""
-    blocks = torch.nn.ModuleList(_Block(backend) for _ in range(3))
-    source = blocks[0].attention.pos_encoding
-    for block in blocks[1:]:
-        block.attention.pos_encoding = source.share()
-    again = copy.deepcopy(blocks)
-    batches = torch.randn(2, 2, 7, 8)
-
-    def run(blocks, call):
-        torch.manual_seed(8)
-        leaf = batches.clone().requires_grad_()
-        outputs = []
-        for x in leaf:
-            for block in blocks:
-                x = call(block, x)
-            outputs.append(x.square().sum())
-        sum(outputs).backward()
-        return [leaf.grad, *(p.grad for p in blocks.parameters())]
-
-    plain = run(blocks, lambda block, y: block(y))
-    saved = run(again, lambda block, y: checkpoint(block, y, use_reentrant=reentrant))
-    for actual, expected in zip(saved, plain, strict=True):
-        assert_within(actual, expected, 1e-5)
 
 
 def test_noise_survives_inference_mode(backend):

@@ -116,7 +116,7 @@ def test_kept_as_long_as_the_noise_lasts():
     assert encoding.position_maps()[0].noise is first
     encoding.resample_()
     assert not torch.equal(encoding.position_maps()[0].noise, first)
-    encoding.step.zero_()
+    encoding.reseed_(5)
     assert torch.equal(encoding.position_maps()[0].noise, first)
 
 

@@ -1,7 +1,6 @@
-"""Threads, forks, spawned processes, a million tokens, thousands of calls, saturated parameters."""
+"""Threads, a million tokens, thousands of calls, saturated parameters."""
 
 import gc
-import multiprocessing
 import os
 import sys
 import threading
@@ -15,7 +14,7 @@ import fastpe
 from fastpe import ConvSPE, Favor, Hedgehog, RoPE, SineSPE, causal_linear_attention
 from fastpe import causal_linear_attention_step as attend_step
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 # saturated parameters (T16); those of SineSPE and F-StrIPE in test_encodings.py
@@ -202,59 +201,6 @@ def test_training_in_threads(native_kernels, threads):
             assert all(map(torch.equal, once(i), alone[i]))
 
     _threaded([lambda: again(0), lambda: again(1)])
-
-
-# processes
-
-
-class _Computed(torch.utils.data.Dataset):
-    """Attention of numbers that the index decides."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        q, k, v = make_inputs(2, 300, 4, 32, 16, torch.float32, seed=i)
-        with torch.no_grad():
-            return causal_linear_attention(q, k, v, pos_encoding=RoPE(32), backend="cpu")
-
-
-@linux
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_loader(native_kernels, threads, start):
-    threads(2)
-    data = _Computed()
-    expected = [data[i] for i in range(4)]  # starts the threads
-    loader = torch.utils.data.DataLoader(
-        data, batch_size=None, num_workers=2, timeout=60, multiprocessing_context=start
-    )
-    for x, y in zip(loader, expected, strict=True):
-        assert torch.equal(x, y)
-
-
-def _compute_in_fork(q, k, v, queue):
-    o = causal_linear_attention(q, k, v, backend="cpu").detach()
-    queue.put((torch.get_num_threads(), o.numpy()))
-
-
-@linux
-def test_fork_with_several_threads(native_kernels, threads):
-    """GNU OpenMP would wait in the child for threads that only the parent has."""
-    threads(2)
-    # enough work for two threads, but not for torch's own, which would wait too
-    q, k, v = make_inputs(2, 100, 4, 32, 16, torch.float32)
-    expected = causal_linear_attention(q, k, v, backend=native_kernels)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_compute_in_fork, args=(q, k, v, queue))
-    child.start()
-    try:
-        count, o = queue.get(timeout=30)
-        child.join(30)
-    finally:
-        child.kill()
-    assert count == 2
-    assert torch.equal(torch.from_numpy(o), expected)
 
 
 # memory

@@ -9,6 +9,7 @@ from conftest import encodings
 from helpers import Problem, assert_within, leaf, make_inputs, traced
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
+from torch.utils.checkpoint import checkpoint
 
 from fastpe import SineSPE, causal_linear_attention
 from fastpe.nn import CausalLinearAttention
@@ -144,14 +145,17 @@ def test_kernels_refuse_transforms(native_kernels, transform):
 
 
 class _Model(torch.nn.Module):
-    def __init__(self, resample):
+    def __init__(self, resample, checkpointed=False):
         super().__init__()
+        self.checkpointed = checkpointed
         torch.manual_seed(5)
         encoding = SineSPE(4, 3, num_sines=2, num_realizations=8, seed=1, resample=resample)
         self.attention = CausalLinearAttention(12, 3, pos_encoding=encoding)
         self.norm = torch.nn.LayerNorm(12)
 
     def forward(self, x):
+        if self.checkpointed:
+            return self.norm(x + checkpoint(self.attention, x, use_reentrant=False))
         return self.norm(x + self.attention(x))
 
 
@@ -164,7 +168,10 @@ def _train(model, part=slice(None), steps=2):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(steps):
         optimizer.zero_grad()
-        model(_batch(step)[part]).square().mul(_batch(step + 7)[part]).mean().backward()
+        # two forwards before a backward
+        outputs = [model(_batch(step + i)[part]) for i in (0, 3)]
+        loss = sum(y.square().mul(_batch(step + 7)[part]).mean() for y in outputs)
+        loss.backward()
         optimizer.step()
     return model
 
@@ -173,26 +180,28 @@ def _numbers(model):
     return {name: x.detach().clone() for name, x in model.state_dict().items()}
 
 
-def _replicated(group, resample):
-    rank, model = dist.get_rank(group), _Model(resample)
+def _replicated(group, resample, checkpointed):
+    rank, model = dist.get_rank(group), _Model(resample, checkpointed)
+    torch.manual_seed(rank)  # as for dropout of its own
     if rank:
         # what DDP sends at first, and buffers at every forward
         with torch.no_grad():
             for x in model.parameters():
                 x.zero_()
-        model.attention.pos_encoding.seed.fill_(7)
+        model.attention.pos_encoding.reseed_(7)
     replica = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
     _train(replica, slice(2 * rank, 2 * rank + 2))
     return _numbers(model)
 
 
-def _sharded(group, resample):
+def _sharded(group, resample, checkpointed):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
     # that nn.Linear returns a view
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    rank, model = dist.get_rank(group), _Model(resample)
+    rank, model = dist.get_rank(group), _Model(resample, checkpointed)
+    torch.manual_seed(rank)
     mesh = DeviceMesh.from_group(group, "cpu")
     for module in (model.attention, model):
         fully_shard(module, mesh=mesh)
@@ -203,14 +212,15 @@ def _sharded(group, resample):
     return {name: x.clone() for name, x in whole.items()}
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("resample", ["forward", "never"])
 @pytest.mark.parametrize("stack", [_replicated, _sharded], ids=["ddp", "fsdp2"])
-def test_training_in_parallel(ranks, stack, resample):
-    """Two steps on halves of the batch are two steps on all of it."""
-    wanted = _numbers(_train(_Model(resample)))
-    start = _numbers(_Model(resample))
-    assert wanted["attention.pos_encoding.step"] == (2 if resample == "forward" else 0)
-    for found in ranks(2, stack, resample):
+def test_training_in_parallel(ranks, stack, resample, checkpointed):
+    """Two steps on halves of the batch are two steps on all of it, whatever seeds ranks have."""
+    trained = _train(_Model(resample))
+    wanted, start = _numbers(trained), _numbers(_Model(resample))
+    assert trained.attention.pos_encoding.step == (4 if resample == "forward" else 0)
+    for found in ranks(2, stack, resample, checkpointed):
         assert found.keys() == wanted.keys()
         for name, x in found.items():
             assert_within(x.double(), wanted[name].double(), 1e-5, name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import checks
 import corpus
 from .harmony import estimate_chords, estimate_key
 from .optional import need
@@ -35,12 +36,17 @@ def load(cache: Path | None = None) -> list[Song]:
     `estimate_key`.
 
     Args:
-        cache: An .npz file; it is read if it is there, else written, as parsing takes a minute.
+        cache: An .npz file; it is read if it is there, else written, as parsing takes a minute. One
+            that is broken is written anew.
     Raises:
         ImportError: music21 is not installed.
+        ValueError: music21 brings no score that can be read.
     """
     if cache is not None and Path(cache).is_file():
-        return corpus.load(cache)
+        try:
+            return corpus.load(cache)
+        except ValueError as error:
+            print(f"skipped {error}; the chorales are parsed anew")
     songs = parse(paths())
     songs = split(songs, groups=[_tune(song) for song in songs])
     if cache is not None:
@@ -61,13 +67,21 @@ def paths() -> list[Path]:
 
 
 def parse(scores: Sequence[Path]) -> list[Song]:
-    """Return the songs of those scores that are chorales in 4/4, with a progress bar."""
+    """Return the songs of those scores that are chorales in 4/4, with a progress bar.
+
+    A score that cannot be read is skipped with a line.
+    """
     parser, tqdm = need("music21").converter, need("tqdm").tqdm
-    songs = (
-        _song(path.stem, parser.parse(path, forceSource=True, storePickle=False))
-        for path in tqdm(scores, desc="chorales", unit="score")
-    )
-    return [song for song in songs if song is not None]
+    songs = []
+    for path in tqdm(scores, desc="chorales", unit="score"):
+        try:
+            song = _song(path.stem, parser.parse(path, forceSource=True, storePickle=False))
+        except Exception as error:
+            tqdm.write(f"skipped {checks.printable(path.name)}: {checks.reason(error)}")
+            continue
+        if song is not None:
+            songs.append(song)
+    return songs
 
 
 def _song(title: str, score: Score) -> Song | None:
@@ -92,19 +106,14 @@ def _song(title: str, score: Score) -> Song | None:
     notes = notes[np.lexsort((notes[:, 3], notes[:, 0], notes[:, 1]))]
     end = notes[:, 1] + notes[:, 2]
     num_bars = -(-int(end.max()) // BAR)
+    checks.within("number of bars", num_bars, 1, corpus.MOST_BARS)
     # signatures of modes mislead, and so do half closes: two of three are believed
     tonics = [key.tonic.pitchClass for key in parts[0].recurse().getElementsByClass("Key")][:1]
     tonics += [estimate_key(notes), int(notes[end == end.max(), 3].min()) % 12]
     ends = [step + steps for step, steps, _, fermata in voices[0] if fermata]
-    return Song(
-        title,
-        notes,
-        num_bars,
-        *estimate_chords(notes, num_bars),
-        _phrases(soprano, ends, num_bars),
-        max(tonics, key=tonics.count),
-        BPM,
-    )
+    chords, phrases = estimate_chords(notes, num_bars), _phrases(soprano, ends, num_bars)
+    tonic = max(tonics, key=tonics.count)
+    return corpus.checked(Song(title, notes, num_bars, *chords, phrases, tonic, BPM))
 
 
 def _notes(part: Part, shift: int) -> list[list[int]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,9 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import checks
 from corpus import by_first_appearance
 
 _LARGEST_DENOMINATOR = 10**6
+# tokens of a codebook: what is beyond is no token, and a model has a row for each
+MOST_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Tokens:
     """Tokens of a piece of audio.
 
     Args:
-        ids: int64 [T, num_codebooks], not negative.
+        ids: int64 [T, num_codebooks], 0 to 2^20 - 1.
         frame_rate: Frames a second; frame i covers i / frame_rate to (i + 1) / frame_rate seconds.
     """
 
@@ -58,20 +60,20 @@ def load_tokens(path: Path | str, frame_rate: float | Rational) -> Tokens:
     """
     path = Path(path)
     rate = _frame_rate(frame_rate)
+    name = checks.printable(path)
     if not path.is_file():
-        raise ValueError(f"tokens file {path} does not exist")
+        raise ValueError(f"tokens file {name} does not exist")
     if path.suffix not in (".npy", ".pt"):
-        raise ValueError(f"tokens file must end in .npy or .pt, got {path.name}")
-    ids = _read_npy(path) if path.suffix == ".npy" else _read_pt(path)
+        raise ValueError(f"tokens file must end in .npy or .pt, got {checks.printable(path.name)}")
+    ids = _read_npy(path, name) if path.suffix == ".npy" else _read_pt(path, name)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"tokens of {path} must be integers [T, num_codebooks], got {ids.dtype} "
+            f"tokens of {name} must be integers [T, num_codebooks], got {ids.dtype} "
             f"{list(ids.shape)}"
         )
     if not ids.size:
-        raise ValueError(f"tokens of {path} must not be empty, got {list(ids.shape)}")
-    if ids.min() < 0 or ids.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"tokens of {path} must be 0 to 2^63 - 1, got {ids.min()} to {ids.max()}")
+        raise ValueError(f"tokens of {name} must not be empty, got {list(ids.shape)}")
+    checks.within(f"tokens of {name}", ids, 0, MOST_TOKENS - 1)
     return Tokens(ids.astype(np.int64), rate)
 
 
@@ -82,13 +84,26 @@ def load_labels(path: Path | str) -> list[Label]:
         ValueError: there is no such file, or it is not in this format.
     """
     path = Path(path)
+    name = checks.printable(path)
     if not path.is_file():
-        raise ValueError(f"labels file {path} does not exist")
+        raise ValueError(f"labels file {name} does not exist")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return [Label(row["start"], row["end"], row["label"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not in the expected format: {error!r}") from error
+        checks.typed("labels", rows, list)
+        labels = [_label(row, f"[{i}]") for i, row in enumerate(rows)]
+        if labels:
+            _spans(labels)
+            _table(labels)
+    except (ValueError, RecursionError) as error:
+        why = checks.printable(error)
+        raise ValueError(f"{name} is not in the expected format: {why}") from error
+    return labels
+
+
+def _label(row: object, name: str) -> Label:
+    kinds = {"start": (int, float), "end": (int, float), "label": (str, int, float, list)}
+    found = checks.record(row, kinds, name)
+    return Label(found["start"], found["end"], found["label"])
 
 
 def labels_at_frames(
@@ -111,6 +126,20 @@ def labels_at_frames(
     rate = _frame_rate(frame_rate)
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 0:
         raise ValueError(f"num_frames must be an int of at least 0, got {num_frames!r}")
+    spans = _spans(labels)
+    out = np.full(num_frames, -1, dtype=np.int64)
+    for start, end, i in spans:
+        # the first frame whose centre is not before a time
+        first, stop = (
+            min(max(math.ceil(time * rate - Fraction(1, 2)), 0), num_frames)
+            for time in (start, end)
+        )
+        out[first:stop] = i
+    return out
+
+
+def _spans(labels: Sequence[Label]) -> list[tuple[Fraction, Fraction, int]]:
+    # start, end and number of each label, in the order of their starts
     spans = []
     for i, label in enumerate(labels):
         start = _fraction(f"start of label {i}", label[0])
@@ -125,15 +154,7 @@ def labels_at_frames(
                 f"labels must not overlap, got label {i} until {labels[i][1]} and label {j} from "
                 f"{labels[j][0]}"
             )
-    out = np.full(num_frames, -1, dtype=np.int64)
-    for start, end, i in spans:
-        # the first frame whose centre is not before a time
-        first, stop = (
-            min(max(math.ceil(time * rate - Fraction(1, 2)), 0), num_frames)
-            for time in (start, end)
-        )
-        out[first:stop] = i
-    return out
+    return spans
 
 
 def positions_at_frames(
@@ -154,20 +175,28 @@ def positions_at_frames(
     which = labels_at_frames(labels, num_frames, frame_rate)
     if not labels:
         raise ValueError("labels must have at least one label, got none")
+    table = _table(labels)
+    if table is None:
+        return by_first_appearance(labels[i][2] if i >= 0 else None for i in which)
+    gap = np.full_like(table[:1], -1 if table.ndim == 1 else 0)
+    return np.concatenate((table, gap))[which]
+
+
+def _table(labels: Sequence[Label]) -> np.ndarray | None:
+    # the numbers or vectors that labels are, [N] or [N, L]; None if they are names
     values = [label[2] for label in labels]
     if all(isinstance(value, str) for value in values):
-        return by_first_appearance(values[i] if i >= 0 else None for i in which)
+        return None
     try:
         table = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         table = np.empty(0)
     strings = any(isinstance(value, str) for value in values)
     if strings or table.ndim not in (1, 2) or not table.size or not np.isfinite(table).all():
         raise ValueError(
             "labels must all be names, or all finite numbers, or all vectors of one size of these"
         )
-    gap = np.full_like(table[:1], -1 if table.ndim == 1 else 0)
-    return np.concatenate((table, gap))[which]
+    return table
 
 
 def _frame_rate(value: float | Rational) -> Fraction:
@@ -178,30 +207,35 @@ def _frame_rate(value: float | Rational) -> Fraction:
 
 
 def _fraction(name: str, value: float | Rational) -> Fraction:
+    if isinstance(value, Rational) and not isinstance(value, bool):
+        return Fraction(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if isinstance(value, Rational):
-        return Fraction(value)
     return Fraction(float(value)).limit_denominator(_LARGEST_DENOMINATOR)
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _read_npy(path: Path, name: str) -> np.ndarray:
     try:
         found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not an .npy file: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{name} is not an .npy file: {checks.reason(error)}") from error
     if not isinstance(found, np.ndarray):
-        raise ValueError(f"{path} must hold an array, got {type(found).__name__}")
+        found.close()
+        raise ValueError(f"{name} must hold an array, got {type(found).__name__}")
     return found
 
 
-def _read_pt(path: Path) -> np.ndarray:
+def _read_pt(path: Path, name: str) -> np.ndarray:
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a .pt file of a tensor: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{name} is not a .pt file of a tensor: {checks.reason(error)}") from error
     if not isinstance(found, torch.Tensor):
-        raise ValueError(f"{path} must hold a tensor, got {type(found).__name__}")
+        raise ValueError(f"{name} must hold a tensor, got {type(found).__name__}")
     if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
-        raise ValueError(f"tokens of {path} must be integers, got {found.dtype}")
+        raise ValueError(f"tokens of {name} must be integers, got {found.dtype}")
+    if found.is_quantized or found.layout != torch.strided or found.device.type != "cpu":
+        raise ValueError(
+            f"{name} must hold a dense tensor, got {found.layout} on {found.device.type}"
+        )
     return found.numpy()

@@ -13,7 +13,9 @@ from torch import Tensor
 
 import fastpe
 
-from .model import Config, Model, check_step
+import checks
+import corpus
+from .model import Config, Model, check_step, saved_config
 from .windows import KEYS, Windows, positions_of
 from corpus import BAR, Song
 
@@ -163,16 +165,27 @@ class Pieces:
 
     @classmethod
     def restore(cls, content: dict) -> Pieces:
-        """Return the pieces of a `content`."""
+        """Return the pieces of a `content`.
+
+        Raises:
+            Exception: it is not what `content` makes; a ValueError where a field has that kind.
+        """
+        kinds = {"config": dict, "model": dict, "songs": list, "rolls": list, "states": list}
+        checks.record(content, kinds)
         pieces = cls.__new__(cls)
-        pieces.model = Model(Config(**content["config"])).eval()
+        config = saved_config(content["config"], content["model"])
+        check(config)
+        pieces.model = Model(config).eval()
         pieces.model.to(content["model"]["head.weight"].dtype)
         pieces.model.load_state_dict(content["model"])
-        names = [field.name for field in fields(Song)]
-        pieces.songs = [
-            Song(**{name: _array(saved[name]) for name in names}) for saved in content["songs"]
-        ]
+        pieces.songs = [_song(saved, f"songs[{i}]") for i, saved in enumerate(content["songs"])]
         pieces.rolls, pieces.states = content["rolls"], content["states"]
+        checks.within("number of rolls", len(pieces.rolls), *2 * [len(pieces.songs)])
+        checks.within("number of states", len(pieces.states), *2 * [config.layers])
+        for roll in pieces.rolls:
+            checks.array("roll", _array(roll), (None, 2, KEYS), "b")
+        for state in pieces.states:
+            _check_state(state, len(pieces.songs))
         return pieces
 
     def state_bytes(self) -> int:
@@ -227,6 +240,28 @@ def _batched(rows: Sequence[object]) -> object:
             f"prompts must be of one length with softmax attention, got {lengths} sixteenths"
         )
     return (*(torch.cat([row[i] for row in rows]) for i in (0, 1)), lengths[0])
+
+
+def _song(saved: object, name: str) -> Song:
+    known = [field.name for field in fields(Song)]
+    checks.record(saved, dict.fromkeys(known, object), name)
+    return corpus.checked(Song(**{field: _array(saved[field]) for field in known}))
+
+
+def _check_state(state: object, count: int) -> None:
+    # of `count` sequences, all numbers of it finite
+    if isinstance(state, fastpe.LinearAttentionState):
+        parts = [x for x in (state.s, state.z, state.c) if x is not None]
+    else:
+        *caches, length = state
+        checks.typed("length of a cache", length, int)
+        checks.within("length of a cache", length, 1, min(cache.shape[2] for cache in caches))
+        # its room ahead holds nothing yet
+        parts = [cache[:, :, :length] for cache in caches]
+    for part in parts:
+        checks.within("batch of a state", len(part), count, count)
+        if not bool(part.isfinite().all()):
+            raise ValueError("state must be finite")
 
 
 def _tensor(value: object) -> object:

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from report import markdown
 
+import checks
 from .rows import ROWS
 
 COLOURS = {
@@ -19,6 +20,28 @@ COLOURS = {
     "fstripe-sff": "#e07b00",
     "fstripe-pooled": "#2a8a4a",
 }
+
+
+# of a record, each a number: the first and those of `SCORES`
+NLL = "nll"
+SCORES = {
+    "f1": "F1",
+    "chroma_similarity": "CS",
+    "ssm_distance": "SSMD",
+    "grooving_similarity": "GS",
+    "note_density_distance": "NDD",
+}
+
+
+def check(record: object) -> None:
+    """Raise a ValueError unless a record, as it was read, has what is told of it here."""
+    checks.record(record, {"row": str, "config": dict, "budget": dict, "bars": dict})
+    checks.record(record["budget"], {"seed": int}, "budget")
+    for bars, found in record["bars"].items():
+        if not bars.isdecimal():
+            raise ValueError(f"bars must be of whole numbers, got {bars!r}")
+        numbers = dict.fromkeys((NLL, *SCORES), (int, float))
+        checks.record(found, numbers, f"bars.{bars}")
 
 
 def interval(values: list[float]) -> str:
@@ -48,7 +71,7 @@ def likelihoods(records: list[dict]) -> str:
     for name, found in by_row(records).items():
         line = [ROWS[name].label, str(len(found))]
         for bars in lengths:
-            values = values_of(found, bars, "nll")
+            values = values_of(found, bars, NLL)
             gains = gain(records, name, base_of(name), bars)
             ends = sorted({f"{min(gains):.3f}", f"{max(gains):.3f}"}, key=float) if gains else []
             line += [interval(values) if values else "", " to ".join(ends)]
@@ -58,17 +81,10 @@ def likelihoods(records: list[dict]) -> str:
 
 def scores(records: list[dict]) -> str:
     """Return the means over seeds of F1 and of the papers' scores."""
-    names = {
-        "f1": "F1",
-        "chroma_similarity": "CS",
-        "ssm_distance": "SSMD",
-        "grooving_similarity": "GS",
-        "note_density_distance": "NDD",
-    }
     lengths = lengths_of(records)
-    lines = [["", *(f"{short}, {bars} bars" for bars in lengths for short in names.values())]]
+    lines = [["", *(f"{short}, {bars} bars" for bars in lengths for short in SCORES.values())]]
     for name, found in by_row(records).items():
-        cells = [values_of(found, bars, score) for bars in lengths for score in names]
+        cells = [values_of(found, bars, score) for bars in lengths for score in SCORES]
         means = [f"{statistics.fmean(cell):.1f}" if cell else "" for cell in cells]
         lines.append([ROWS[name].label, *means])
     return markdown(lines)
@@ -105,7 +121,7 @@ def base_of(name: str) -> str:
 def gain(records: list[dict], name: str, other: str, bars: str) -> list[float]:
     """Return for each seed how much less NLL a row has than another."""
     found = {
-        (record["row"], record["budget"]["seed"]): record["bars"][bars]["nll"]
+        (record["row"], record["budget"]["seed"]): record["bars"][bars][NLL]
         for record in records
         if bars in record["bars"] and record["row"] in (name, other)
     }
@@ -149,7 +165,7 @@ def beside(records: list[dict]) -> str:
         means = {
             name: statistics.fmean(values)
             for name, found in by_row(records).items()
-            if (values := values_of(found, bars, "nll")) and ROWS[name].config.task == "harmonize"
+            if (values := values_of(found, bars, NLL)) and ROWS[name].config.task == "harmonize"
         }
         plain = [n for n in means if ROWS[n].config.prior == "time" and not ROWS[n].config.chords]
         given = [f"{ROWS[n].label} {means[n]:.3f}" for n in means if ROWS[n].config.chords]
@@ -169,7 +185,7 @@ def plot(records: list[dict], path: Path) -> None:
     for axis, bars in zip(axes, lengths, strict=True):
         for y, (name, found) in enumerate(rows.items()):
             colour = COLOURS.get(ROWS[name].config.pe, "#777777")
-            values = values_of(found, bars, "nll")
+            values = values_of(found, bars, NLL)
             axis.plot(values, [y] * len(values), "o", color=colour, ms=4.5, alpha=0.7)
             if values:
                 axis.plot(statistics.fmean(values), y, "|", color=colour, ms=15, mew=2)

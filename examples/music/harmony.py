@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from corpus import BEATS, PITCHES, STEPS
+import corpus
+from corpus import BAR, BEATS, PITCHES, STEPS
 
 # pitch classes above the root
 QUALITIES = {
@@ -53,7 +54,7 @@ def estimate_chords(notes: np.ndarray, num_bars: int) -> tuple[np.ndarray, np.nd
         root: 0..11, -1 in bars in which nothing sounds, int [4 num_bars].
         chroma: Pitch classes of the chord, bool [4 num_bars, 12].
     """
-    sounding = _sounding(notes, num_bars)  # [steps, 128]
+    sounding = corpus.count(notes[:, 1:], num_bars * BAR)  # [steps, 128]
     beats = sounding.reshape(-1, STEPS, PITCHES)
     size = _CHORDS.sum(1, keepdims=True)
     likely = np.where(_CHORDS, _INSIDE / size, (1 - _INSIDE) / (12 - size))
@@ -79,15 +80,6 @@ def estimate_key(notes: np.ndarray) -> int:
     keys = _rotations(np.array([_MAJOR, _MINOR])).reshape(24, 12)
     keys = (keys - keys.mean(1, keepdims=True)) / keys.std(1, keepdims=True)
     return int((keys @ (time - time.mean())).argmax() % 12)
-
-
-def _sounding(notes: np.ndarray, num_bars: int) -> np.ndarray:
-    # number of notes of each pitch that sound, [steps, 128]
-    count = np.zeros((num_bars * BEATS * STEPS, PITCHES), dtype=np.int64)
-    for _, step, steps, pitch in notes:
-        if step + steps > 0 and 0 <= pitch < PITCHES:
-            count[max(step, 0) : step + steps, pitch] += 1
-    return count
 
 
 def _fold(pitches: np.ndarray) -> np.ndarray:

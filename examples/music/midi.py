@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import checks
+import corpus
 from .harmony import estimate_chords, estimate_key
 from .optional import need
-from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, PITCHES, STEPS, Song, notes_of
+from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, MOST_BARS, PITCHES, STEPS, Song
 
 if TYPE_CHECKING:
     from symusic import Score
@@ -23,8 +25,6 @@ _ONE_VOICE = 1.25
 # as many notes as the fullest voice has, times this: sparser ones are fills, not melodies; POP909's
 # bridges are, and the sopranos of chorales are not
 _FULL = 0.7
-# an hour and more: what is longer has a broken length
-_MOST_BARS = 5000
 # ticks a beat, velocity and tempo of what is written or not said
 _TICKS, _VELOCITY, _BPM = 480, 80, 120.0
 
@@ -44,14 +44,15 @@ def read(path: Path | str, accompanied: bool = True) -> Song:
         accompanied: Whether there must be notes besides the melody.
     Raises:
         ImportError: symusic is not installed.
-        ValueError: "file: reason"; the file is missing, broken, empty, not in 4/4 throughout,
-            shorter than a bar, or has no melody or no accompaniment.
+        ValueError: "file: reason", on one line; the file is missing, broken, empty, not in 4/4
+            throughout, shorter than a bar, or has no melody or no accompaniment; or its tempo or
+            a time in it is none (see `corpus.checked`).
     """
     path = Path(path)
     try:
         return _song(path, accompanied)
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{checks.printable(path.name)}: {error}") from error
 
 
 def read_folder(path: Path | str) -> tuple[list[Song], list[str]]:
@@ -67,7 +68,7 @@ def read_folder(path: Path | str) -> tuple[list[Song], list[str]]:
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     songs, skipped = [], []
     for file in files:
-        name = file.relative_to(path).as_posix()
+        name = checks.printable(file.relative_to(path).as_posix())
         try:
             songs.append(replace(_song(file, accompanied=True), title=name))
         except ValueError as error:
@@ -88,12 +89,13 @@ def write(
         parts: Name of each track and what sounds in it, bool [T, 128], a step a sixteenth.
         onsets: What is struck, bool [T, 128], of some tracks; a note held there is struck anew.
             Otherwise notes that follow each other at one pitch are one note.
-        bpm: Beats a minute.
+        bpm: Beats a minute, `corpus.SLOWEST` to FASTEST.
     Raises:
         ImportError: symusic is not installed.
-        ValueError: a roll has another shape.
+        ValueError: a roll has another shape, or bpm is none that can be written.
     """
     symusic = need("symusic")
+    checks.within("bpm", bpm, corpus.SLOWEST, corpus.FASTEST)
     onsets = onsets or {}
     score = symusic.Score(_TICKS)
     score.time_signatures.append(symusic.TimeSignature(0, BEATS, 4))
@@ -119,20 +121,17 @@ def _song(path: Path, accompanied: bool) -> Song:
         raise ValueError("no notes besides drums" if score.note_num() else "no notes")
     tracks = [_quantise(track.notes.numpy(), score.ticks_per_quarter) for track in sounding]
     steps = max(int((track[:, 0] + track[:, 1]).max()) for track in tracks)
-    if not BAR <= steps <= BAR * _MOST_BARS:
-        raise ValueError(f"length is {steps / BAR:.4g} bars, expected 1 to {_MOST_BARS}")
+    if not BAR <= steps <= BAR * MOST_BARS:
+        raise ValueError(f"length is {steps / BAR:.4g} bars, expected 1 to {MOST_BARS}")
+    bpm = float(score.tempos[0].qpm) if len(score.tempos) else _BPM
+    checks.within("tempo in beats a minute", bpm, corpus.SLOWEST, corpus.FASTEST)
     notes = _assign([track.name for track in sounding], tracks)
     if accompanied and (notes[:, 0] == MELODY).all():
         raise ValueError("no accompaniment, expected notes besides the melody")
     num_bars = -(-steps // BAR)
-    return Song(
-        path.stem,
-        notes,
-        num_bars,
-        *estimate_chords(notes, num_bars),
-        np.full(num_bars, -1),
-        estimate_key(notes),
-        float(score.tempos[0].qpm) if len(score.tempos) else _BPM,
+    chords, phrase = estimate_chords(notes, num_bars), np.full(num_bars, -1)
+    return corpus.checked(
+        Song(path.stem, notes, num_bars, *chords, phrase, estimate_key(notes), bpm)
     )
 
 
@@ -142,10 +141,8 @@ def _parse(path: Path) -> Score:
         raise ValueError("there is no such file")
     try:
         parsed = score(path)
-    except (RuntimeError, ValueError) as error:
-        # on one line
-        reason = " ".join(str(error).split())
-        raise ValueError(f"broken, or not a MIDI file ({reason})") from error
+    except Exception as error:
+        raise ValueError(f"broken, or not a MIDI file ({checks.reason(error)})") from error
     if parsed.ticks_per_quarter < 1:
         raise ValueError("broken (a beat has no ticks)")
     return parsed
@@ -154,6 +151,10 @@ def _parse(path: Path) -> Score:
 def _quantise(notes: dict[str, np.ndarray], ticks_per_quarter: int) -> np.ndarray:
     # [N, 3]: first step, steps, pitch
     time, duration, pitch = (notes[k].astype(np.int64) for k in ("time", "duration", "pitch"))
+    # times of 2^31 and more come out negative
+    checks.within("time of a note in ticks", time, 0, 2**31 - 1)
+    checks.within("duration of a note in ticks", duration, 0, 2**31 - 1)
+    checks.within("pitch of a note", pitch, 0, PITCHES - 1)
     start, end = (np.rint(t * STEPS / ticks_per_quarter) for t in (time, time + duration))
     found = np.stack((start, np.maximum(end - start, 1), pitch), axis=1).astype(np.int64)
     return found[np.lexsort((pitch, start))]
@@ -199,9 +200,8 @@ def _is_one_voice(track: np.ndarray) -> bool:
 
 def _is_on_top(track: np.ndarray) -> np.ndarray:
     # whether no note is higher where a note is struck
-    top = np.zeros((track[:, 0] + track[:, 1]).max(), dtype=np.int64)
-    for start, steps, pitch in track:
-        np.maximum(top[start : start + steps], pitch, out=top[start : start + steps])
+    sounding, _ = corpus.draw(track, (track[:, 0] + track[:, 1]).max())
+    top = PITCHES - 1 - sounding[:, ::-1].argmax(1)
     return track[:, 2] == top[track[:, 0]]
 
 
@@ -213,4 +213,4 @@ def _notes(name: str, roll: np.ndarray, onset: np.ndarray | None) -> np.ndarray:
         raise ValueError(
             f"parts and onsets must be [T, {PITCHES}], got {roll.shape} and {onset.shape} in {name}"
         )
-    return notes_of(roll, onset)
+    return corpus.notes_of(roll, onset)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fastpe
 
+import checks
 from .attention import BaselineAttention, LinearAttention, SoftmaxAttention
 from .windows import KEYS, input_size, num_levels, split, structural_levels
 from baselines import BASELINES
@@ -122,6 +123,27 @@ class Config:
                 f"prior must be one number with pe {self.pe}, got {self.prior!r}; SPE of vectors "
                 "is fstripe-sff"
             )
+
+
+def saved_config(config: object, weights: object) -> Config:
+    """Return the configuration that a file holds beside the weights of its model.
+
+    Args:
+        config: As `dataclasses.asdict` of a `Config`.
+        weights: As `Model.state_dict`.
+    Raises:
+        ValueError: one of them is not, the weights are of another size, or not all are finite.
+    """
+    made = checks.made(Config, config, "config")
+    checks.record(weights, {"head.weight": Tensor}, "model")
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise ValueError(f"model.{name} must be finite")
+    # before a model of these sizes is made
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    checks.within("config.layers", made.layers, len(layers), len(layers))
+    checks.within("config.dim", made.dim, *2 * weights["head.weight"].shape[-1:])
+    return made
 
 
 def takes_labels(attention: str) -> bool:

@@ -63,7 +63,9 @@ def piano_rolls(
     rows += [_row_of(name, np.asarray(roll)) for name, roll in rolls.items()]
     height = sum(size + _GAP for _, size in rows) + _BETWEEN
     page = _Page(bars, _TITLE + systems * height)
-    page.figure.text(0.5, 1 - 0.22 / page.height, title or song.title, ha="center", va="center")
+    # a title of a file may hold anything, and is no formula
+    above = {"ha": "center", "va": "center", "parse_math": False}
+    page.figure.text(0.5, 1 - 0.22 / page.height, title or song.title, **above)
     for system in range(systems):
         first = system * bars
         part = song.cut(first, min(bars, song.num_bars - first))

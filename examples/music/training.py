@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import checks
 from .evaluation import fit_threshold
-from .model import Config, Model, nats
+from .model import Config, Model, nats, saved_config
 from .windows import Window, Windows
 
 
@@ -156,14 +157,20 @@ class Trainer:
                 ", ".join(f"{key} = {x.get(key)!r}" for key in others) for x in (was, wanted)
             )
             raise ValueError(f"{path} was made with {made}, got {got}")
+        checks.within(f"step of {path}", content["step"], 0, self.budget.steps)
         for name in _NUMBERS:
             setattr(self, name, content[name])
         for name in _PARTS:
-            getattr(self, name).load_state_dict(content[name])
+            try:
+                getattr(self, name).load_state_dict(content[name])
+            except Exception as error:
+                raise ValueError(
+                    f"{name} of {path} does not fit: {checks.reason(error)}"
+                ) from error
 
 
-_PARTS = ("model", "optimizer", "schedule")
-_NUMBERS = ("step", "losses", "threshold")
+_PARTS = {"model": dict, "optimizer": dict, "schedule": dict}
+_NUMBERS = {"step": int, "losses": list, "threshold": (float, type(None))}
 
 
 def read(path: Path) -> dict:
@@ -176,23 +183,26 @@ def read(path: Path) -> dict:
         raise ValueError(f"checkpoint {path} does not exist; train first")
     try:
         content = torch.load(path, weights_only=True)
-        known = content.keys() >= {"config", "budget", *_NUMBERS, *_PARTS}
     except Exception as error:
         # torch's message would advise to load it without a check
         raise ValueError(f"{path} is no checkpoint of this program") from error
-    if not known:
-        raise ValueError(f"{path} is no checkpoint of this program")
+    try:
+        checks.record(content, {"config": dict, "budget": dict, **_NUMBERS, **_PARTS})
+        for loss in content["losses"]:
+            checks.typed("losses", loss, float)
+        if content["threshold"] is not None:
+            checks.within("threshold", content["threshold"], 0, 1)
+        saved_config(content["config"], content["model"])
+        checks.made(Budget, content["budget"], "budget")
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint of this program: {error}") from error
     return content
 
 
 def restore(path: Path) -> Trainer:
     """Return the training that a checkpoint holds."""
     content = read(path)
-    try:
-        made = Config(**content["config"]), Budget(**content["budget"])
-    except TypeError as error:
-        raise ValueError(f"{path} is of another version: {error}") from error
-    trainer = Trainer(*made)
+    trainer = Trainer(Config(**content["config"]), Budget(**content["budget"]))
     trainer._take(content, path)
     return trainer
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import warnings
 from types import ModuleType
 
 import torch
 
+from . import forks as forks  # before a process can fork
+
 _MODULES = {"cpu": "native", "triton": "triton", "cuda": "cuda"}
 # what "auto" tries, by type of device
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 NAMES = ("auto", *_MODULES, "reference")
-
-_log = logging.getLogger("fastpe")
 
 
 @functools.cache
@@ -27,18 +26,37 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
-_reasons: dict[str, str | None] = {"reference": None}
+# by name and device; what an error cut short is not known
+_reasons: dict[tuple[str, torch.device], str | None] = {}
 _warned: set[str] = set()
 
 
-def unavailable(name: str) -> str | None:
-    """Return why a backend cannot run on this machine, or None if it can."""
-    if name not in _reasons:
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Return why a backend cannot run here, or None if it can.
+
+    Args:
+        name: Of the backend.
+        device: Of the tensors; default the current GPU, or the CPU where there is none.
+    Raises:
+        RuntimeError: its check cannot run now, for lack of memory or because a CUDA graph is being
+            recorded. The next call checks it.
+    """
+    if device is None:
+        device = current_device()
+    key = name, device
+    if key not in _reasons:
         try:
-            _reasons[name] = load(name).unavailable()
+            _reasons[key] = None if name == "reference" else load(name).unavailable(device)
         except ImportError as error:
-            _reasons[name] = str(error)
-    return _reasons[name]
+            _reasons[key] = str(error)
+    return _reasons[key]
+
+
+def current_device() -> torch.device:
+    """Return the current GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def describe(name: str) -> str:
@@ -48,7 +66,14 @@ def describe(name: str) -> str:
 
 def available_backends() -> dict[str, str | None]:
     """Return every backend with None if it can run here, else the reason why not."""
-    return {name: unavailable(name) for name in NAMES if name != "auto"}
+    return {name: _known(name) for name in NAMES if name != "auto"}
+
+
+def _known(name: str) -> str | None:
+    try:
+        return unavailable(name)
+    except RuntimeError as error:
+        return f"not known now: {error}"
 
 
 def check_name(name: str) -> None:
@@ -78,7 +103,7 @@ def resolve(
         names = _AUTO.get(device.type, ())
         # the last one takes one launch for a token
         return _choose(names[::-1] if one_token else names, device, dtype, widths)
-    reason = unavailable(name)
+    reason = unavailable(name, device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     reason = None if name == "reference" else load(name).unsupported(device, dtype, widths)
@@ -94,19 +119,25 @@ resolve._dynamo_marked_constant = True
 def _choose(
     names: tuple[str, ...], device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
 ) -> str:
-    reasons = []
+    reasons, missed = [], None
     for name in names:
-        reason = unavailable(name) or load(name).unsupported(device, dtype, widths)
+        lacking = unavailable(name, device)
+        reason = lacking or load(name).unsupported(device, dtype, widths)
         if reason is None:
-            _log.debug("backend for %s: %s", device, name)
+            if missed is not None:
+                _warn(f"fastpe uses backend {name!r} on {device}: {missed}")
             return name
         reasons.append(f"{name} {reason}")
+        # the one that is usually taken; sizes that it does not take are each call's own
+        if lacking is not None and name == _AUTO[device.type][0]:
+            missed = f"{name!r} is not available there, {lacking}"
     why = "; ".join(reasons) or f"this version has no kernels for {device.type} devices"
-    if why not in _warned:
-        _warned.add(why)
-        warnings.warn(
-            f"fastpe uses its PyTorch reference on {device.type}, which is slower: {why}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    _warn(f"fastpe uses its PyTorch reference on {device.type}, which is slower: {why}")
     return "reference"
+
+
+def _warn(message: str) -> None:
+    """Warn once in a process, at the call of the public function."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

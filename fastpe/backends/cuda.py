@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 
-def unavailable() -> str | None:
-    """Return why the kernels cannot run, or None."""
+def unavailable(device: torch.device) -> str | None:
+    """Return why the kernels cannot run, or None; `unsupported` looks at the device."""
     reason = CUDA.unavailable()
     if reason is None and not torch.cuda.is_available():
         return "torch finds no CUDA device"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import forks
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -70,6 +73,10 @@ class PhiloxNormal(Structure):
     )
 
 
+# the number of csrc/fastpe.h (setup.py computes it, tests/test_abi.py compares it), and sizes
+_ABI = [0x70932DBF, *map(ctypes.sizeof, (StridedTensor, CausalDot, PhaseFeatures, PhiloxNormal))]
+
+
 class Library:
     """A library of csrc/.
 
@@ -85,10 +92,26 @@ class Library:
 
     @functools.cached_property
     def functions(self) -> ctypes.CDLL:
-        """The library, loaded at first use."""
+        """The library, loaded at first use; ImportError where it is of another version."""
         library = ctypes.CDLL(str(self.path))
+        if not self._is_ours(library):
+            raise ImportError(
+                f"{self.path.name} is of another version than the Python code of fastpe: install "
+                f"fastpe again, in a clone by `{self.needs[1]}=1 pip install -e .`"
+            )
         getattr(library, f"{self.prefix}error").restype = ctypes.c_char_p
         return library
+
+    def _is_ours(self, library: ctypes.CDLL) -> bool:
+        """Return whether a library reads structs as they are filled here."""
+        try:
+            table = getattr(library, f"{self.prefix}abi")
+        except AttributeError:  # from before libraries said
+            return False
+        table.restype = ctypes.POINTER(c_int64)
+        found = table()
+        # sizes stand behind the same number only
+        return found[0] == _ABI[0] and found[: len(_ABI)] == _ABI
 
     def unavailable(self) -> str | None:
         """Return why the library cannot be used, or None."""
@@ -102,11 +125,20 @@ class Library:
             _ = self.functions
         except OSError as error:
             return f"{self.path.name} does not load: {error}"
+        except ImportError as error:
+            return str(error)
         return None
 
     def call(self, name: str, *args: Structure | None) -> None:
         """Call a function on structs."""
-        references = (None if x is None else ctypes.byref(x) for x in args)
+        if forks.forked and args[0].threads > 1:
+            # a new thread has no record of OpenMP threads that stayed behind: it gets its own
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self._call, name, *args).result()
+        return self._call(name, *args)
+
+    def _call(self, name: str, *args: Structure | None) -> None:
+        references = [None if x is None else ctypes.byref(x) for x in args]
         if getattr(self.functions, self.prefix + name)(*references):
             message = getattr(self.functions, f"{self.prefix}error")().decode()
             raise RuntimeError(f"{self.prefix}{name}: {message}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..maps import Rotation, SineMap
 from ..ops import ScanOptions, compute_dtype, state_heads
+from . import forks
 from .library import (
     CPU,
     CUDA,
@@ -26,15 +26,13 @@ from .library import (
     libraries,
     strided,
 )
-from .tensors import contiguous, sum_groups, sum_to
+from .tensors import SCAN, SCAN_BACKWARD, SINES, check_devices, contiguous, sum_groups, sum_to
 
 __all__ = ["CPU", "CUDA", "ISAS", "Library", "libraries"]
 
 ISAS = ("best", "portable", "avx2", "avx512")
 # the code path to run, an index into ISAS; tests try each
 isa = 0
-# the process whose OpenMP threads run
-_owner: int | None = None
 
 _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
@@ -43,7 +41,10 @@ _SLICES = 64
 # bytes of sines in shared memory, beside which every card has room for the rest of a step
 _STEP_ROOM = 64 << 10
 
-unavailable = CPU.unavailable
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why the library cannot be used, or None, whatever the device."""
+    return CPU.unavailable()
 
 
 def unsupported(
@@ -59,16 +60,9 @@ def describe() -> str:
     return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"
 
 
-def _threads() -> int:
-    """Return how many threads to run: one where the process was forked from one that had several.
-
-    GNU OpenMP would wait there for threads that did not come along.
-    """
-    global _owner
-    wanted = torch.get_num_threads()
-    if wanted > 1 and _owner is None:
-        _owner = os.getpid()
-    return wanted if wanted == 1 or _owner == os.getpid() else 1
+def _threads(rows: int) -> int:
+    """Return how many threads to run; a forked process starts them anew, not for one row."""
+    return 1 if rows == 1 and forks.forked else torch.get_num_threads()
 
 
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
@@ -107,6 +101,7 @@ class _Scan:
     """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
+        check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         self.dtype, self.device = compute_dtype(q), q.device
@@ -119,7 +114,7 @@ class _Scan:
         self.counts = sequences, state_heads(q, k, v, freq)
         fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, self.counts, options)
         self.args = args = CausalDot.from_buffer_copy(fixed)
-        args.threads, args.isa = _threads(), isa
+        args.threads, args.isa = _threads(q.shape[1]), isa
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.s0, args.z0 = _pointer(self.s0), _pointer(self.z0)
         args.freq, args.positions = _pointer(self.freq), _pointer(self.positions)
@@ -178,6 +173,7 @@ def causal_dot_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
     scan, (q, k, v, s0, z0, positions, freq, _) = _Scan(inputs, options), inputs
+    check_devices(SCAN_BACKWARD, (q, *grads, o, den))
     grad_o = grads[0].resolve_neg()
     grad_s, grad_z = (contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
@@ -232,6 +228,7 @@ class _Sines:
     """Arguments common to the features and their gradient; holds on to the tensors behind them."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
+        check_devices(SINES, (x, positions, *sines[:5]))
         b, t, hx, d = x.shape
         self.x = x = x.resolve_neg()
         self.shape = b, t, sines.gain.shape[0]
@@ -247,7 +244,7 @@ class _Sines:
         self.args = PhaseFeatures(
             *(*self.shape, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
             *(positions.shape[-1], positions.shape[0], hx),
-            *(_threads(), isa, sines.pool, group),
+            *(_threads(t), isa, sines.pool, group),
             *map(_pointer, self.tensors),
             strided(x),
         )
@@ -276,6 +273,7 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    check_devices(("x", "grad_y"), (x, grad_y))
     made, grad_y = _Sines(x, positions, sines, group), grad_y.resolve_neg()
     b, t, h = made.shape
     wide = {"dtype": torch.float64, "device": x.device}
@@ -370,6 +368,7 @@ def philox_normal(
     first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
+    check_devices(("seed", "step"), (seed, step))
     out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
     hd, rows, r = shape
     args = PhiloxNormal(
@@ -378,7 +377,7 @@ def philox_normal(
         first=first & (2**32 - 1),
         module=module,
         kind=kind,
-        threads=_threads(),
+        threads=_threads(hd * rows),
         isa=isa,
         dtype=DTYPES[dtype],
         hd=hd,

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+SCAN = ("q", "k", "v", "s0", "z0", "positions", "freq", "ranges")
+SCAN_BACKWARD = ("q", "grad_o", "grad_s", "grad_z", "o", "den")
+SINES = ("x", "positions", "freq", "offset", "gain", "gate", "noise")
+
+
+def check_devices(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError unless all tensors are on the device of the first.
+
+    A kernel takes addresses, and would crash at one of another device's. The public functions check
+    what they are given; this finds what was kept from an earlier call.
+    """
+    first = tensors[0]
+    # the cheapest questions, since every step of decoding asks them
+    if first.is_cpu:
+        wrong = [x for x in tensors if x is not None and not x.is_cpu]
+    else:
+        index = first.get_device()
+        wrong = [x for x in tensors if x is not None and x.get_device() != index]
+    if wrong:
+        name = next(n for n, x in zip(names, tensors, strict=True) if x is wrong[0])
+        where = f"{first.device}, got {wrong[0].device}"
+        raise ValueError(f"{name} must be on the device of {names[0]}, {where}")
 
 
 def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

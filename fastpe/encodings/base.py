@@ -109,8 +109,9 @@ class PositionalEncoding(nn.Module):
         # read and written in one piece: another thread may put its own there
         known = self._known
         if known[0] != key:
-            # the noise is kept, so that its id remains its own
-            self._known = known = key, self.make_maps(device), noise
+            with torch.inference_mode(False), torch.no_grad():
+                # the noise is kept, so that its id remains its own
+                self._known = known = key, self.make_maps(device), noise
         return known[1]
 
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:

@@ -34,7 +34,8 @@ class ConvSPE(Resampled, PositionalEncoding):
             feature_map="identity" and the default positions.
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
-        seed: Of the noise; default drawn from torch's generator.
+        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
+            until its `reseed_()` is called.
 
     Raises:
         ValueError: an argument is not as above.
@@ -76,10 +77,15 @@ class ConvSPE(Resampled, PositionalEncoding):
         return super().__getstate__() | {"_kept": KeptNoise()}
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as SPE's code does."""
+        """Draw the parameters as SPE's code does, and the seed if none was given.
+
+        What belongs to the source of a share is left to the source.
+        """
+        self._reset_noise()
         with torch.no_grad():
-            for weight in (self.weight_q, self.weight_k):
-                weight.uniform_(0, (self.kernel_size / 2) ** -0.5)
+            for name in ("weight_q", "weight_k"):
+                if name in self._parameters:
+                    getattr(self, name).uniform_(0, (self.kernel_size / 2) ** -0.5)
             if self.gated:
                 self.gate.normal_()
 
@@ -228,7 +234,7 @@ class SharedConvSPE(ConvSPE):
         self.module_id = module_id
         del self.weight_q, self.weight_k
         if source.num_realizations is not None:
-            del self.seed, self.step
+            del self.seed_code, self.step_code
 
     def _filters(self) -> ConvSPE:
         return self.source

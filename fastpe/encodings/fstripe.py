@@ -32,7 +32,8 @@ class FStripe(SineEncoding):
         unit_gains: lambda = 1 and theta = 0, not learned; with num_sines=1, pool=False this is
             F-StrIPE_1 (arXiv 2504.05364, eq. 15).
         resample: When training redraws the noise: "forward", "never", or n for every n-th forward.
-        seed: Of the noise; default drawn from torch's generator.
+        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
+            until its `reseed_()` is called.
         noise: "gaussian", or "orthogonal" with less variance, see `SineSPE`.
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
         frequency: Median of the frequencies at the start, in cycles per unit of position, between 0

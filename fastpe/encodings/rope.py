@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_positive
 from ..maps import Rotation
+from ..ops import observed
+from ..sharded import put
 from .base import PositionalEncoding
 
 
@@ -63,7 +66,10 @@ class RoPE(PositionalEncoding):
         if rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be even and in 2..{head_dim}, got {rotary_dim}")
         if per_head and num_heads is None:
-            raise ValueError("num_heads must be given with per_head=True, got None")
+            raise ValueError(
+                "num_heads must be given for heads with frequencies of their own (else say "
+                "per_head=False), got None"
+            )
         if num_levels > 1 and not learned:
             raise ValueError(
                 f"learned must be True with num_levels = {num_levels}: fixed frequencies are the "
@@ -75,18 +81,45 @@ class RoPE(PositionalEncoding):
             raise ValueError(f"base must be a positive number, got {base!r}")
         self.base, self.rotary_dim, self.interleaved = base, rotary_dim, interleaved
         self.learned, self.per_head, self.apply_order = learned, per_head, apply
-        heads = num_heads if per_head else 1
-        pair = torch.arange(rotary_dim // 2, dtype=torch.float64, device="cpu")
-        shift = torch.arange(heads, dtype=torch.float64, device="cpu")[:, None] / heads
-        theta = base ** (-2 * (pair + shift) / rotary_dim) / num_levels
-        theta = theta[..., None].repeat(1, 1, num_levels)
+        # fixed frequencies by device; no buffer: `module.bfloat16()` must not round them
+        self._cycles: dict[torch.device, Tensor] = {}
         if learned:
-            self.theta = nn.Parameter(torch.empty(theta.shape))
-            with torch.no_grad():
-                self.theta.copy_(theta)
-        else:
-            # no buffer: `module.bfloat16()` must not round the frequencies
-            self._cycles = {torch.device("cpu"): theta / (2 * math.pi)}
+            heads = num_heads if per_head else 1
+            self.theta = nn.Parameter(torch.empty(heads, rotary_dim // 2, num_levels))
+            self.reset_parameters()
+        self._fill()
+
+    def reset_parameters(self) -> None:
+        """Set learned frequencies to the geometric ones; fixed ones always are."""
+        if self.learned:
+            put(self.theta, self._geometric())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoPE:
+        super()._apply(fn, recurse)
+        self._fill(fn(torch.empty(0, device="cpu")).device)
+        return self
+
+    def _fill(self, device: torch.device | None = None) -> None:
+        # before the module is compiled: its graph would make the table at each call
+        if not self.learned:
+            self.frequencies(device)
+
+    def _geometric(self) -> Tensor:
+        # theta at first, [H or 1, rotary_dim / 2, L], float64 on the CPU
+        heads = self.num_heads if self.per_head else 1
+        pair = torch.arange(self.rotary_dim // 2, dtype=torch.float64, device="cpu")
+        shift = torch.arange(heads, dtype=torch.float64, device="cpu")[:, None] / heads
+        theta = self.base ** (-2 * (pair + shift) / self.rotary_dim) / self.num_levels
+        return theta[..., None].repeat(1, 1, self.num_levels)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is copied and pickled: not what can be made again."""
+        return super().__getstate__() | {"_cycles": {}}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take what was copied or pickled."""
+        super().__setstate__(state)
+        self._fill()
 
     @property
     def feature_dim(self) -> int:
@@ -103,9 +136,23 @@ class RoPE(PositionalEncoding):
         if self.learned:
             return self.theta.double() / (2 * math.pi)
         device = torch.device("cpu") if device is None else device
-        if device not in self._cycles:
-            self._cycles[device] = self._cycles[torch.device("cpu")].to(device)
-        return self._cycles[device]
+        table = self._cycles.get(device)
+        if table is not None:
+            return table
+        # kept without the mode of this call: an inference tensor cannot be saved for a backward
+        if observed():
+            table = self._cycles_on(device)
+            kept = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                table, kept = self._cycles_on(device), True
+        if kept:
+            self._cycles[device] = table
+        return table
+
+    def _cycles_on(self, device: torch.device) -> Tensor:
+        table = self._cycles.get(torch.device("cpu"))
+        return (self._geometric() / (2 * math.pi) if table is None else table).to(device)
 
     def map_inputs(self) -> list[Tensor]:
         """Return theta, if it is a parameter."""

@@ -14,6 +14,7 @@ from ..maps import SineMap
 from ..noise import GATE, SINE, frames
 from ..ops import philox_normal
 from ..resampling import Resampled
+from ..sharded import put
 from .base import PositionalEncoding, gate_roots
 
 
@@ -92,14 +93,21 @@ class SineEncoding(Resampled, PositionalEncoding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as SPE's code does."""
+        """Draw the parameters as SPE's code does, and the seed if none was given.
+
+        What belongs to the source of a share is left to the source.
+        """
+        self._reset_noise()
         with torch.no_grad():
-            self.freqs.normal_().add_(torch.tensor(self._start, device=self.freqs.device))
-            if not self.unit_gains:
-                self.offsets.normal_()
-                self.gains.normal_()
-                # the square root of the norm, as published
-                self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
+            if "freqs" in self._parameters:
+                start = torch.tensor(self._start, device="cpu")
+                put(self.freqs, start.expand(self.freqs.shape))
+                self.freqs.add_(torch.empty_like(self.freqs).normal_())
+                if not self.unit_gains:
+                    self.offsets.normal_()
+                    self.gains.normal_()
+                    # the square root of the norm, as published
+                    self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
             if self.gated:
                 self.gate.normal_()
 

@@ -23,7 +23,8 @@ class SineSPE(SineEncoding):
             expectation itself, exact and without noise.
         gated: A learned part of each component ignores position.
         resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
-        seed: Of the noise; default drawn from torch's generator.
+        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
+            until its `reseed_()` is called.
         noise: "gaussian" as published; "orthogonal" makes its columns orthogonal, for M = D (2 K +
             gate) >= R times the variance about 1 - R / M, none at R = M. The products of features
             are then no longer sums of independent ones.
@@ -94,7 +95,7 @@ class SharedSineSPE(SineSPE):
         self.module_id = module_id
         del self.freqs, self.offsets, self.gains
         if source.num_realizations is not None:
-            del self.seed, self.step
+            del self.seed_code, self.step_code
 
     def _sines(self) -> SineSPE:
         return self.source

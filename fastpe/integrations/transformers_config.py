@@ -93,6 +93,10 @@ def described(options: Options) -> Options:
     if not isinstance(feature_map, FeatureMap):
         return dict(options)
     state = {name: _digest(x) for name, x in feature_map.state_dict().items()}
+    if feature_map.noise_key is not None:  # as the user knows them, not as buffers hold them
+        codes = "seed_code", "step_code"
+        state = {name: x for name, x in state.items() if name not in codes}
+        state |= {"seed": feature_map.seed, "step": feature_map.step}
     return {**options, "feature_map": feature_map.signature, "feature_map_state": state}
 
 

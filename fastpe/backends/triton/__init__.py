@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import reference
 from ...feature_maps import elu1
 from ...ops import ScanOptions
+from .blocks import too_wide
 from .common import INTERPRETED
 from .launch_features import phase_features, phase_features_backward, philox_normal
 from .launch_scan import causal_dot, causal_dot_backward
@@ -32,13 +33,30 @@ __all__ = [
 WIDEST = 256
 
 
-def unavailable() -> str | None:
-    """Return why the kernels cannot run, or None."""
+# errors of the check that say nothing of the compiler or of the card, by type and by text
+_PASSING = torch.OutOfMemoryError, torch.AcceleratorError
+_PASSING_TEXTS = ("out of memory", "capturing")
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a GPU, or None; the current one stands for a CPU.
+
+    Raises:
+        RuntimeError: the check cannot run now; it says nothing of later.
+    """
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        raise RuntimeError(
+            "fastpe's Triton kernels are checked at their first call on a device, which a CUDA "
+            "graph cannot record: call once before capture"
+        )
 
     def check() -> str | None:
         with torch.cuda.device(device):
@@ -49,6 +67,8 @@ def unavailable() -> str | None:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(check).result()
     except Exception as error:  # of a compiler that is missing, a card that is too old
+        if isinstance(error, _PASSING) or any(text in str(error) for text in _PASSING_TEXTS):
+            raise
         return f"Triton {triton.__version__} cannot compile for this card: {error}"
 
 
@@ -98,4 +118,4 @@ def unsupported(
         return f"needs tensors on a CUDA device, got {device}"
     if max(widths) > WIDEST:
         return f"takes D, R and E up to {WIDEST}, got {', '.join(map(str, widths))}"
-    return None
+    return too_wide(widths, dtype, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,6 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Card(NamedTuple):
+    """What launches depend on: multiprocessors, and bytes of shared memory for one program."""
+
+    processors: int
+    shared: int
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """Return what a device has; the interpreter is a card of one processor."""
+    if device.type == "cpu":
+        return Card(1, 227 << 10)
+    found = torch.cuda.get_device_properties(device)
+    return Card(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def numbers(dtype: torch.dtype) -> dict[str, object]:

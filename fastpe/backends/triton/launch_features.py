@@ -11,15 +11,22 @@ from torch import Tensor
 
 from ...maps import SineMap
 from ...ops import compute_dtype
-from ..tensors import contiguous, sum_groups, sum_to
+from ..tensors import SINES, check_devices, contiguous, sum_groups, sum_to
 from . import features, noise
 from .common import empty, kernel, numbers, power, rows
+
+# a tile reads all of the noise: as many tokens as need no spills (scripts/aot_check.py)
+_ROWS = {torch.bfloat16: 128, torch.float16: 32}
+_ROWS_BACKWARD = {torch.bfloat16: 64, torch.float16: 64}
 
 
 class _Sines:
     """What the kernels of the phase features and of their gradient have in common."""
 
-    def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, rows_of_tile: int) -> None:
+    def __init__(
+        self, x: Tensor, positions: Tensor, sines: SineMap, rows_of_tile: dict[torch.dtype, int]
+    ) -> None:
+        check_devices(SINES, (x, positions, *sines[:5]))
         self.x = rows(x)
         self.b, self.t, heads, self.d = x.shape
         self.h = sines.gain.shape[0]
@@ -37,9 +44,8 @@ class _Sines:
         )
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
-        # tokens of one sequence, or of those that share positions, and so sines; a tile reads all
-        # of the noise, so of 16 bits as many as need no spills (scripts/aot_check.py)
-        self.rows = rows_of_tile if x.dtype.itemsize == 2 else 32
+        # tokens of one sequence, or of those that share positions, and so sines
+        self.rows = rows_of_tile.get(x.dtype, 32)
         together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
         tokens = self.rows // together
         self.tiles = -(-self.b // together) * -(-self.t // tokens)
@@ -71,7 +77,7 @@ class _Sines:
 
 def phase_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
     """Return the features of SPE or F-StrIPE (`ops.PhaseFeatures`)."""
-    call = _Sines(x, positions, sines, 128)
+    call = _Sines(x, positions, sines, _ROWS)
     y = empty(x, call.b, call.t, call.h, call.r)
     keep = call.meta["MIX"] == "keep"
     br = 16 if keep else min(power(call.r), 128)
@@ -89,7 +95,8 @@ def phase_features_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
-    call, dy = _Sines(x, positions, sines, 64), rows(grad_y)
+    check_devices(("x", "grad_y"), (x, grad_y))
+    call, dy = _Sines(x, positions, sines, _ROWS_BACKWARD), rows(grad_y)
     none, parameters, levels, wide = x.new_empty(0), any(needs[2:]), call.levels, call.wide
     # of each head of features: those that share a head of x are added behind
     dtype = x.dtype if x.shape[2] == call.h else wide
@@ -133,6 +140,7 @@ def philox_normal(
     first: int = 0,
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`); nothing waits for them."""
+    check_devices(("seed", "step"), (seed, step))
     out = empty(seed, *shape, dtype=dtype)
     if out.numel():
         hd, j, r = shape

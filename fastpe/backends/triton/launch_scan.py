@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ops import ScanOptions, compute_dtype, state_heads
-from ..tensors import contiguous, sum_groups, sum_to
-from . import maps, scan, scan_backward
-from .common import Kernel, empty, kernel, numbers, power, rows
+from ..tensors import SCAN, SCAN_BACKWARD, check_devices, contiguous, sum_groups, sum_to
+from . import common, maps, scan, scan_backward
+from .blocks import Blocks, blocks
+from .common import Card, Kernel, empty, kernel, numbers, power, rows
 
 _FEATURE_MAPS = {
     "identity": (maps.identity, maps.identity_slope),
@@ -23,78 +23,7 @@ _FEATURE_MAPS = {
 }
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Return how many multiprocessors a card has."""
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class Blocks(NamedTuple):
-    """A launch: tokens C, pairs (or columns) BW and values BE of a tile; warps, loads ahead."""
-
-    c: int
-    bw: int
-    be: int
-    warps: int
-    stages: int
-
-
-# For 16 bits, by the widest block of a row and whether pairs rotate (2) or not (1): tokens of a
-# tile, columns of the result that a program makes, warps. The largest that need no spills on sm_90
-# (scripts/aot_check.py); where there is no entry, the last line of `blocks` holds.
-_TILES = {
-    "forward": {
-        (64, 1): (64, 64, 4),
-        (64, 2): (32, 64, 4),
-        (128, 1): (32, 64, 8),
-    },
-    "grad_q": {
-        (64, 1): (64, 64, 4),
-        (64, 2): (32, 64, 8),
-        (128, 1): (32, 64, 8),
-        (128, 2): (32, 32, 8),
-    },
-    "grad_kv": {(64, 1): (32, 64, 4), (64, 2): (16, 64, 4)},
-    "grad_k": {(128, 1): (32, 64, 8), (128, 2): (32, 32, 8)},
-    "grad_v": {(128, 1): (32, 64, 8), (128, 2): (32, 64, 8)},
-    "state": {
-        (64, 1): (64, 64, 4),
-        (64, 2): (64, 64, 4),
-        (128, 1): (32, 64, 8),
-        (128, 2): (32, 64, 8),
-    },
-}
-
-
-@functools.cache
-def blocks(role: str, width: int, e: int, parts: int, dtype: torch.dtype, chunk: int = 0) -> Blocks:
-    """Return the launch of a kernel: a function of sizes and dtype, never of T.
-
-    Args:
-        role: A row of _TILES.
-        width: Pairs of a query, or its components where nothing rotates.
-        parts: 2 where pairs rotate, else 1.
-        chunk: The caller's chunk size, 0 for the default.
-    """
-    bw, be = power(width), power(e)
-    widest = max(bw * parts, be, 64)
-    c, columns, warps = 16, 32, 8
-    if dtype.itemsize == 2:
-        c, columns, warps = _TILES[role].get((widest, parts), (c, columns, warps))
-    if chunk:
-        c = min(c, power(chunk))
-    if role in ("grad_q", "grad_k"):
-        bw = min(bw, max(columns // parts, 16))
-    elif role != "grad_kv":
-        be = min(be, columns)
-    return Blocks(c, bw, be, warps, 2)
-
-
-def segments(
-    programs: int, t: int, c: int, sequences: int, device: torch.device
-) -> tuple[int, int]:
+def segments(programs: int, t: int, c: int, sequences: int, processors: int) -> tuple[int, int]:
     """Return the tokens of a segment and the number of segments that fill the card twice.
 
     Args:
@@ -104,8 +33,9 @@ def segments(
         sequences: In a row, of lengths that nobody here knows: each begins a segment of its own, so
             the number returned is of those in a row that is one sequence. Where it is not one, a
             sequence is given the bits that it has alone if its own segments are as long.
+        processors: Of the card.
     """
-    wanted = -(-2 * processors(device) // max(programs, 1))
+    wanted = -(-2 * processors // max(programs, 1))
     # a segment pays for itself if its tokens outweigh its state
     wanted = min(wanted, max(t // (4 * c) + 1 - sequences, 1))
     length = -(-max(t, 1) // (wanted * c)) * c
@@ -117,8 +47,9 @@ class _Plan:
 
     def __init__(
         self, shape: torch.Size, e: int, dtype: torch.dtype, freq: torch.Size | None,
-        shared: tuple[int, int, int], sequences: int | None, options: ScanOptions,
+        shared: tuple[int, int, int], sequences: int | None, options: ScanOptions, card: Card,
     ) -> None:  # fmt: skip
+        self.card = card
         b, self.t, self.h, d = shape
         self.e, self.heads, self.dtype, self.chunk = e, b * self.h, dtype, options.chunk
         # neighbours that share a head of k, of v and a state
@@ -157,7 +88,8 @@ class _Plan:
 
     def blocks(self, role: str) -> Blocks:
         """Return the launch of a role of the scan."""
-        return blocks(role, self.pairs, self.e, self.parts, self.dtype, self.chunk)
+        shared = self.card.shared
+        return blocks(role, self.pairs, self.e, self.parts, self.dtype, shared, self.chunk)
 
     def roles_kv(self, want_k: bool, want_v: bool) -> tuple[str, ...]:
         """Return the kernels that make dk and dv: one, if the whole state fits a program."""
@@ -186,12 +118,14 @@ class _Scan:
     """The tensors of one call, or of its gradient, as the kernels take them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
+        check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
         self.plan = _plan(
             *(q.shape, v.shape[-1], q.dtype, None if freq is None else freq.shape),
             (k.shape[2], v.shape[2], state_heads(q, k, v, freq)),
             None if ranges is None else ranges.shape[0],
             options,
+            common.card(q.device),
         )
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.strides = *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]
@@ -226,8 +160,8 @@ class _Scan:
         columns = -(-plan.e // block.be)
         if role[:4] == "grad":
             columns *= -(-plan.pairs // block.bw)
-        programs, device = plan.heads * columns, self.q.device
-        length, count = segments(programs, plan.t, block.c, plan.row, device)
+        programs = plan.heads * columns
+        length, count = segments(programs, plan.t, block.c, plan.row, plan.card.processors)
         return columns, (length, plan.row - 1 + count)
 
     def slots(self, cut: tuple[int, int]) -> Tensor:
@@ -324,6 +258,7 @@ def causal_dot_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs; empty where not needed."""
     call, (q, k, v, _, _, positions, freq, _) = _Scan(inputs, options), inputs
+    check_devices(SCAN_BACKWARD, (q, *grads, o, den))
     plan, none, (b, t, h, _) = call.plan, q.new_empty(0), q.shape
     if not plan.sequences * h:
         pairs = zip(inputs[:7], needs, strict=True)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Compile everything that the GPU tests and the benchmarks launch, for every card, with both versions
+# of Triton that are supported; about an hour on 16 cores. CI compiles a sample (.ci/run).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+cards=(--arch 80 86 89 90 100 120) failed=0
+for command in "" "scripts/with_triton.py 3.6.0"; do
+  python $command scripts/aot_check.py "${cards[@]}" || failed=1
+  python $command scripts/aot_check.py "${cards[@]}" --tests --bars || failed=1
+done
+exit $failed

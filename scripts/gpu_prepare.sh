@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Prepare a run on a rented card (sm_90), where there is none:
+#   scripts/gpu_prepare.sh [PYTHON]
+# makes build/gpu/triton-cache.tar.xz, the code of every kernel that the GPU tests and bars.py launch,
+# and build/gpu/libfastpe_cuda.so. Triton's cache holds absolute paths: unpack it at /, which fills
+# /tmp/fastpe-triton-cache, and set TRITON_CACHE_DIR to that.
+# PYTHON must have the card's versions: Python 3.12, torch 2.11 and Triton 3.6, pytest, hypothesis.
+# Without it an environment is made once, in build/gpu/python (5 GB).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+arch=90 cache=/tmp/fastpe-triton-cache out=$PWD/build/gpu
+mkdir -p "$out"
+
+python=${1:-$out/python/bin/python}
+if [ $# -eq 0 ] && [ ! -x "$python" ]; then
+  PYENV_VERSION=${PYENV_VERSION:-$(ls ~/.pyenv/versions 2>/dev/null | grep '^3\.12' | tail -1)}
+  export PYENV_VERSION
+  python3.12 -m venv "$out/python.part"
+  "$out/python.part/bin/pip" install --quiet 'torch==2.11.*' numpy pytest hypothesis
+  mv "$out/python.part" "$out/python"
+fi
+"$python" -c 'import sys, torch, triton; print("Python", sys.version.split()[0], "torch",
+  torch.__version__, "Triton", triton.__version__)'
+export PYTHONPATH=$PWD
+
+kernels=(--arch $arch --tests --bars --keep $cache)
+rm -rf $cache
+status=0
+"$python" scripts/aot_check.py "${kernels[@]}" >"$out/kernels.txt" || status=$?
+grep FAILED "$out/kernels.txt" || tail -1 "$out/kernels.txt"
+[ $status -eq 0 ]
+# what Triton reads of an entry
+find $cache -type f ! -name '*.json' ! -name '*.cubin' -delete
+"$python" scripts/gpu_cache.py stamp $cache
+tar -C / -c "${cache#/}" | xz -6 -T0 >"$out/triton-cache.tar.xz"
+
+# as the card will find it: unpacked, and in a process that has compiled nothing
+rm -rf $cache
+tar -C / -xJf "$out/triton-cache.tar.xz"
+"$python" scripts/aot_check.py "${kernels[@]}" --hits | tail -3
+
+"$python" - "$out" $arch <<'PY'
+import sys
+from pathlib import Path
+
+import setup
+
+out = Path(sys.argv[1])
+setup.compile_cuda(out / "libfastpe_cuda.so", out / "objects", architectures=(sys.argv[2],))
+PY
+# of these the library was built (scripts/gpu_check.sh compares it)
+cat csrc/* setup.py | sha256sum | cut -c1-16 >"$out/sources"
+ls -l "$out/triton-cache.tar.xz" "$out/libfastpe_cuda.so"
+echo "$(find $cache -name '*.cubin' | wc -l) kernels in $SECONDS s"

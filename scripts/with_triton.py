@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Run a Python script with another version of Triton than the environment has.
+
+    python scripts/with_triton.py 3.6.0 scripts/aot_check.py --tests --sample
+
+The version is installed once, without what it needs, in build/triton-VERSION-pyMAJOR.MINOR.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BUILD = Path(__file__).parent.parent / "build"
+
+
+def install(version: str) -> Path:
+    """Return the folder of a version, which pip fills where it is not there."""
+    folder = BUILD / f"triton-{version}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    if not folder.exists():
+        BUILD.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as made:
+            target = Path(made) / "packages"
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            # constraints of the environment are on its own Triton
+            alone = {k: x for k, x in os.environ.items() if k != "PIP_CONSTRAINT"}
+            command = [*pip, "--target", str(target), f"triton=={version}"]
+            subprocess.run(command, check=True, env=alone)
+            target.rename(folder)
+    return folder
+
+
+def main() -> None:
+    """Replace this process by the script's."""
+    version, *command = sys.argv[1:]
+    paths = [str(install(version)), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+if __name__ == "__main__":
+    main()
