@@ -1,8 +1,9 @@
 """Build csrc/ into torch-free libraries with a C ABI; see CONTRIBUTING.md.
 
-Without a compiler the package installs all the same and runs on PyTorch; FASTPE_CPU=1 turns a
-failed build into an error. The CUDA library is built where there is an nvcc: FASTPE_CUDA=1 makes
-that an error too, FASTPE_CUDA=0 leaves it out.
+ninja compiles what has changed since the last time, in parallel. Without a compiler the package
+installs all the same and runs on PyTorch; FASTPE_CPU=1 turns a failed build into an error. The
+CUDA library is built if there is an nvcc: FASTPE_CUDA=1 makes a failure an error too, FASTPE_CUDA=0
+leaves the library out.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -44,27 +44,18 @@ def abi() -> int:
 
 def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     """Compile and link the CPU library; with OpenMP if the compiler has it."""
-    compiler = shlex.split(os.environ.get("CXX", "c++")) + FLAGS + list(extra)
-    objects.mkdir(parents=True, exist_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def run(*args: str, **options: object) -> None:
-        subprocess.run([*compiler, *args], check=True, **options)
-
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *extra]
     openmp = ["-fopenmp"]
     try:
-        probe = {"input": b"#include <omp.h>", "stderr": subprocess.DEVNULL}
-        run(*openmp, "-x", "c++", "-fsyntax-only", "-", **probe)
+        probe = [*compiler, *openmp, "-x", "c++", "-fsyntax-only", "-"]
+        subprocess.run(probe, check=True, input=b"#include <omp.h>", stderr=subprocess.DEVNULL)
     except subprocess.CalledProcessError:
         openmp = ["-Wno-unknown-pragmas"]
     built = [f"-DFASTPE_HAS_{name.upper()}" for name in ISAS]
-    jobs = [(objects / "cpu.o", [*built, f"-DFASTPE_ABI={abi()}", "csrc/cpu.cpp"])]
+    jobs = {"cpu": ("csrc/cpu.cpp", [*built, f"-DFASTPE_ABI={abi()}"])}
     for name, flags in ISAS.items():
-        source = [f"-DFASTPE_ISA={name}", "csrc/cpu_kernels.cpp"]
-        jobs.append((objects / f"{name}.o", [*flags, *source]))
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda job: run("-c", *openmp, *job[1], "-o", str(job[0])), jobs))
-    run("-shared", *openmp, *(str(job[0]) for job in jobs), "-o", str(out))
+        jobs[name] = "csrc/cpu_kernels.cpp", [*flags, f"-DFASTPE_ISA={name}"]
+    run_ninja([*compiler, *openmp], jobs, out, objects)
 
 
 def find_nvcc() -> str | None:
@@ -102,25 +93,56 @@ def compile_cuda_for_host(out: Path, objects: Path, extra: tuple[str, ...] = ())
 
 
 def _compile_by_type(compiler: list[str], out: Path, objects: Path) -> str:
+    jobs = {"cuda": ("csrc/cuda.cpp", [f"-DFASTPE_ABI={abi()}"])}
+    for name in TYPES:
+        jobs[name] = "csrc/cuda_kernels.cu", [f"-DFASTPE_TYPE={name}"]
+    return run_ninja(compiler, jobs, out, objects)
+
+
+def run_ninja(
+    compiler: list[str], jobs: dict[str, tuple[str, list[str]]], out: Path, objects: Path
+) -> str:
+    """Compile what has changed since the last time, and link it; return what compilers said.
+
+    Args:
+        compiler: The command and the flags that all jobs share.
+        jobs: By name of the object: its source and its own flags.
+        out: The library.
+        objects: Folder of the objects, and of what ninja remembers about them.
+    """
+    from ninja import BIN_DIR, ninja_syntax
+
     objects.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    jobs = [(objects / "cuda.o", [f"-DFASTPE_ABI={abi()}", "csrc/cuda.cpp"])]
-    for name in TYPES:
-        jobs.append((objects / f"{name}.o", [f"-DFASTPE_TYPE={name}", "csrc/cuda_kernels.cu"]))
+    plan = objects / f"{out.stem}.ninja"
+    # what comes behind -x c++ would be taken for a source, so libraries are linked without it
+    linker = compiler[:-2] if compiler[-2:] == ["-x", "c++"] else compiler
+    with plan.open("w") as file:
+        write = ninja_syntax.Writer(file, width=10**6)
+        write.variable("builddir", _escaped(objects))
+        command = f"{_command(compiler)} $flags -MD -MF $out.d -c $in -o $out"
+        write.rule("compile", command, depfile="$out.d", deps="gcc")
+        write.rule("link", f"{_command(linker)} -shared $in -o $out")
+        made = []
+        for name, (source, flags) in jobs.items():
+            made.append(_escaped(objects / f"{name}.o"))
+            write.build(made[-1], "compile", source, variables={"flags": _command(flags)})
+        write.build(_escaped(out), "link", made)
+    ninja = [os.path.join(BIN_DIR, "ninja"), "-f", str(plan)]
+    result = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        sys.stderr.write(result.stdout)
+        result.check_returncode()
+    return result.stdout
 
-    def run(*args: str) -> str:
-        result = subprocess.run([*compiler, *args], stderr=subprocess.PIPE, text=True)
-        if result.returncode:
-            sys.stderr.write(result.stderr)
-            result.check_returncode()
-        return result.stderr
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = list(pool.map(lambda job: run("-c", *job[1], "-o", str(job[0])), jobs))
-    if compiler[-2:] == ["-x", "c++"]:  # what is linked is no source
-        compiler = compiler[:-2]
-    run("-shared", *(str(job[0]) for job in jobs), "-o", str(out))
-    return "".join(said)
+def _command(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def _escaped(path: Path) -> str:
+    # the writer escapes spaces and colons
+    return str(path).replace("$", "$$")
 
 
 # by name of the library: what builds it, the variable that makes a failure an error, what is lost
@@ -135,8 +157,9 @@ class BuildNative(build_ext):
         name = ext.name.rpartition("_")[2]
         compile_it, variable, loss = LIBRARIES[name]
         try:
-            compile_it(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / name)
-        except (OSError, subprocess.CalledProcessError) as error:
+            # beside the sources, so that the next install compiles what has changed since
+            compile_it(Path(self.get_ext_fullpath(ext.name)), Path("build", "objects", name))
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             message = f"the {name} library was not built ({error}); {loss}"
             if os.environ.get(variable) == "1":
                 sys.exit(message)

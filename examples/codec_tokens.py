@@ -1,16 +1,23 @@
-"""Attention by musical structure on tokens of audio: from sound and labels in seconds to a model.
+"""Train a model of audio tokens with musical structure, from labels in seconds.
 
     python examples/codec_tokens.py [--out folder] [--steps 60] [--seed 0]
     python examples/codec_tokens.py --tokens codes.npy --frame-rate 75 --labels chords.json
 
-Without --tokens it makes its own: Bach's Prelude in C is rendered (sound.wav) and turned into 4
-tokens a frame at 50 frames a second (tokens.npy) by residual k-means on band energies, which is not
-a neural codec; chords are written in seconds (chords.json) as pitch classes. Then, as with yours:
-tokens and labels are read back, chords brought to frames, and a small model learns to say the next
-frame's tokens from those before, with one encoding after the other. Printed is the cross-entropy of
-the last third, which is held out, for each codebook in nats a token. F-StrIPE and RoPEPool have the
-chords as positions; in the last row chords are an input, and there is no encoding. One piece is
-little to learn from: which row is best changes with the seed, and long training makes all worse.
+Without --tokens the script makes its own files from Bach's Prelude in C:
+
+* sound.wav is the rendered piece.
+* tokens.npy has 4 tokens a frame at 50 frames a second. Residual k-means on band energies makes
+  them; it is not a neural codec.
+* chords.json has the chords in seconds, as pitch classes.
+
+From there on it treats its files and yours alike. It reads tokens and labels, finds the label of
+each frame, and trains a small model to predict a frame's tokens from the frames before. It trains
+one model for each encoding. F-StrIPE and RoPEPool have the chords as positions. The last row has no
+encoding and the chords as an input.
+
+The table shows the cross-entropy in nats a token for each codebook, on the last third of the piece,
+which is held out. One piece is little to learn from: the best row changes with the seed, and long
+training makes every row worse.
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ import corpus
 import pieces
 
 FRAME_RATE, CODEBOOKS, ENTRIES = 50, 4, 64
-# seconds a sixteenth at 72 quarters a minute: no bar is a whole number of frames
+# seconds a sixteenth, at 72 quarters a minute; a bar is then no whole number of frames
 STEP, BAR = Fraction(60, 72 * 4), 16
 HEAD_DIM, HEADS, LAYERS = 16, 4, 2
 WINDOW, BATCH, HELD_OUT = 512, 2, 1 / 3
@@ -46,7 +53,7 @@ ROWS = ("none", "RoPE, time", "F-StrIPE, chords", "RoPEPool, chords", "none, cho
 def make_files(folder: Path, bars: int | None = None, seed: int = 0) -> None:
     """Write sound.wav, tokens.npy and chords.json of the prelude, or of its first bars.
 
-    The codebooks are learned from what is not held out.
+    The codebooks are learned from the first two thirds, which are not held out.
     """
     piece = pieces.load()
     piece = piece if bars is None else piece.tile(bars * BAR)
@@ -61,7 +68,7 @@ def make_files(folder: Path, bars: int | None = None, seed: int = 0) -> None:
     for count in range(1, CODEBOOKS + 1):
         error = quantiser.decode(rest[:, :count]) - unseen
         kept = 1 - np.square(error).sum() / np.square(unseen - known.mean(0)).sum()
-        print(f"  {count} codebooks keep {kept:.1%} of the variance of what is held out")
+        print(f"  {count} codebooks keep {kept:.1%} of the variance of the held-out frames")
     chords = [
         {"start": float(a * STEP), "end": float(b * STEP), "label": piece.chroma[a].tolist()}
         for a, b in corpus.runs(piece.chroma)
@@ -73,12 +80,12 @@ def make_files(folder: Path, bars: int | None = None, seed: int = 0) -> None:
 
 
 class Model(nn.Module):
-    """A decoder of frames of tokens: two layers of causal linear attention.
+    """A causal model of token frames: two layers of causal linear attention.
 
     Args:
-        sizes: Of the codebooks.
-        encoding: Makes the positional encoding of a layer, or None for none.
-        num_inputs: Size L of positions that are an input too, 0 for none.
+        sizes: Number of entries of each codebook.
+        encoding: Function that makes the encoding of a layer, or None for no encoding.
+        num_inputs: Size L of positions that the model gets as input, or 0.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         dim = HEADS * HEAD_DIM
-        # one entry more for before the first frame
+        # one more entry stands for the frame before the first
         self.embeddings = nn.ModuleList(nn.Embedding(size + 1, dim) for size in sizes)
         self.inputs = nn.Linear(num_inputs, dim, bias=False) if num_inputs else None
         self.layers = nn.ModuleList()
@@ -103,12 +110,12 @@ class Model(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(dim, size) for size in sizes)
 
     def forward(self, ids: Tensor, positions: Tensor | None, inputs: Tensor | None) -> list[Tensor]:
-        """Return logits [B, T, size] of each codebook at each frame, from the frames before it.
+        """Return logits [B, T, size] for each codebook: each frame is predicted from earlier ones.
 
         Args:
-            ids: [B, T, num_codebooks].
-            positions: Of the frames that are said, [B, T, L], or None for time.
-            inputs: [B, T, num_inputs] where there are any.
+            ids: Tokens, [B, T, num_codebooks].
+            positions: Positions of the predicted frames, [B, T, L], or None for time.
+            inputs: Inputs [B, T, num_inputs], or None.
         """
         before = F.pad(ids[:, :-1], (0, 0, 1, 0), value=-1) + 1
         x = sum(embed(before[..., i]) for i, embed in enumerate(self.embeddings))
@@ -127,10 +134,11 @@ class Model(nn.Module):
 
 
 def make_model(row: str, sizes: list[int], levels: int) -> Model:
-    """Return the model of a row, with positions of `levels` numbers."""
+    """Return the model of a row; a position has `levels` numbers."""
 
     def spread(encoding: fastpe.PositionalEncoding) -> fastpe.PositionalEncoding:
-        # at first made for positions that count up: pitch classes, 0 or 1, would turn them little
+        # the default frequencies are for positions that count up: pitch classes, 0 or 1, would
+        # hardly change the phase
         with torch.no_grad():
             for parameter in (getattr(encoding, name, None) for name in ("freqs", "theta")):
                 if parameter is not None:
@@ -146,14 +154,16 @@ def make_model(row: str, sizes: list[int], levels: int) -> Model:
 
 
 def train(row: str, ids: Tensor, positions: Tensor, steps: int, seed: int) -> Tensor:
-    """Train a row's model on all but the last third; return that third's losses by codebook.
+    """Train a row's model on the first two thirds; return the losses on the last third.
 
     Args:
-        row: Of ROWS.
-        ids: [T, num_codebooks], T at least 3.
-        positions: [T, L], float64.
-        steps: Of training.
-        seed: Of the model and of what it is trained on.
+        row: One of ROWS.
+        ids: Tokens, [T, num_codebooks], with T at least 3.
+        positions: Positions, [T, L], float64.
+        steps: Number of training steps.
+        seed: Seed for the model and its batches.
+    Returns:
+        The loss of each codebook, [num_codebooks].
     """
     torch.manual_seed(seed)
     model = make_model(row, (ids.max(0).values + 1).tolist(), positions.shape[1])
@@ -184,14 +194,14 @@ def _held_out_from(num_frames: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make tokens unless they are given, train a model for each row, print a table."""
+    """Make tokens if none are given, train a model for each row, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=Path, help=".npy or .pt, [T, num_codebooks]")
     parser.add_argument("--frame-rate", type=float, default=FRAME_RATE, help="frames a second")
-    parser.add_argument("--labels", type=Path, help=".json: list of start, end, label")
-    parser.add_argument("--out", type=Path, help="where files are made, default a new folder")
-    parser.add_argument("--bars", type=int, help="of the prelude, default all 35")
-    parser.add_argument("--steps", type=int, default=60, help="of training, for each row")
+    parser.add_argument("--labels", type=Path, help=".json, a list of start, end and label")
+    parser.add_argument("--out", type=Path, help="output folder, default a new one")
+    parser.add_argument("--bars", type=int, help="bars of the prelude, default all 35")
+    parser.add_argument("--steps", type=int, default=60, help="training steps for each row")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if (args.tokens is None) != (args.labels is None):
@@ -222,6 +232,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # work for a thread; more wait for one another where others use the cores too
+    # the work suits one thread; on a busy machine more threads wait for each other
     torch.set_num_threads(1)
     main()

@@ -1,17 +1,20 @@
-"""Go on with songs: a small causal Transformer says the next sixteenth, again and again.
+"""Go on with songs: a small causal Transformer predicts one sixteenth after another.
 
     python examples/generate.py                       train for minutes, go on with a song
     python examples/generate.py --prompt-bars 2 4 8 --bars 64 --save runs/state.pt
     python examples/generate.py --resume runs/state.pt --bars 64
-    python examples/generate.py --measure             steps a second and memory, beside softmax
+    python examples/generate.py --measure             steps a second and memory, against softmax
 
-The first bars of test songs are read at once, then each step costs the same however long the piece
-is: attention is linear, its state has one size. Chords that come, where the encoding is of them,
-are the song's own, from its first bar again after its last. Songs are Bach's chorales, or --data:
-an .npz (see benchmarks/corpus.py), or a folder of MIDI files. Everything goes into --out: of each
-piece a .mid and a .png, checkpoint.pt (Ctrl-C leaves it too; --model goes on from it), and of
---measure speed.jsonl and speed.png. --save keeps model and states in a file, from which --resume
-goes on as if nothing had happened.
+The model reads the first bars of each song in one call and then takes one sixteenth a step.
+Attention is linear, so the state keeps its size and a step costs the same in a piece of any length.
+If the positions are chords, they are those of the song; after its last bar they start again with
+its first.
+
+The songs are Bach's chorales. --data takes others: an .npz (see benchmarks/corpus.py) or a folder
+of MIDI files. The script writes everything into --out: a .mid and a .png for each piece, and
+checkpoint.pt, which Ctrl-C leaves too and --model continues from. --measure writes speed.jsonl and
+speed.png. --save writes model and states to a file. --resume continues from that file as if the run
+had never stopped.
 """
 
 from __future__ import annotations
@@ -42,42 +45,42 @@ from music.training import Budget, Trainer, restore
 import checks
 from corpus import BAR, Song
 
-# a picture has no more
+# length of a picture at most
 DRAWN_BARS = 64
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options."""
+    """Return the parsed options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/generate"))
-    parser.add_argument("--data", type=Path, help=".npz, folder of MIDI files; default chorales")
+    parser.add_argument("--data", type=Path, help=".npz or folder of MIDI files; default chorales")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="of training and sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed for training and sampling")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, help="checkpoint of a training for the task 'next'")
-    model.add_argument("--steps", type=int, default=Budget.steps, help="of training without one")
-    model.add_argument("--train-bars", type=int, help="of a window; default 16, of chorales 8")
-    model.add_argument("--overwrite", action="store_true", help="a checkpoint that is there")
+    model.add_argument("--model", type=Path, help="a checkpoint, trained for the task 'next'")
+    model.add_argument("--steps", type=int, default=Budget.steps, help="steps to train")
+    model.add_argument("--train-bars", type=int, help="bars of a window; default 16, chorales 8")
+    model.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
     add_model(model, ("linear", "softmax"), "rope")
     pieces = parser.add_argument_group("pieces")
-    pieces.add_argument("--song", type=int, default=0, help="the first one's, of the test songs")
+    pieces.add_argument("--song", type=int, default=0, help="test song of the first piece, from 0")
     pieces.add_argument(
-        "--prompt-bars", type=int, nargs="+", default=[4], help="of each piece, of a song each"
+        "--prompt-bars", type=int, nargs="+", default=[4], help="bars to read, for each piece"
     )
-    pieces.add_argument("--bars", type=int, default=28, help="to add")
-    pieces.add_argument("--temperature", type=float, default=0.75, help="0: by the threshold")
-    pieces.add_argument("--top-k", type=int, default=8, help="keys that may sound at once")
+    pieces.add_argument("--bars", type=int, default=28, help="bars to add")
+    pieces.add_argument("--temperature", type=float, default=0.75, help="0: all above threshold")
+    pieces.add_argument("--top-k", type=int, default=8, help="most keys that sound at once")
     pieces.add_argument("--save", type=Path, metavar="STATE")
     pieces.add_argument("--resume", type=Path, metavar="STATE")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--measure", action="store_true")
     measuring.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
-    measuring.add_argument("--seconds", type=float, default=20.0, help="for all repeats")
+    measuring.add_argument("--seconds", type=float, default=20.0, help="time for all repeats")
     args = parser.parse_args(argv)
     if args.resume and args.model:
-        parser.error("--model: --resume has a model")
+        parser.error("--model and --resume do not go together: a file of --save has its model")
     if args.train_bars is None:
         args.train_bars = default_bars(args.data)
     set_defaults(args, "rope")
@@ -85,9 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def trained(args: argparse.Namespace, songs: list[Song]) -> Trainer | None:
-    """Return a trained model, new or from a checkpoint that is first trained to its end.
+    """Return a trained model, or None after Ctrl-C.
 
-    None after Ctrl-C.
+    If --model names a checkpoint whose training is not complete, the training goes on first.
     """
     path = args.model or args.out / "checkpoint.pt"
     if args.model:
@@ -102,9 +105,9 @@ def trained(args: argparse.Namespace, songs: list[Song]) -> Trainer | None:
         trainer = Trainer(config, budget)
     decoding.check(trainer.config)
     if trainer.step < trainer.budget.steps:
-        print(f"trains on {len(songs)} songs")
+        print(f"training on {len(songs)} songs")
         if not trainer.train(windows_of(songs, trainer.config), path):
-            print(f"stopped at step {trainer.step}; go on with --model {path}")
+            print(f"stopped at step {trainer.step}; continue with --model {path}")
             return None
     return trainer
 
@@ -112,12 +115,12 @@ def trained(args: argparse.Namespace, songs: list[Song]) -> Trainer | None:
 def begin(
     args: argparse.Namespace, trainer: Trainer, songs: dict[str, list[Song]]
 ) -> tuple[decoding.Pieces, decoding.Sampler]:
-    """Return the prompts as read, and how keys are chosen."""
+    """Read the prompts; return the pieces and the sampler of their keys."""
     chosen = songs["test"][args.song :][: len(args.prompt_bars)] if args.song >= 0 else []
     if len(chosen) < len(args.prompt_bars):
         raise ValueError(
             f"songs {args.song} to {args.song + len(args.prompt_bars) - 1} must be of the "
-            f"{len(songs['test'])} test songs, which count from 0"
+            f"{len(songs['test'])} test songs, numbered from 0"
         )
     pieces = decoding.Pieces(trainer.model, chosen, args.prompt_bars)
     generator = torch.Generator().manual_seed(args.seed)
@@ -127,7 +130,7 @@ def begin(
 def save(
     path: Path, pieces: decoding.Pieces, sampler: decoding.Sampler, prompt_bars: list[int]
 ) -> None:
-    """Write what `resume` reads."""
+    """Write the file that `resume` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     more = {"threshold": sampler.threshold, "coins": sampler.generator.get_state()}
     torch.save(pieces.content() | more | {"prompt_bars": prompt_bars}, path)
@@ -136,10 +139,13 @@ def save(
 def resume(
     args: argparse.Namespace,
 ) -> tuple[decoding.Pieces, decoding.Sampler, list[int]]:
-    """Return pieces, coins and bars read as they were; temperature and top-k are the options'.
+    """Return the pieces, the sampler and the lengths of the prompts from a file of --save.
+
+    The sampler continues with the random numbers of the saved run. Its temperature and top-k come
+    from the options.
 
     Raises:
-        ValueError: there is no such file, or it is another one.
+        ValueError: the file does not exist, or --save did not write it.
     """
     if not args.resume.is_file():
         raise ValueError(f"state {args.resume} does not exist")
@@ -180,7 +186,7 @@ def write(pieces: decoding.Pieces, prompt_bars: list[int], out: Path) -> None:
 
 
 def play(args: argparse.Namespace) -> int:
-    """Go on with pieces, new or resumed; return the exit status."""
+    """Go on with new or resumed pieces; return the exit status."""
     if args.bars < 1:
         raise ValueError(f"bars must be 1 or more, got {args.bars}")
     if args.resume:
@@ -208,7 +214,7 @@ def play(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Write steps a second and bytes of state over the length, as lines and as a picture."""
+    """Measure steps a second and bytes of state at each length; write records and a picture."""
     if min(args.lengths) < 1:
         raise ValueError(f"lengths must be 1 or more, got {min(args.lengths)}")
     songs = load_songs(args.data)["test"]
@@ -223,7 +229,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Play or measure; return 1 if it could not be, 130 after Ctrl-C."""
+    """Play or measure; return the exit status, 1 after an error and 130 after Ctrl-C."""
     args = parse(argv)
     return guarded(measure if args.measure else play, args)
 

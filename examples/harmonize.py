@@ -1,15 +1,17 @@
-"""Harmonize melodies: a small causal Transformer hears a melody and plays the accompaniment to it.
+"""Train a small causal Transformer that hears a melody and plays an accompaniment to it.
 
     python examples/harmonize.py                 train, evaluate, generate: minutes on two cores
     python examples/harmonize.py train --pe rope --prior time --feature-map elu1 --out runs/rope
     python examples/harmonize.py evaluate --out runs/rope
     python examples/harmonize.py generate --out runs/rope --song 3 --play-bars 64
 
-Songs are Bach's chorales, or --data: an .npz (see benchmarks/corpus.py), or a folder of MIDI files.
-Everything goes into --out: checkpoint.pt, metrics.json, and of each generation a .mid and a .png.
-`train --resume`, with the options of before, goes on from the checkpoint, which Ctrl-C leaves too;
-evaluate and generate take the model's options from it. `generate --melody song.mid` harmonizes a
-melody of yours, under chords estimated from it.
+The songs are Bach's chorales. --data takes others: an .npz (see benchmarks/corpus.py) or a folder
+of MIDI files. The script writes everything into --out: checkpoint.pt, metrics.json, and a .mid and
+a .png for each generation.
+
+Ctrl-C leaves a checkpoint too. `train --resume` with the same options continues from it. The
+commands evaluate and generate read the model's options from the checkpoint.
+`generate --melody song.mid` harmonizes a melody of yours; it estimates the chords from the melody.
 """
 
 from __future__ import annotations
@@ -34,23 +36,23 @@ import checks
 from baselines import BASELINES
 from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
-# where Bach's chorales are kept once parsed, which takes a minute or two
+# parsing the chorales takes a minute or two, so this file keeps them
 CHORALES = Path("runs/chorales.npz")
-# more than the study's: enough to be listened to
+# more than in the study, so that the result is worth hearing
 STEPS = 1000
 CHECKPOINT = "checkpoint.pt"
 HELP = {
-    "steps": "updates",
+    "steps": "number of updates",
     "batch": "windows a step",
-    "bars": "of a window; default 16, of chorales 8",
-    "lr": "peak of the learning rate",
-    "position_lr": "times lr, for what encodings learn",
-    "seed": "of parameters, noise, windows and sampling",
+    "bars": "bars of a window; default 16, for chorales 8",
+    "lr": "peak learning rate",
+    "position_lr": "factor on lr for the parameters of encodings",
+    "seed": "seed for parameters, noise, windows and sampling",
 }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options."""
+    """Return the parsed options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,13 +62,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/harmonize"), help="folder; default %(default)s"
     )
-    parser.add_argument("--data", type=Path, help=".npz, folder of MIDI files; default chorales")
+    parser.add_argument("--data", type=Path, help=".npz or folder of MIDI files; default chorales")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     model = parser.add_argument_group("model, for train")
     add_model(model, ("linear", *BASELINES), "none")
-    model.add_argument("--chords", action="store_true", help="the chords are inputs too")
+    model.add_argument("--chords", action="store_true", help="give the chords as inputs too")
     model.add_argument(
-        "--labels", default="own", choices=("own", "another"), help="positions of another song"
+        "--labels", default="own", choices=("own", "another"), help="song that gives the positions"
     )
     training = parser.add_argument_group("training")
     defaults = {field.name: field.default for field in fields(Budget)}
@@ -76,20 +78,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         option, kind = f"--{name.replace('_', '-')}", type(defaults[name])
         training.add_argument(option, type=kind, default=default, help=text)
     again = training.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    again.add_argument("--overwrite", action="store_true", help="train anew, whatever is there")
+    again.add_argument("--resume", action="store_true", help="continue from the checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
     generation = parser.add_argument_group("generation")
-    generation.add_argument("--song", type=int, default=0, help="which of the test songs")
-    generation.add_argument("--melody", type=Path, help="a MIDI file instead")
-    generation.add_argument("--first-bar", type=int, default=0, help="of the song, from 0")
-    generation.add_argument("--play-bars", type=int, default=16, help="to be harmonized")
+    generation.add_argument("--song", type=int, default=0, help="number of a test song, from 0")
+    generation.add_argument("--melody", type=Path, help="a MIDI file, instead of a test song")
+    generation.add_argument("--first-bar", type=int, default=0, help="bar to begin with, from 0")
+    generation.add_argument("--play-bars", type=int, default=16, help="number of bars to harmonize")
     generation.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default: all above the threshold"
+        "--temperature", type=float, default=0.0, help="0 (default): all keys above the threshold"
     )
     args = parser.parse_args(argv)
     args.bars = default_bars(args.data) if args.bars is None else args.bars
     set_defaults(args, "none")
-    with contextlib.suppress(ValueError):  # of a prior that is none; Config says so
+    with contextlib.suppress(ValueError):  # an unknown prior, which Config refuses
         args.pe = variant(args.pe, args.prior)
     return args
 
@@ -98,9 +100,9 @@ def add_model(group: argparse._ArgumentGroup, attentions: Sequence[str], otherwi
     """Add the options of a model.
 
     Args:
-        group: Of a parser.
-        attentions: That may be chosen.
-        otherwise: The encoding by default of those that are not linear.
+        group: Group of options that gets them.
+        attentions: Names that --attention accepts.
+        otherwise: Default encoding for attention that is not linear.
     """
     group.add_argument(
         "--attention",
@@ -125,7 +127,7 @@ def add_model(group: argparse._ArgumentGroup, attentions: Sequence[str], otherwi
 
 
 def set_defaults(args: argparse.Namespace, otherwise: str) -> None:
-    """Fill in the encoding and the prior where they were not given; `otherwise` as `add_model`."""
+    """Set the encoding and the prior if they are missing; `otherwise` is as in `add_model`."""
     if args.pe is None:
         args.pe = Config.pe if args.attention == "linear" else otherwise
     if args.prior is None:
@@ -133,18 +135,18 @@ def set_defaults(args: argparse.Namespace, otherwise: str) -> None:
 
 
 def default_prior(attention: str, pe: str) -> str:
-    """Return the default with what is for structure, else time."""
+    """Return the default prior: structure for models that are made for it, else time."""
     of_structure = takes_labels(attention) or pe.startswith(("fstripe", "sape", "ropepool"))
     return Config.prior if of_structure else "time"
 
 
 def default_bars(path: Path | None) -> int:
-    """Return the bars of a window: most chorales have fewer than 16."""
+    """Return the length of a window in bars: 8 for chorales, as most have fewer than 16 bars."""
     return Budget.bars if path else 8
 
 
 def load_songs(path: Path | None) -> dict[str, list[Song]]:
-    """Return the songs to train on and those to test on, each with notes to be said."""
+    """Return the training songs and the test songs, without songs that have no notes."""
     songs = [song for song in sources.songs(path, CHORALES) if len(song.notes)]
     tested = "test" if any(song.split == "test" for song in songs) else "val"
     return {
@@ -154,7 +156,7 @@ def load_songs(path: Path | None) -> dict[str, list[Song]]:
 
 
 def windows_of(songs: list[Song], config: Config) -> Windows:
-    """Return the windows of songs that a model is for."""
+    """Return windows of the songs, as the model needs them."""
     return Windows(songs, config.task, config.prior, chords=config.chords, labels=config.labels)
 
 
@@ -164,7 +166,7 @@ def name_of(path: Path | None) -> str:
 
 
 def prepare(args: argparse.Namespace) -> Trainer:
-    """Return the training of the options, from its beginning or from its checkpoint."""
+    """Return the trainer that the options describe, new or resumed from its checkpoint."""
     made = [
         {field.name: getattr(args, field.name) for field in fields(kind) if field.name in args}
         for kind in (Config, Budget)
@@ -180,20 +182,20 @@ def prepare(args: argparse.Namespace) -> Trainer:
 
 
 def train(trainer: Trainer, songs: list[Song], out: Path) -> bool:
-    """Train to the end of the budget; return whether it was reached."""
+    """Train, and return whether the training reached the end of its budget."""
     config, count = trainer.config, sum(p.numel() for p in trainer.model.parameters())
     print(f"attention {config.attention}, pe {config.pe}, prior {config.prior}")
     if config.prior != "time" and not trainer.model.positioned:
-        print("this model is given no positions: the prior has no effect")
+        print("this model takes no positions, so the prior has no effect")
     print(f"{len(songs)} songs of {trainer.budget.data}, {count} parameters")
     if trainer.train(windows_of(songs, config), out / CHECKPOINT):
         return True
-    print(f"stopped at step {trainer.step}; go on with train --resume")
+    print(f"stopped at step {trainer.step}; continue with train --resume")
     return False
 
 
 def finished(path: Path, data: Path | None) -> Trainer:
-    """Return the training of a checkpoint, which has come to its end."""
+    """Return the trainer of a checkpoint whose training is complete."""
     trainer = restore(path)
     if trainer.threshold is None:
         raise ValueError(
@@ -205,7 +207,7 @@ def finished(path: Path, data: Path | None) -> Trainer:
 
 
 def evaluate(trainer: Trainer, songs: list[Song], out: Path) -> None:
-    """Write metrics.json, of windows as long as those trained on and of four times as long."""
+    """Write metrics.json, for windows as long as in training and four times as long."""
     windows, bars = windows_of(songs, trainer.config), trainer.budget.bars
     found: dict = {"config": asdict(trainer.config), "budget": asdict(trainer.budget)}
     found |= {"step": trainer.step, "threshold": trainer.threshold, "bars": {}}
@@ -225,10 +227,10 @@ def evaluate(trainer: Trainer, songs: list[Song], out: Path) -> None:
 
 
 def generate(args: argparse.Namespace, trainer: Trainer, tests: list[Song]) -> None:
-    """Write what the model plays to a melody it has not seen, as MIDI and as a picture."""
+    """Write the model's accompaniment to an unseen melody, as MIDI and as a picture."""
     if args.melody:
         if trainer.config.labels == "another":
-            raise ValueError("melody must not be given to a model of another song's labels")
+            raise ValueError("melody must not be given to a model trained with --labels another")
         tests, args.song = [midi.read(args.melody, accompanied=False)], 0
     if not 0 <= args.song < len(tests):
         raise ValueError(f"song must be 0 to {len(tests) - 1}, got {args.song}")
@@ -261,7 +263,7 @@ def generate(args: argparse.Namespace, trainer: Trainer, tests: list[Song]) -> N
 
 
 def widened(keys: torch.Tensor) -> np.ndarray:
-    """Return a roll of all MIDI pitches, bool [T, 128], of one of the piano's keys [T, 88]."""
+    """Return a roll of all MIDI pitches, bool [T, 128], from one of piano keys, [T, 88]."""
     roll = np.zeros((len(keys), PITCHES), dtype=bool)
     roll[:, LOWEST : LOWEST + KEYS] = keys.numpy()
     return roll
@@ -272,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
     trained = args.command in ("all", "train")
     trainer = prepare(args) if trained else finished(args.out / CHECKPOINT, args.data)
     if args.command == "generate" and args.melody:
-        # no other songs are needed, which may have to be parsed first
+        # do not load the songs: parsing them may take minutes
         generate(args, trainer, [])
         return 0
     songs = load_songs(args.data)
@@ -286,7 +288,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Return the exit status of a program: 1 with a line for what is wrong, 130 after Ctrl-C."""
+    """Run a program; return 1 after an error, which it prints, and 130 after Ctrl-C."""
     try:
         if args.threads < 1:
             raise ValueError(f"threads must be 1 or more, got {args.threads}")

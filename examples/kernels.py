@@ -1,19 +1,24 @@
-"""Draw content kernel x context kernel of each encoding on a piece of music.
+"""Draw the content kernel and the context kernel of each encoding on a piece of music.
 
     python examples/kernels.py [--bars 12] [--data file.npz --song 3] [--out docs/kernels.png]
 
-In all of these encodings the score of a query at m and a key at n is a sum over components d of
-F(q_md, k_nd) G_d(s_m, s_n): what is there (content, input) times where it is (context, prior;
-arXiv 2504.05364, Prop. 1). F is the product q_md k_nd; pairs and pooled features have products of
-two components too. G depends on positions alone, which may be time or musical structure:
+In these encodings the score of a query at m and a key at n is a sum over components d of
+F(q_md, k_nd) G_d(s_m, s_n). F depends on the content alone and is the product q_md k_nd. G depends
+on the context alone: the positions (arXiv 2504.05364, Prop. 1). Pairs and pooled features also have
+products of two components. Positions are time or musical structure:
 
-* TIME: sixteenths; REP: chords, numbered as they appear; KEY: degrees of the key; BIN: the pitch
-  classes of the chord, a vector of 12.
+* TIME: sixteenths
+* REP: chords, numbered as they appear
+* KEY: degrees of the key
+* BIN: the pitch classes of the chord, a vector of 12
 
-One row for each: G where content is the same everywhere, 1^T C 1 / D, in closed form, and beside it
-the estimate from features, as the attention computes it. The fifth row has the notes as content,
-q^T C k / D. Below, one encoding comes apart: content x context = score, of one component; then the
-sum over components. Noise is drawn once, R = 64; where there is none the features are exact.
+The picture has a row for each. Its left squares show G in closed form for the same content
+everywhere, 1^T C 1 / D. Its right squares show the estimate from features, which the attention
+computes. The fifth row has the notes as content, q^T C k / D. Noise is drawn once with R = 64;
+features without noise are exact.
+
+The last row splits one encoding: content x context = score for one component, and then the sum over
+all components.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ ENCODINGS = {
     "RoPEPool": lambda levels: fastpe.RoPEPool(HEAD_DIM, 1, num_levels=levels),
     "F-StrIPE unpooled": lambda levels: _stripe(levels, pool=False),
     "F-StrIPE pooled": lambda levels: _stripe(levels),
-    # of positions in time it is SineSPE without a gate
+    # with time as positions this is SineSPE without a gate
     "SineSPE / F-StrIPE:SFF": lambda levels: _stripe(levels, num_realizations=REALIZATIONS),
 }
 APART = "F-StrIPE unpooled"
@@ -59,18 +64,18 @@ def _stripe(levels: int, **options: object) -> fastpe.FStripe:
 
 @dataclass(frozen=True)
 class Content:
-    """Queries and keys of one head, [T, D] float64, made from the notes."""
+    """Queries and keys of one head, [T, D] float64, from the notes."""
 
     q: Tensor
     k: Tensor
 
 
 def make(name: str, levels: int) -> fastpe.PositionalEncoding:
-    """Return an encoding as it may be after training, with periods of some positions."""
+    """Return an encoding with periods of a few positions, as training might leave it."""
     encoding = ENCODINGS[name](levels)
     with torch.no_grad():
         if hasattr(encoding, "freqs"):
-            # of numbers a turn in about 11, of pitch classes in 4
+            # one turn in about 11 steps for numbers, in 4 for pitch classes
             encoding.freqs.normal_(-1.5 if levels == 1 else 0.0, 0.7)
         elif levels > 1:
             # at first all levels have the same frequency
@@ -79,13 +84,13 @@ def make(name: str, levels: int) -> fastpe.PositionalEncoding:
 
 
 def positions_of(piece: pieces.Piece) -> dict[str, Tensor]:
-    """Return positions by prior, float64 [T], of BIN [T, 12]."""
+    """Return the positions of each prior, float64 [T], or [T, 12] for BIN."""
     labels = (piece.time, piece.chord, piece.key, piece.chroma)
     return {prior: torch.as_tensor(x).double() for prior, x in zip(PRIORS, labels, strict=True)}
 
 
 def content_of(piece: pieces.Piece) -> Content:
-    """Return what the notes are embedded as: keys are queries, so that like sees like."""
+    """Return embedded notes. Keys equal queries, so equal notes see each other."""
     q, _, _ = pieces.embed(piece, 1, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
     return Content(q[0, :, 0], q[0, :, 0])
 
@@ -107,7 +112,7 @@ def scores(encoding: fastpe.PositionalEncoding, positions: Tensor, content: Cont
 def scores_from_features(
     encoding: fastpe.PositionalEncoding, positions: Tensor, content: Content
 ) -> Tensor:
-    """Return the same from the features of queries and keys, [T, T]."""
+    """Return the estimate of `scores` from the features of queries and keys, [T, T]."""
     at = positions.reshape(1, len(positions), -1)
     q, k = (
         encoding.features(x[None, :, None], at, side)[0, :, 0]
@@ -117,12 +122,12 @@ def scores_from_features(
 
 
 def relative_error(estimate: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference over that of what is exact."""
+    """Return the norm of the difference, divided by the norm of the exact values."""
     return ((estimate - exact).norm() / exact.norm()).item()
 
 
 def show(axis: Axes, values: Tensor, limit: float, title: str = "") -> None:
-    """Draw a matrix; red is negative, white 0, blue positive, from `limit` on as dark."""
+    """Draw a matrix: red is negative, white 0, blue positive, darkest from `limit` on."""
     colors = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
     axis.imshow(values.numpy(), interpolation="antialiased", **colors)
     axis.set(xticks=[], yticks=[])
@@ -130,12 +135,15 @@ def show(axis: Axes, values: Tensor, limit: float, title: str = "") -> None:
 
 
 def limit_of(values: Tensor) -> float:
-    """Return what all but the hundredth part is below; a diagonal would leave the rest pale."""
+    """Return the 99 % quantile of the absolute values.
+
+    The maximum often belongs to the diagonal and would make the rest pale.
+    """
     return values.abs().quantile(0.99).item()
 
 
 def draw_contexts(figure: SubFigure, piece: pieces.Piece) -> None:
-    """Draw closed form and estimate, a row for each prior and a last one with content."""
+    """Draw closed form and estimate: a row for each prior, and one with notes as content."""
     positions, notes = positions_of(piece), content_of(piece)
     ones = torch.ones(len(piece), HEAD_DIM, dtype=torch.float64)
     rows = {f"{prior}\n{what}": (prior, Content(ones, ones)) for prior, what in PRIORS.items()}
@@ -159,7 +167,10 @@ def draw_contexts(figure: SubFigure, piece: pieces.Piece) -> None:
 
 
 def draw_product(figure: SubFigure, piece: pieces.Piece) -> None:
-    """Draw content x context = product, of the component with the widest context, and the sum."""
+    """Draw content x context = score for one component, then the sum over components.
+
+    The component is the one whose context varies most.
+    """
     at, content = positions_of(piece)["BIN"], content_of(piece)
     with torch.no_grad():
         encoding = make(APART, 12)
@@ -188,10 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bars", type=int, default=12)
-    parser.add_argument("--data", type=Path, help=".npz file of music, default the prelude")
-    parser.add_argument("--song", type=int, default=0, help="which song of the file")
-    parser.add_argument("--seed", type=int, default=0, help="of frequencies and noise")
-    parser.add_argument("--out", type=Path, default=Path("docs/kernels.png"), help=".png")
+    parser.add_argument("--data", type=Path, help=".npz file of songs, default the prelude")
+    parser.add_argument("--song", type=int, default=0, help="song of the file, from 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed for frequencies and noise")
+    parser.add_argument("--out", type=Path, default=Path("docs/kernels.png"), help="output, a .png")
     args = parser.parse_args(arguments)
     torch.manual_seed(args.seed)
     try:
@@ -210,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=80)
-    # in a palette of 256 colours, which takes a third of the bytes
+    # a palette of 256 colours takes a third of the bytes
     Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE).save(args.out)
     print(f"wrote {args.out}")
 

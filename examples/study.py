@@ -1,12 +1,13 @@
-"""Which encoding with which structure? A grid of small trainings on one budget, over seeds.
+"""Compare encodings and structures: train many small models on one budget, with several seeds.
 
     python examples/study.py                         on Bach's chorales
     python examples/study.py --data pop909_dev.npz --jobs 2
-    python examples/study.py --rows none fstripe-bin --steps 30 --seeds 0      a trial
+    python examples/study.py --rows none fstripe-bin --steps 30 --seeds 0      a short trial
 
-Writes study.jsonl, one line a training (those found there are not repeated, so that a study that
-was cut off goes on), study.md with means over seeds and differences seed by seed, and study.png.
-NLL is nats a sixteenth of the accompaniment's keys, on songs not trained on.
+The script writes three files: study.jsonl with one line for each training, study.md with means over
+the seeds and differences seed by seed, and study.png. If you interrupt it and start it again, it
+runs only the trainings that study.jsonl does not have yet. NLL is nats a sixteenth for the
+accompaniment's keys, on songs that were not trained on.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def run(name: str, budget: Budget, data: Path | None) -> dict:
 
 
 def read(file: Path, budget: Budget) -> dict[tuple[str, int], dict]:
-    """Return the records of a budget, whatever its seed, and of rows as they are now.
+    """Return the records with this budget, any seed, and the present configuration of their row.
 
-    A line that is no record, as one that was cut off, is skipped with its reason.
+    A line that is no record is skipped, and the reason printed.
     """
     records, skipped = checks.json_lines(file, findings.check) if file.exists() else ([], [])
     for line in skipped:
@@ -73,11 +74,11 @@ def read(file: Path, budget: Budget) -> dict[tuple[str, int], dict]:
 
 
 def train(args: argparse.Namespace, file: Path, budget: Budget) -> tuple[list[dict], bool]:
-    """Run and write what is not in the file.
+    """Run the trainings that the file does not have, and append their records.
 
     Returns:
-        records: All of the budget, of the file and new.
-        good: Whether all trainings came to an end.
+        records: All records of the budget, old and new.
+        good: Whether all trainings succeeded.
     """
     done, good = read(file, budget), True
     if file.exists() and not file.read_bytes().endswith(b"\n"):
@@ -110,8 +111,8 @@ def train(args: argparse.Namespace, file: Path, budget: Budget) -> tuple[list[di
 
 
 def study(args: argparse.Namespace) -> int:
-    """Train what is missing and tell what was found; return the exit status."""
-    load_songs(args.data)  # the chorales are parsed once, and errors are one line
+    """Run the missing trainings and report the results; return the exit status."""
+    load_songs(args.data)  # parse the chorales once, and show an error as one line
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "study.jsonl"
     budget = Budget(steps=args.steps, data=name_of(args.data), bars=default_bars(args.data))
@@ -130,18 +131,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="as in harmonize.py; default chorales")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder")
+    parser.add_argument("--data", type=Path, help=".npz or folder of MIDI files; default chorales")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="output folder")
     parser.add_argument(
         "--rows",
         nargs="+",
         choices=ROWS,
         metavar="ROW",
         default=list(ROWS),
-        help=f"of {', '.join(ROWS)}",
+        help=f"some of {', '.join(ROWS)}; default all",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="their numbers")
-    parser.add_argument("--steps", type=int, default=Budget.steps, help="of each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--steps", type=int, default=Budget.steps, help="steps of each training")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
     args = parser.parse_args(argv)
     args.threads = 1

@@ -99,7 +99,7 @@ def _anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_exist(page):
-    text = re.sub(r"https?://\S+", "", page.read_text())
+    text = re.sub(r"https?://[^\s)]+", "", page.read_text())
     for target in re.findall(r"\]\(([^)]+)\)", text):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
