@@ -159,7 +159,8 @@ class CausalDot(torch.autograd.Function):
         *inputs, o, den = ctx.saved_tensors
         if grad_o is None:
             grad_o = torch.zeros_like(o)
-        if ctx.needs_input_grad[6] and ctx.options.relative and grad_s is grad_z is inputs[3] is None:
+        alone = grad_s is None and grad_z is None and inputs[3] is None
+        if alone and ctx.needs_input_grad[6] and ctx.options.relative:
             inputs[5] = inputs[5] - inputs[5][:, :1]
         args = (grad_o, grad_s, grad_z, *inputs, *ctx.options, o, den)
         return *_first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None, None
