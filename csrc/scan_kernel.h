@@ -120,9 +120,10 @@ struct ScanKernel {
 
   FASTPE_DEVICE void add_to_state(int at, S x) {
     const S before = state_[at];
-    if constexpr (kCompensated<T>) x += widen(lost_[at]);
+    const bool compensated = kCompensated<T> && plan_.compensated;
+    if (compensated) x += widen(lost_[at]);
     const S total = before + x;
-    if constexpr (kCompensated<T>) lost_[at] = narrow<Lost>(x - (total - before));
+    if (compensated) lost_[at] = narrow<Lost>(float(x - (total - before)));
     state_[at] = total;
   }
 
@@ -324,7 +325,7 @@ struct ScanKernel {
     block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
       const int64_t at = s ? state_at(head, i, j) : -1;
       state_[i * plan_.ld_state + j] = at < 0 ? S(0) : s[at];
-      if (kCompensated<T>) lost_[i * plan_.ld_state + j] = {0};
+      if (kCompensated<T> && plan_.compensated) lost_[i * plan_.ld_state + j] = {0};
     });
     block_.each(plan_.norm, [&](int j) {
       const int64_t at = z ? norm_at(head, j) : -1;

@@ -18,11 +18,13 @@ struct ScanPlan {
   int ld_inner, ld_outer, ld_weights, ld_state, ld_norm;
   int a, b, c, weights, state, lost, out, sums, base, running, parts, by_row, turn;
   int bytes;
+  bool compensated;
 };
 
 // of this length of chunks and this many outer columns; `outer` is cut to what there is
 template <class T, Role role>
-ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer) {
+ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer,
+                   bool compensated = kCompensated<T>) {
   using S = typename Types<T>::S;
   using Operand = typename Types<T>::Operand;
   constexpr bool along_features = role == kForward || role == kGradV;
@@ -48,7 +50,8 @@ ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer) {
   p.c = memory.take(p.rows * p.ld_outer, sizeof(Operand));
   p.weights = memory.take(p.rows * p.ld_weights, sizeof(Operand));
   p.state = memory.take(p.inner * p.ld_state, sizeof(S));
-  p.lost = memory.take(kCompensated<T> ? p.inner * p.ld_state : 0, sizeof(Lost));
+  p.compensated = compensated;
+  p.lost = memory.take(compensated ? p.inner * p.ld_state : 0, sizeof(Lost));
   p.out = memory.take(role == kGradQ || role == kGradK ? p.rows * p.ld_state : 0, sizeof(S));
   p.sums = memory.take(p.norm ? p.rows * p.ld_norm : 0, sizeof(S));
   p.base = memory.take(p.norm ? p.rows / 8 * p.ld_norm : 0, sizeof(S));
