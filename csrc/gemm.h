@@ -97,6 +97,13 @@ FASTPE_HD void put_compensated(const Vec<S> (&acc)[kRows][kVectors], const Sum<S
 template <class S, int kRows, int kVectors>
 void tile(const Product<S> *p, int count, int64_t row, int64_t column, const Sum<S> &out) {
   Vec<S> acc[kRows][kVectors];
+  // what lies in the second-level cache: this tile's totals, and what the tile below it lost
+  if (out.lost)
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; j += kVectors > 1 ? kVectors - 1 : 1) {
+        __builtin_prefetch(out.data + i * out.ld + j * kLanes<S>);
+        __builtin_prefetch(out.lost + (kRows + i) * out.ld + j * kLanes<S>);
+      }
   const S *first = out.lost ? out.lost : out.add ? out.data : nullptr;
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i)
