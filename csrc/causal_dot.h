@@ -28,7 +28,8 @@ class Scan {
   // heads that take turns: their states should stay in the second-level cache
   static int64_t heads_at_once(const FastpeCausalDot &args) {
     const int64_t features = args.pool ? args.W : args.D;
-    const int64_t fit = (int64_t(512) << 10) / int64_t(sizeof(S)) / larger<int64_t>(features * args.E, 1);
+    const int64_t each = 2 * larger<int64_t>(features * args.E, 1) * int64_t(sizeof(S));
+    const int64_t fit = (int64_t(512) << 10) / each;
     const int64_t share = (args.S * args.H + args.threads - 1) / larger<int64_t>(args.threads, 1);
     return larger<int64_t>(1, smaller(smaller<int64_t>(kHeads, fit), smaller(share, args.H)));
   }
@@ -54,7 +55,7 @@ class Scan {
         state_transposed_(args.grad_o.data ? state_size() : 1),
         // a range may be empty, which is no step
         states_(stepping(args.T) && !args.ranges && args.Hs == args.H ? 1
-                                                                      : at_once_ * state_size()),
+                                                                      : 2 * at_once_ * state_size()),
         norm_a_(map_.split() ? lc_ * ld_ : 1),
         norm_b_(map_.split() ? lc_ * ld_ : 1),
         rotation_(map_.rotates() ? 2 * chunk_ * ld_ : 1),
@@ -98,7 +99,7 @@ class Scan {
     for (int64_t i = 0; i < count_; ++i) {
       Head &x = heads_[i];
       x.enter(args_, sequence, begin + i);
-      x.state = states_ + i * state_size();
+      x.state = states_ + 2 * i * state_size(), x.lost = x.state + state_size();
       x.running = sums_ + 2 * i * ld_, x.compensation = x.running + ld_;
       x.inverse = by_token_ + 2 * i * args_.T, x.delta = x.inverse + args_.T;
       x.grad_freq = grad_freq_ + i * args_.W * args_.L;
@@ -163,7 +164,8 @@ class Scan {
         const Product<S> scores = {inner, a_, ld_, 1, b_transposed_, lc_};
         multiply_tiles(scores, c_, heads_[i].state, n, padded<S>(outer), out_, fetch);
         Product<S> update = {n, b_transposed_, lc_, 1, c_, ld_};
-        multiply<S>(inner, padded<S>(outer), &update, 1, true, heads_[i].state, padded<S>(outer));
+        multiply<S>(inner, padded<S>(outer), &update, 1,
+                    {heads_[i].state, padded<S>(outer), true, heads_[i].lost});
         finish<role>(heads_[i], n);
       }
     }
@@ -190,15 +192,13 @@ class Scan {
   void multiply_tiles(const Product<S> &scores, const S *c, const S *state, int64_t n,
                       int64_t columns, S *out, Fetch fetch) {
     for (int64_t i = 0; i < n; i += kTileRows) {
-      const int64_t count = smaller<int64_t>(kTileRows, n - i), seen = i + count;
+      const int64_t count = smaller<int64_t>(kTileRows, n - i);
       S *weights = weights_ + i * lc_;
-      few_rows<S>(count, &scores, 1, i, 0, padded<S>(seen), false, weights, lc_);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t j = i + r + 1; j < seen; ++j) weights[r * lc_ + j] = 0;
+      few_rows<S>(count, &scores, 1, i, 0, padded<S>(i + count), {weights, lc_});
       // inside the chunk, and through the state before it
-      const Product<S> terms[] = {{seen, weights, lc_, 1, c, ld_},
+      const Product<S> terms[] = {{i, weights, lc_, 1, c, ld_, true},
                                   {scores.depth, scores.a + i * ld_, ld_, 1, state, columns}};
-      few_rows<S>(count, terms, 2, 0, 0, columns, false, out + i * ld_, ld_);
+      few_rows<S>(count, terms, 2, 0, 0, columns, {out + i * ld_, ld_});
       for (int64_t r = 0; r < count; ++r) fetch(i + r);
     }
   }
@@ -295,18 +295,12 @@ class Scan {
 
   // sums [n] of the normaliser's features up to each token, in place; the running sum goes on
   void accumulate_norm(const Head &head, int64_t n, S *features, const S *weight) const {
-    for (int64_t j = 0; j < norm_width(); j += kLanes<S>) {
-      Vec<S> before = load(head.running + j), inside = {};
-      for (int64_t i = 0; i < n; ++i) {
-        S *x = features + i * ld_ + j;
-        inside += weight ? load(x) * weight[begin_ + i * step_] : load(x);
-        store(x, before + inside);
-      }
-      // compensated (Kahan): a sum over a million tokens keeps its last digits
-      inside -= load(head.compensation + j);
-      Vec<S> total = before + inside, kept = total - before;
-      store(head.compensation + j, kept - inside), store(head.running + j, total);
-    }
+    const S *first = weight ? weight + begin_ : nullptr;
+    int64_t j = 0;
+    for (; j + 4 * kLanes<S> <= norm_width(); j += 4 * kLanes<S>)
+      running_sums<S, 4>(features + j, ld_, n, first, step_, head.running + j, head.compensation + j);
+    for (; j < norm_width(); j += kLanes<S>)
+      running_sums<S, 1>(features + j, ld_, n, first, step_, head.running + j, head.compensation + j);
   }
 
   template <Role role>
@@ -361,7 +355,7 @@ class Scan {
   void get_state(const Head &head, const void *s, const void *z, bool wanted, int64_t rows,
                  int64_t columns, bool transposed) {
     const int64_t ld = padded<S>(columns);
-    memset((void *)head.state, 0, sizeof(S) * size_t(state_size()));
+    memset((void *)head.state, 0, sizeof(S) * size_t(2 * state_size()));
     memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
     if (!wanted) return;
     const S *x = (const S *)s + head.state_index * rows * columns;

@@ -75,7 +75,7 @@ class CodedSines {
                               {k, row_sin + d * k, at_.ldk, 1, z + width_, 2 * width_},
                               {1, at_.gate + d, 0, 0, z + 2 * k * width_, 0}};
         const int count = gated && args_.gate ? 3 : 2;
-        multiply<S>(n, width_, terms, count, false, code + d * width_, stride);
+        multiply<S>(n, width_, terms, count, {code + d * width_, stride});
       } else {
         for (int64_t p = 0; p < n; ++p) {
           S *row = code + p * stride + d * width_;
@@ -114,7 +114,7 @@ class CodedSines {
         at_.read_x(b, t, x_ + n * at_.ldx);
       });
       Product<S> product = {args_.D, x_, at_.ldx, 1, code_ + p * at_.ldx * width_, width_};
-      multiply<S>(end - i, width_, &product, 1, false, y_, width_);
+      multiply<S>(end - i, width_, &product, 1, {y_, width_});
       at_.tokens(u, i, end,
              [&](int64_t n, int64_t b, int64_t t) { write_features(b, t, y_ + n * width_); });
     }
@@ -170,7 +170,7 @@ class CodedSines {
       if (args_.grad_x.data) {
         if (many) {
           Product<S> product = {width_, y_, width_, 1, code_transposed_, at_.ldx};
-          multiply<S>(n, at_.ldx, &product, 1, false, grad_x_, at_.ldx);
+          multiply<S>(n, at_.ldx, &product, 1, {grad_x_, at_.ldx});
         } else {
           for (int64_t k = 0; k < n; ++k)
             for (int64_t d = 0; d < args_.D; ++d)
@@ -182,14 +182,14 @@ class CodedSines {
       }
       if (parameters_) {
         Product<S> product = {n, x_, 1, at_.ldx, y_, width_};
-        multiply<S>(args_.D, width_, &product, 1, true, code_grad_ + p * at_.ldx * width_, width_);
+        multiply<S>(args_.D, width_, &product, 1, {code_grad_ + p * at_.ldx * width_, width_, true});
       }
       if (args_.grad_positions) {
         for (int64_t l = 0; l < args_.L; ++l) {
           make_slopes(p, l);
           make_codes(1, slope_cos_, slope_sin_, false, slope_code_);
           Product<S> product = {args_.D, x_, at_.ldx, 1, slope_code_, width_};
-          multiply<S>(n, width_, &product, 1, false, projected_, width_);
+          multiply<S>(n, width_, &product, 1, {projected_, width_});
           at_.tokens(u, i, end, [&](int64_t k, int64_t b, int64_t t) {
             at_.grad_position(b, t, l) = double(dot(projected_ + k * width_, y_ + k * width_));
           });
@@ -239,7 +239,7 @@ class CodedSines {
       if (args_.noise) {
         const S *z = by_row_ + (h_ * args_.D + d) * args_.R * 2 * at_.kp;
         Product<S> product = {args_.R, rows, ld, 1, z, 2 * at_.kp};
-        multiply<S>(n, 2 * at_.kp, &product, 1, false, by_sine_, 2 * at_.kp);
+        multiply<S>(n, 2 * at_.kp, &product, 1, {by_sine_, 2 * at_.kp});
         rows = by_sine_, ld = 2 * at_.kp;
       }
       if (args_.gate)

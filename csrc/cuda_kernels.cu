@@ -23,8 +23,11 @@ ScanPlan plan(const FastpeCausalDot &args) {
     p = scan_plan<T, role>(args, choice[0], choice[1]);
     if (p.bytes <= kShared) break;
   }
+  // the widest heads leave no room for what sums lose
+  const bool compensated = p.compensated && p.bytes <= kShared;
+  if (p.compensated != compensated) p = scan_plan<T, role>(args, p.chunk, p.outer, false);
   while (p.outer > kTile && args.S * args.H * p.blocks < kFill)
-    p = scan_plan<T, role>(args, p.rows, tiled(p.outer / 2));
+    p = scan_plan<T, role>(args, p.rows, tiled(p.outer / 2), compensated);
   return p;
 }
 

@@ -60,7 +60,7 @@ struct Identity {
 struct Elu1 {
   template <class S, class V, class Exp>
   static FASTPE_HD V value(V x, Exp exp) {
-    return x > S(0) ? x + S(1) : exp(x > S(0) ? V{} : x);
+    return x > S(0) ? x + S(1) : exp(x);
   }
   template <class S, class V>
   static FASTPE_HD V slope(V x, V value) {

@@ -84,7 +84,7 @@ class ProjectedSines {
         terms[count++] = {k, at_.row_sines + d * k, at_.ldk, 1, z + width_, 2 * width_};
         if (args_.gate) terms[count++] = {1, x_ + d, at_.ldx, 1, z + 2 * k * width_, 0};
       }
-      multiply<S>(n, width_, terms, count, false, sum_, width_);
+      multiply<S>(n, width_, terms, count, {sum_, width_});
       for (int64_t i = 0; i < n * width_; i += kLanes<S>)
         store(y_ + i, load(y_ + i) + load(sum_ + i));
     }
@@ -97,7 +97,7 @@ class ProjectedSines {
   void backward(int64_t u, int64_t n, double *partial) {
     const int64_t k = args_.K;
     Product<S> product = {args_.R, y_, width_, 1, by_row_ + h_ * args_.R * ldj_, ldj_};
-    multiply<S>(n, ldj_, &product, 1, false, u_, ldj_);
+    multiply<S>(n, ldj_, &product, 1, {u_, ldj_});
     memset((void *)(S *)sums_, 0, sizeof(S) * size_t((2 + args_.L) * at_.ldk));
     for (int64_t p = 0; p < n; ++p) {
       const S *x = x_ + p * at_.ldx, *by_cos = u_ + p * ldj_, *by_sin = by_cos + at_.dk;

@@ -21,7 +21,7 @@ struct ScanHead {
   int64_t h, index, state_index, first;
   bool owner;  // the first of those that share the state
   Rows<S> q, k, v, o, grad_o, grad_q, grad_k, grad_v;
-  S *state, *running, *compensation, *inverse, *delta;
+  S *state, *lost, *running, *compensation, *inverse, *delta;
   double *grad_freq;
 
   void enter(const FastpeCausalDot &args, const Sequence &at, int64_t h_) {

@@ -11,58 +11,10 @@
 // not depend on one another, so that however many there are, the bits are the same.
 #pragma once
 #include "normalizer.h"
-#include "pairs.h"
+#include "scan_plan.h"
 
 namespace fastpe {
 namespace {
-
-enum Role { kForward, kGradQ, kGradK, kGradV };
-
-struct ScanPlan {
-  int chunk, rows, inner, outer, norm, turns, blocks;
-  int ld_inner, ld_outer, ld_weights, ld_state, ld_norm;
-  int a, b, c, weights, state, out, sums, base, running, parts, by_row, turn;
-  int bytes;
-};
-
-// of this length of chunks and this many outer columns; `outer` is cut to what there is
-template <class T, Role role>
-ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer) {
-  using S = typename Types<T>::S;
-  using Operand = typename Types<T>::Operand;
-  constexpr bool along_features = role == kForward || role == kGradV;
-  const PairMap<S> map(args);
-  const int64_t width = along_features ? args.E : map.width();
-  ScanPlan p = {};
-  p.chunk = chunk;  // whatever T: a packed sequence then has the bits that it has alone
-  if (args.chunk > 0) p.chunk = int(smaller(p.chunk, args.chunk));
-  p.rows = tiled(p.chunk);
-  p.inner = tiled(along_features ? map.width() : args.E);
-  p.outer = int(smaller(outer, tiled(width)));
-  p.blocks = int(parts_of(width, p.outer));
-  if (args.normalize != FASTPE_NORM_NONE && role != kGradV)
-    p.norm = (role == kForward ? p.inner : p.outer) / map.stride() * map.norm_stride();
-  if (map.rotates())
-    p.turns = int(smaller((along_features ? p.inner : p.outer) / map.stride(), args.W));
-  p.ld_inner = row_length<Operand>(p.inner), p.ld_outer = row_length<Operand>(p.outer);
-  p.ld_weights = row_length<Operand>(p.rows), p.ld_state = row_length<S>(p.outer);
-  p.ld_norm = row_length<S>(p.norm);
-  Layout memory;
-  p.a = memory.take(p.rows * p.ld_inner, sizeof(Operand));
-  p.b = memory.take(p.rows * p.ld_inner, sizeof(Operand));
-  p.c = memory.take(p.rows * p.ld_outer, sizeof(Operand));
-  p.weights = memory.take(p.rows * p.ld_weights, sizeof(Operand));
-  p.state = memory.take(p.inner * p.ld_state, sizeof(S));
-  p.out = memory.take(role == kGradQ || role == kGradK ? p.rows * p.ld_state : 0, sizeof(S));
-  p.sums = memory.take(p.norm ? p.rows * p.ld_norm : 0, sizeof(S));
-  p.base = memory.take(p.norm ? p.rows / 8 * p.ld_norm : 0, sizeof(S));
-  p.running = memory.take(2 * p.norm, sizeof(S));
-  p.parts = memory.take(p.norm ? 8 * p.rows : 0, sizeof(S));
-  p.by_row = memory.take(p.rows, sizeof(S));
-  p.turn = memory.take(p.rows * p.turns, sizeof(Pair<S>));
-  p.bytes = memory.bytes;
-  return p;
-}
 
 template <class T, Role role>
 struct ScanKernel {
@@ -89,6 +41,7 @@ struct ScanKernel {
   const int slice_;
   const Head<T> head_;
   Operand *a_tile_, *b_tile_, *c_tile_, *weights_;
+  Lost *lost_;
   S *state_, *out_, *sums_, *base_, *running_, *by_row_;
   Pair<S> *turn_;
   const int column_, norm_column_, pair_;  // the first of this slice
@@ -106,6 +59,7 @@ struct ScanKernel {
         b_tile_((Operand *)(block.memory + plan_.b)),
         c_tile_((Operand *)(block.memory + plan_.c)),
         weights_((Operand *)(block.memory + plan_.weights)),
+        lost_((Lost *)(block.memory + plan_.lost)),
         state_((S *)(block.memory + plan_.state)),
         out_((S *)(block.memory + plan_.out)),
         sums_((S *)(block.memory + plan_.sums)),
@@ -157,11 +111,20 @@ struct ScanKernel {
           term<false, false>(a_tile_, ld, state_, plan_.ld_state, plan_.inner));
       product<T>(
           block_, plan_.inner, plan_.outer, false,
-          [&](int i, int j, S x) { state_[i * plan_.ld_state + j] += x; },
+          [&](int i, int j, S x) { add_to_state(i * plan_.ld_state + j, x); },
           term<true, false>(b_tile_, ld, c_tile_, plan_.ld_outer, rows_));
       if constexpr (kOfFeatures) finish();
     }
     put_state();
+  }
+
+  FASTPE_DEVICE void add_to_state(int at, S x) {
+    const S before = state_[at];
+    const bool compensated = kCompensated<T> && plan_.compensated;
+    if (compensated) x += widen(lost_[at]);
+    const S total = before + x;
+    if (compensated) lost_[at] = narrow<Lost>(float(x - (total - before)));
+    state_[at] = total;
   }
 
   FASTPE_DEVICE void load() {
@@ -362,6 +325,7 @@ struct ScanKernel {
     block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
       const int64_t at = s ? state_at(head, i, j) : -1;
       state_[i * plan_.ld_state + j] = at < 0 ? S(0) : s[at];
+      if (kCompensated<T> && plan_.compensated) lost_[i * plan_.ld_state + j] = {0};
     });
     block_.each(plan_.norm, [&](int j) {
       const int64_t at = z ? norm_at(head, j) : -1;

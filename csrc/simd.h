@@ -59,12 +59,13 @@ template <class S>
 FASTPE_HD Vec<S> splat(S x) {
   return x - Vec<S>{};  // not x + 0, which is an addition: it changes -0
 }
-// e^x; 0 (to 1e-37) below -86.5, infinity above 88.72
+// e^x, denormals included: 0 below -103.97, infinity above 88.72
 FASTPE_HD Vec<float> exp_of(Vec<float> x) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-  Vec<float> low = splat(-86.5f), y = x < low ? low : x;
-  Vec<float> shifted = y * 1.44269504088896341f + kRound<float>;
-  Vec<float> n = shifted - kRound<float>;
+  constexpr float kShift = kRound<float> + 254;
+  Vec<float> low = splat(-104.0f), y = x < low ? low : x;
+  Vec<float> shifted = y * 1.44269504088896341f + kShift;
+  Vec<float> n = shifted - kShift;
   Vec<float> r = y - n * 0.693359375f + n * 2.12194440e-4f;
   Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -72,13 +73,13 @@ FASTPE_HD Vec<float> exp_of(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // n stands in the low bits of `shifted`; 2^(n - 1), twice over, for n can be 128
-  Int bits;
+  // n + 254 stands in the low bits of `shifted`: 2^n in two factors, for n goes from -150 to 128
+  Int bits, half;
   memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 126) << 23;
-  Vec<float> scale;
-  memcpy(&scale, &bits, sizeof scale);
-  p = p * scale * 2.0f;
+  half = bits >> 1, bits = (bits - half) << 23, half = half << 23;
+  Vec<float> first, second;
+  memcpy(&first, &half, sizeof half), memcpy(&second, &bits, sizeof bits);
+  p = p * first * second;
   return x > 88.722839f ? splat(float(INFINITY)) : p;
 }
 FASTPE_HD Vec<double> exp_of(Vec<double> x) {

@@ -58,6 +58,15 @@ class ScanOptions(NamedTuple):
             "identity", normalize, eps, chunk=chunk_size or 0, backend=backend, **made
         )
 
+    @property
+    def relative(self) -> bool:
+        """Whether only differences of positions count, unless a state goes in or out.
+
+        The gradient of frequencies then is that of positions from the first on, which are small:
+        their products with rounding errors do not cancel as the exact ones do.
+        """
+        return not self.pool and (self.map_first or self.feature_map == "identity")
+
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Return R and Rz, the features of the numerator and of the normaliser."""
         r = head_dim // 2 if self.pool else head_dim
@@ -150,6 +159,9 @@ class CausalDot(torch.autograd.Function):
         *inputs, o, den = ctx.saved_tensors
         if grad_o is None:
             grad_o = torch.zeros_like(o)
+        alone = grad_s is None and grad_z is None and inputs[3] is None
+        if alone and ctx.needs_input_grad[6] and ctx.options.relative:
+            inputs[5] = inputs[5] - inputs[5][:, :1]
         args = (grad_o, grad_s, grad_z, *inputs, *ctx.options, o, den)
         return *_first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None, None
 

@@ -274,3 +274,23 @@ def test_attention_to_every_key(backend, scale):
     exact = torch.autograd.grad(wanted, (q, k, v), weight)
     assert all(g.isfinite().all() for g in found)
     assert_within(found[2], exact[2], 1e-10)
+
+
+@pytest.mark.parametrize("growth", [0.2, 6], ids=["smaller", "larger"])
+@pytest.mark.parametrize("align", ["end", "start"])
+def test_further_keys_after_a_state(backend, align, growth):
+    """Two states are added, each measured from its own running maximum: whichever is larger."""
+    psi = Favor(14, seed=3)
+    q, k, v = make_inputs(B, T, H, D, E)
+    k[:, 10:] *= growth
+    options = {"output_final_state": True, "backend": backend}
+    whole, end = _attend(psi, q, k, v, **options)
+    _, state = _attend(psi, *(x[:, :10] for x in (q, k, v)), **options)
+    seen = slice(T - 5, None) if align == "end" else slice(10, 15)
+    o, after = _attend(
+        psi, q[:, seen], k[:, 10:], v[:, 10:], initial_state=state, align=align, **options
+    )
+    assert_within(o, whole[:, seen], 1e-11)
+    assert_within(after.c, end.c, 1e-12)
+    assert_within(after.s, end.s, 1e-11)
+    assert_within(after.z, end.z, 1e-11)

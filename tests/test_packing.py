@@ -106,6 +106,28 @@ def test_positions_begin_anew_in_each_sequence(backend, make):
     assert torch.equal(causal_linear_attention(q, k, v, **options), expected)
 
 
+@pytest.mark.parametrize("kind", ["packed", "padded", "rows"])
+@pytest.mark.parametrize("make", encodings("rope", "ropepool", "sinespe", "fstripe-pooled"))
+def test_positions_go_on_from_each_state(backend, make, kind):
+    """Every sequence counts on from its own length."""
+    encoding = _double(make, 8, 2)
+    more, start = {}, torch.tensor([4, 11, 0, 7, 2])
+    if kind == "packed":
+        q, k, v = make_inputs(1, sum(LENGTHS), 2, 8, 5)
+        more["cu_seqlens"] = CU
+        positions = torch.cat([s + torch.arange(n) for s, n in zip(start, LENGTHS, strict=True)])
+    else:
+        q, k, v = make_inputs(*PADDING.shape, 2, 8, 5)
+        positions = start[:, None] + torch.arange(PADDING.shape[1])
+        if kind == "padded":
+            more["key_padding_mask"] = PADDING
+            positions = start[:, None] + (~PADDING).cumsum(1) - 1
+    state = _states(encoding, 5, 2, 8)._replace(length=start)
+    options = {"pos_encoding": encoding, "initial_state": state, "backend": backend} | more
+    expected = causal_linear_attention(q, k, v, positions=positions, **options)
+    assert torch.equal(causal_linear_attention(q, k, v, **options), expected)
+
+
 def _padded_case(encoding, heads, fill, given):
     b, t = PADDING.shape
     q, k, v = make_inputs(b, t, heads, 8, 5)
