@@ -258,37 +258,65 @@ class Scan {
     const S *s0 = (const S *)args_.s0 + head.state_index * size;
     // the others of its group make the same
     S *s = head.owner ? (S *)args_.s + head.state_index * size : (S *)states_;
-    int64_t j = 0;
-    for (; j + 4 * kLanes<S> <= e; j += 4 * kLanes<S>) step_columns<4>(s0 + j, s + j, j);
-    for (; j + kLanes<S> <= e; j += kLanes<S>) step_columns<1>(s0 + j, s + j, j);
-    for (; j < e; ++j) {
-      out_[j] = 0;
-      for (int64_t r = 0; r < features_; ++r) {
-        const S now = s0[r * e + j] + b_[r] * c_[j];
-        s[r * e + j] = now, out_[j] += a_[r] * now;
-      }
-    }
-    if (normalizes()) {
-      const int64_t width = norm_width();
+    const int64_t width = normalizes() ? norm_width() : 0, numbers = size + width;
+    const S *lost0 = args_.lost0 ? (const S *)args_.lost0 + head.state_index * numbers : nullptr;
+    S *lost = !args_.lost ? nullptr
+              : head.owner ? (S *)args_.lost + head.state_index * numbers
+                           : (S *)states_ + state_size();
+    if (lost)
+      step_state<true>(s0, s, lost0, lost);
+    else
+      step_state<false>(s0, s, lost0, lost);
+    if (width) {
       const S *z0 = (const S *)args_.z0 + head.state_index * width;
       memset((void *)head.running, 0, sizeof(S) * size_t(2 * ld_));
       memcpy(head.running, z0, sizeof(S) * size_t(width));
+      if (lost0) memcpy(head.compensation, lost0 + size, sizeof(S) * size_t(width));
     }
     finish<kForward>(head, 1);
-    if (normalizes() && head.owner)
-      memcpy((S *)args_.z + head.state_index * norm_width(), head.running,
-             sizeof(S) * size_t(norm_width()));
+    if (!width || !head.owner) return;
+    memcpy((S *)args_.z + head.state_index * width, head.running, sizeof(S) * size_t(width));
+    if (lost) memcpy(lost + size, head.compensation, sizeof(S) * size_t(width));
   }
 
-  // of the state [R, E], kVectors vectors of each row, the first of them at column j
-  template <int kVectors>
-  void step_columns(const S *before, S *after, int64_t j) {
+  // the state [R, E] after the token, and the output before it is divided
+  template <bool kKeep>
+  void step_state(const S *s0, S *s, const S *lost0, S *lost) {
+    const int64_t e = args_.E;
+    int64_t j = 0;
+    for (; j + 4 * kLanes<S> <= e; j += 4 * kLanes<S>)
+      step_columns<4, kKeep>(s0 + j, s + j, lost0 + (kKeep ? j : 0), lost + (kKeep ? j : 0), j);
+    for (; j + kLanes<S> <= e; j += kLanes<S>)
+      step_columns<1, kKeep>(s0 + j, s + j, lost0 + (kKeep ? j : 0), lost + (kKeep ? j : 0), j);
+    for (; j < e; ++j) {
+      out_[j] = 0;
+      for (int64_t r = 0; r < features_; ++r) {
+        const int64_t at = r * e + j;
+        S add = b_[r] * c_[j];
+        if constexpr (kKeep) add += lost0[at];
+        const S now = s0[at] + add;
+        if constexpr (kKeep) lost[at] = add - (now - s0[at]);
+        s[at] = now;
+        out_[j] += a_[r] * now;
+      }
+    }
+  }
+
+  // of the state, kVectors vectors of each row, the first of them at column j
+  template <int kVectors, bool kKeep>
+  void step_columns(const S *s0, S *s, const S *lost0, S *lost, int64_t j) {
     Vec<S> value[kVectors], total[kVectors];
     for (int i = 0; i < kVectors; ++i) value[i] = load(c_ + j + i * kLanes<S>), total[i] = Vec<S>{};
-    for (int64_t r = 0; r < features_; ++r, before += args_.E, after += args_.E)
+    for (int64_t r = 0; r < features_; ++r)
       for (int i = 0; i < kVectors; ++i) {
-        const Vec<S> now = load(before + i * kLanes<S>) + value[i] * b_[r];
-        store(after + i * kLanes<S>, now), total[i] += now * a_[r];
+        const int64_t at = r * args_.E + i * kLanes<S>;
+        const Vec<S> before = load(s0 + at);
+        Vec<S> add = value[i] * b_[r];
+        if constexpr (kKeep) add += load(lost0 + at);
+        const Vec<S> now = before + add;
+        if constexpr (kKeep) store(lost + at, add - (now - before));
+        store(s + at, now);
+        total[i] += now * a_[r];
       }
     for (int i = 0; i < kVectors; ++i) store(out_ + j + i * kLanes<S>, total[i]);
   }

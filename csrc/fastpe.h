@@ -41,6 +41,10 @@ typedef struct {
   void *den;               // [B, H, T], the sum of weights before eps; null if not wanted
   const void *s0, *z0;     // [S, Hs, R, E], [S, Hs, Rz]
   void *s, *z;             // final state
+  // one token after a state: what rounding took from s and z, [S, Hs, R E + Rz], before and after;
+  // both null or neither
+  const void *lost0;
+  void *lost;
   // gradient; `grad_o` and what follows are read or written by causal_dot_backward only
   FastpeTensor grad_o, grad_q, grad_k, grad_v;  // H heads each: those of keys that share are to be added
   const void *grad_s, *grad_z;

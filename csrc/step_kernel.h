@@ -82,6 +82,9 @@ struct StepKernel {
     const Rows<T> v = head_.v(), o = head_.rows(args_.o);
     const S *s0 = (const S *)args_.s0 + head_.state() * size;
     S *s = (S *)args_.s + head_.state() * size;
+    const S *lost0 = (const S *)args_.lost0;
+    S *lost = (S *)args_.lost;
+    if (lost) lost0 += lost_at(), lost += lost_at();
     const bool owner = head_.owner();
     block_.each(groups, columns, [&](int group, int j) {
       const int64_t e = first + j;
@@ -97,8 +100,12 @@ struct StepKernel {
         for (int n = 0; n < kAhead; ++n) {
           const int r = begin + n * groups;
           if (r >= width) break;
-          const S now = state[n] + features_[width + r] * value;
-          if (owner) s[r * args_.E + e] = now;
+          const int64_t at = r * args_.E + e;
+          S add = features_[width + r] * value;
+          if (lost) add += lost0[at];
+          const S now = state[n] + add;
+          if (owner) s[at] = now;
+          if (owner && lost) lost[at] = add - (now - state[n]);
           total += features_[r] * now;
         }
       }
@@ -182,18 +189,29 @@ struct StepKernel {
     });
   }
 
+  // where the part of this state begins in what rounding took
+  FASTPE_DEVICE int64_t lost_at() const {
+    return head_.state() * (map_.width() * args_.E + map_.norm_width());
+  }
+
   // 1 / divisor; the running sum goes on
   FASTPE_DEVICE S normalize() {
     const int width = map_.norm_width();
     if (!width) return 1;
     const S *z0 = (const S *)args_.z0 + head_.state() * width;
     S *z = (S *)args_.z + head_.state() * width, *few = sums_ + kThreads;
+    const int64_t size = map_.width() * args_.E;
+    const S *lost0 = (const S *)args_.lost0;
+    S *lost = (S *)args_.lost;
+    if (lost) lost0 += lost_at() + size, lost += lost_at() + size;
     block_.each(kThreads, [&](int e) {
       S total = 0;
       for (int j = e; j < width; j += kThreads) {
-        const S now = z0[j] + norm_[width + j];
+        const S add = lost ? norm_[width + j] + lost0[j] : norm_[width + j], now = z0[j] + add;
         total += norm_[j] * now;
-        if (slice_ == 0 && head_.owner()) z[j] = now;
+        if (slice_ != 0 || !head_.owner()) continue;
+        z[j] = now;
+        if (lost) lost[j] = add - (now - z0[j]);
       }
       sums_[e] = total;
     });

@@ -7,6 +7,7 @@ from torch import Tensor
 from . import backends, packing, scan
 from .checks import shape
 from .encodings import PositionalEncoding
+from .favor import Favor
 from .feature_maps import FeatureMap, as_feature_map
 from .features import Setting
 from .precision import follow_autocast, full_precision
@@ -117,22 +118,25 @@ def causal_linear_attention(
         sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         sizes = sequences, h if setting.per_head else k.shape[2]
         check_state(initial_state, q, v, sizes, setting, made_with, noise)
-        s, z, start, *_, c = initial_state
-        state = (s, z) if c is None else (s, z, c)
+        s, z, start, *_, c, lost = initial_state
+        more = lost if c is None else c
+        state = (s, z) if more is None else (s, z, more)
     counted = tokens if t == tk else tokens.along(max(t, tk), align)
     positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
     with full_precision(q):
         setting = setting.prepared(q.device)
         if t == tk:
-            o, s, z, *c = scan.attend(q, k, v, positions, state, setting, tokens)
+            o, s, z, *more = scan.attend(q, k, v, positions, state, setting, tokens)
         else:
             inputs = q, k, v, positions, state, setting, tokens
-            o, s, z, *c = scan.attend_aligned(*inputs, align)
+            o, s, z, *more = scan.attend_aligned(*inputs, align)
     if not output_final_state:
         return o
     # positions go on behind the last token, also of queries that stand before all keys
     length = counted.lengths(t) if align == "end" and t > tk else tokens.lengths(tk)
-    return o, LinearAttentionState(s, z, start + length, made_with, noise, *c)
+    if not isinstance(feature_map, Favor):
+        more = None, *more
+    return o, LinearAttentionState(s, z, start + length, made_with, noise, *more)
 
 
 def linear_attention(

@@ -185,8 +185,9 @@ def step(
     positions: Tensor | None,
     maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None,
     options: ScanOptions,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return o, s and z of one token after a state, by one call of the backend.
+    lost: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Return o, s, z and lost of one token after a state, by one call of the backend.
 
     None where something is recorded, or the backend makes features and attends in several calls.
 
@@ -195,14 +196,15 @@ def step(
         positions: [B or 1, 1, L], if there are maps.
         maps: Of q and k.
         options: Of the scan.
+        lost: What float32 rounded off s0 and z0, [S, Hs, R E + Rz]; default nothing.
     """
     of_maps = (x for each in maps or () for x in each if isinstance(x, Tensor))
-    if not _plain((*tensors, positions, *of_maps)):
+    if not _plain((*tensors, lost, positions, *of_maps)):
         return None
     backend = backends.load(options.backend)
     if not hasattr(backend, "step"):
         return None
-    return backend.step(*tensors, positions, maps, options)
+    return backend.step(*tensors, positions, maps, options, lost)
 
 
 def observed() -> bool:

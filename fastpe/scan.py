@@ -20,7 +20,7 @@ from .ops import ScanOptions, causal_dot, compute_dtype, step
 from .packing import Packing, Rows, blank
 
 _NORMALIZE = {False: "none", True: "sum", "abs": "abs"}
-# s and z, with Favor c too
+# s and z; with Favor c too; before and after a step what rounding took
 State = tuple[Tensor, ...]
 
 
@@ -45,7 +45,9 @@ def attend(
         packing: Which tokens are of which sequence.
     """
     by_lag = setting.encoding is not None and setting.encoding.banded
-    favor = isinstance(setting.feature_map, Favor)
+    favor, whole = isinstance(setting.feature_map, Favor), state
+    if state is not None and not favor:
+        state = state[:2]  # what rounding took is for steps alone
     if by_lag and packing.padding is not None:
         return _without_padding(q, k, v, state, setting, packing.padding)
     alone = favor or by_lag or setting.backend == "reference"
@@ -59,7 +61,7 @@ def attend(
         return _attend_reference(q, k, v, positions, state, setting, packing.padding)
     if isinstance(setting.feature_map, FeatureMap):
         return _attend_mapped(q, k, v, positions, state, setting, packing)
-    return _attend_kernels(q, k, v, positions, state, setting, packing)
+    return _attend_kernels(q, k, v, positions, whole, setting, packing)
 
 
 def _attend_kernels(
@@ -81,7 +83,9 @@ def _attend_kernels(
     if encoding is not None and maps is None:
         q, k = made(q, "q"), made(k, "k")
     if q.shape[1] == 1 and state is not None and not packing:
-        done = step(q, k, v, *state, positions=positions, maps=maps, options=options)
+        s, z, *lost = state
+        given = {"positions": positions, "maps": maps, "options": options}
+        done = step(q, k, v, s, z, **given, lost=lost[0] if lost else None)
         if done is not None:
             return done
     if maps is not None and isinstance(maps[0], Rotation):
@@ -136,7 +140,8 @@ def _scan(
         ranges, q, k, v = rows.ranges, *(rows.join(x) for x in (q, k, v))
         if where[0] is not None:
             where = rows.join(where[0].expand(*rows.shape, -1)), where[1]
-    o, s, z = causal_dot(q, k, v, *(state or (None, None)), *where, ranges, options=options)
+    s, z = (None, None) if state is None else state[:2]
+    o, s, z = causal_dot(q, k, v, s, z, *where, ranges, options=options)
     return o if rows is None else rows.split(o), s, z
 
 
@@ -285,6 +290,8 @@ def attend_aligned(
     """
     longest, more = max(k.shape[1], q.shape[1]), abs(k.shape[1] - q.shape[1])
     alone, both = slice(0, more), slice(more, None)
+    if state is not None and not isinstance(setting.feature_map, Favor):
+        state = state[:2]
     if align == "start":
         alone, both = slice(longest - more, None), slice(0, longest - more)
     at = [None if positions is None else positions[:, part] for part in (alone, both)]

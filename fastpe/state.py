@@ -29,6 +29,9 @@ class LinearAttentionState(NamedTuple):
         noise: The noise key of a random encoding, of a random feature map, int64 [2], or of both,
             [4]; else None.
         c: With Favor, what s and z are relative to: the sums are s exp(c) and z exp(c), [B, H, R].
+        lost: After a step of the native backends, the part of the sums that float32 rounded off,
+            [B, H, R E + Rz], for s and then z; else None. The next step adds it, so that sums over
+            any number of tokens keep their digits.
     """
 
     s: Tensor
@@ -37,6 +40,7 @@ class LinearAttentionState(NamedTuple):
     config: str
     noise: Tensor | None
     c: Tensor | None = None
+    lost: Tensor | None = None
 
 
 def config(
@@ -90,6 +94,8 @@ def check_state(
         tensors.append(("c", state.c, (*sizes, r)))
     elif state.c is not None:
         raise ValueError(f"initial_state.c must be None without Favor, got {shape(state.c)}")
+    if state.lost is not None:
+        tensors.append(("lost", state.lost, (*sizes, r * e + rz)))
     for name, x, size in tensors:
         if not isinstance(x, Tensor) or tuple(x.shape) != size:
             raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")

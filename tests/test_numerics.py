@@ -6,7 +6,7 @@ from conftest import encodings
 from helpers import assert_within, leaf, make_inputs
 
 import fastpe
-from fastpe import RoPE, causal_linear_attention
+from fastpe import RoPE, causal_linear_attention, causal_linear_attention_step
 from fastpe.backends import native
 
 # tokens before a NaN that it reaches through a product with a weight of zero
@@ -61,6 +61,85 @@ def test_equal_keys_at_any_length(backend):
 @pytest.mark.parametrize("make", encodings("none", "rope"))
 def test_repeated_keys_at_any_length(backend, make):
     _check_repeats(backend, 100_000, make(4, 1))
+
+
+# a step at a time
+
+
+def _check_steps(backend, tokens, encoding, count):
+    """Decode tokens over and over, `count` in all: the state, and the last output."""
+
+    def run(dtype, chosen):
+        # RoPE's weights may have either sign
+        options = {"pos_encoding": encoding, "normalize": encoding is None, "backend": chosen}
+        q, k, v = (x.to(dtype) for x in tokens)
+        first = [x[:, :1] for x in (q, k, v)]
+        with torch.no_grad():
+            if chosen == "reference":
+                whole = (x.repeat(1, count // x.shape[1] + 1, 1, 1)[:, :count] for x in (q, k, v))
+                o, state = causal_linear_attention(*whole, output_final_state=True, **options)
+                return o[:, -1], state
+            _, state = causal_linear_attention(*first, output_final_state=True, **options)
+            for t in range(1, count):
+                i = t % q.shape[1]
+                token = q[:, i], k[:, i], v[:, i]
+                o, state = causal_linear_attention_step(*token, state, **options)
+        return o, state
+
+    wanted_o, wanted = run(torch.float64, "reference")
+    o, state = run(torch.float32, backend)
+    assert_within(o, wanted_o, 2e-5, "o")
+    assert_within(state.s, wanted.s, 1e-6, "s")
+    if encoding is None:
+        assert_within(state.z, wanted.z, 1e-6, "z")
+
+
+@pytest.fixture(params=["cpu", "cuda-host"])
+def stepping(request, monkeypatch, native_kernels):
+    """The backends that decode a token in one call."""
+    if request.param == "cuda-host":
+        monkeypatch.setitem(native.libraries, "cpu", request.getfixturevalue("cuda_host"))
+    return native_kernels
+
+
+@pytest.mark.parametrize("make", encodings("none", "rope"))
+@pytest.mark.parametrize("repeats", [1, 16])
+def test_steps_keep_their_digits(stepping, make, repeats):
+    """What rounding takes from the sums goes on with the state."""
+    tokens = _constant(1, torch.float32)
+    if repeats > 1:
+        tokens = make_inputs(1, repeats, 1, 4, 4, torch.float32)
+    _check_steps(stepping, tokens, make(4, 1), 6_000)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps(native_kernels):
+    _check_steps(native_kernels, _constant(1, torch.float32), None, 100_000)
+
+
+def test_what_rounding_took_belongs_to_a_state(native_kernels):
+    q, k, v = make_inputs(2, 3, 2, 4, 5, torch.float32)
+    with torch.no_grad():
+        first = (x[:, :2] for x in (q, k, v))
+        _, state = causal_linear_attention(*first, output_final_state=True)
+        assert state.lost is None
+        token = [x[:, 2] for x in (q, k, v)]
+        _, after = causal_linear_attention_step(*token, state)
+        assert after.lost.shape == (2, 2, 4 * 5 + 4)
+        with pytest.raises(ValueError, match=r"initial_state\.lost must be of shape \(2, 2, 24\)"):
+            causal_linear_attention_step(*token, after._replace(lost=after.lost[..., 1:]))
+        # several tokens, another backend and gradients go on without it
+        more = causal_linear_attention(q, k, v, initial_state=after, output_final_state=True)[1]
+        assert more.lost is None
+        for backend in ("auto", "reference"):
+            causal_linear_attention_step(*token, after, backend=backend)
+    wide = [x.double() for x in (q, k, v)]
+    _, state = causal_linear_attention(*wide, output_final_state=True)
+    _, state = causal_linear_attention_step(*(x[:, 2] for x in wide), state)
+    assert state.lost is None  # float64 has the digits
+    leaves = [leaf(x) for x in token]
+    o, _ = causal_linear_attention_step(*leaves, after)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), leaves))
 
 
 @pytest.mark.slow

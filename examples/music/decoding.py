@@ -230,7 +230,7 @@ def _batched(rows: Sequence[object]) -> object:
     if isinstance(first, fastpe.LinearAttentionState):
         of_rows = {
             name: torch.cat([getattr(row, name) for row in rows])
-            for name in ("s", "z", "c")
+            for name in ("s", "z", "c", "lost")
             if getattr(first, name) is not None
         }
         return first._replace(**of_rows, length=torch.tensor([row.length for row in rows]))
@@ -251,7 +251,7 @@ def _song(saved: object, name: str) -> Song:
 def _check_state(state: object, count: int) -> None:
     # of `count` sequences, all numbers of it finite
     if isinstance(state, fastpe.LinearAttentionState):
-        parts = [x for x in (state.s, state.z, state.c) if x is not None]
+        parts = [x for x in (state.s, state.z, state.c, state.lost) if x is not None]
     else:
         *caches, length = state
         checks.typed("length of a cache", length, int)

@@ -39,7 +39,7 @@ class CausalDot(Structure):
         (c_int64, "Hf W L Bp"),
         (c_void_p, "freq positions"),
         (StridedTensor, "q k v o"),
-        (c_void_p, "den s0 z0 s z"),
+        (c_void_p, "den s0 z0 s z lost0 lost"),
         (StridedTensor, "grad_o grad_q grad_k grad_v"),
         (c_void_p, "grad_s grad_z grad_s0 grad_z0 grad_freq grad_positions"),
         (c_void_p, "stream scratch"),
@@ -74,7 +74,7 @@ class PhiloxNormal(Structure):
 
 
 # the number of csrc/fastpe.h (setup.py computes it, tests/test_abi.py compares it), and sizes
-_ABI = [0x70932DBF, *map(ctypes.sizeof, (StridedTensor, CausalDot, PhaseFeatures, PhiloxNormal))]
+_ABI = [0xAAB1F571, *map(ctypes.sizeof, (StridedTensor, CausalDot, PhaseFeatures, PhiloxNormal))]
 
 
 class Library:

@@ -325,10 +325,14 @@ def step(
     positions: Tensor | None,
     maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None,
     options: ScanOptions,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return o, s and z of one token, T = 1, after a state: encoding and scan in one call.
+    lost: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Return o, s, z and lost of one token, T = 1, after a state: encoding and scan in one call.
 
     None where a CUDA block has no room for the sines.
+
+    Args:
+        lost: What float32 rounded off s0 and z0, [S, Hs, R E + Rz]; default nothing.
     """
     sines, where, device = [], (None, None), q.device
     if maps is not None and isinstance(maps[0], SineMap):
@@ -341,10 +345,16 @@ def step(
     elif maps is not None:
         where = positions, maps[0].freq
     scan = _Scan((q, k, v, s0, z0, *where, None), options)
-    o, s, z = scan.outputs(options.widths(q.shape[-1]))
+    r, rz = widths = options.widths(q.shape[-1])
+    o, s, z = scan.outputs(widths)
+    kept = None
+    if scan.dtype == torch.float32:
+        kept = scan.empty(*scan.counts, r * v.shape[-1] + rz)
+        lost = torch.zeros_like(kept) if lost is None else contiguous(lost, scan.dtype)
+        scan.args.lost0, scan.args.lost = _pointer(lost), _pointer(kept)
     for_q, for_k = (each.args for each in sines) if sines else (None, None)
     call("step", device, scan.args, for_q, for_k)
-    return o, s, z
+    return o, s, z, kept
 
 
 @functools.lru_cache(maxsize=1024)

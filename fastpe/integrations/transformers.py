@@ -216,7 +216,8 @@ class _StateLayer(CacheLayerMixin):
 
     def _select(self, rows: Tensor) -> None:
         if self.state is not None:
-            of_batch = {name: getattr(self.state, name) for name in ("s", "z", "length", "c")}
+            names = "s", "z", "length", "c", "lost"
+            of_batch = {name: getattr(self.state, name) for name in names}
             self.state = self.state._replace(
                 **{n: x[rows.to(x.device)] for n, x in of_batch.items() if isinstance(x, Tensor)}
             )
