@@ -140,7 +140,7 @@ def _deferred(group):
         _spoil(layer)
         _reset(layer)
         positions = None if layer.pos_encoding.num_levels == 1 else torch.randn(5, 2)
-        y = layer(torch.randn(1, 5, H * D), positions)
+        y = layer(torch.randn(1, 5, H * D), positions=positions)
         y.sum().backward()
         layer.reshard()
         whole = {n: x.full_tensor() for n, x in layer.named_parameters()}
