@@ -55,7 +55,9 @@ done
 OUT=${OUT:-$(mktemp -d)}
 log=$OUT/gpu_check.log
 mkdir -p "$OUT" && : >>"$log"
-export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin:$PWD/build/gpu/ninja/bin PYTHONUNBUFFERED=1
+# ninja, which builds the libraries, comes along (scripts/gpu_prepare.sh)
+export PYTHONPATH=$PWD:$PWD/build/gpu/ninja${PYTHONPATH:+:$PYTHONPATH}
 # the machine's plug-ins of pytest may warn, and warnings are errors
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 # Triton keeps absolute paths: the folder has the same name where the cache is filled

@@ -2,7 +2,7 @@
 # Prepare a run on a rented card (sm_90), where there is none:
 #   scripts/gpu_prepare.sh [PYTHON]
 # makes build/gpu/triton-cache.tar.xz, the code of every kernel that the GPU tests and bars.py launch,
-# and build/gpu/libfastpe_cuda.so. Triton's cache holds absolute paths: unpack it at /, which fills
+# build/gpu/libfastpe_cuda.so, and build/gpu/ninja, which builds what is missing there. Triton's cache holds absolute paths: unpack it at /, which fills
 # /tmp/fastpe-triton-cache, and set TRITON_CACHE_DIR to that.
 # PYTHON must have the card's versions: Python 3.12, torch 2.11 and Triton 3.6, pytest, hypothesis.
 # Without it an environment is made once, in build/gpu/python (5 GB).
@@ -39,6 +39,8 @@ rm -rf $cache
 tar -C / -xJf "$out/triton-cache.tar.xz"
 "$python" scripts/aot_check.py "${kernels[@]}" --hits | tail -3
 
+"$python" -m pip install --quiet --upgrade --target "$out/ninja" ninja
+export PYTHONPATH=$PWD:$out/ninja PATH=$PATH:$out/ninja/bin
 "$python" - "$out" $arch <<'PY'
 import sys
 from pathlib import Path
