@@ -254,7 +254,10 @@ def causal_linear_attention_step(
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise ValueError(f"{name} must be one token, [B, H, D], got {shape(x)}")
     if not isinstance(state, LinearAttentionState):
-        raise TypeError(f"state must be a LinearAttentionState, got {type(state).__name__}")
+        raise TypeError(
+            "state must be a LinearAttentionState, as a call with output_final_state=True returns "
+            f"(T may be 0), got {type(state).__name__}"
+        )
     if positions is not None:
         positions = check_step_positions(positions, pos_encoding, q.shape[0])
     o, state = causal_linear_attention(

@@ -45,7 +45,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"k must be [B, T, Hk, D] with B = {b} and D = {d} of q, got {tuple(k.shape)}"
             )
         if heads != h and (not heads or h % heads):
-            raise ValueError(f"k must have a divisor of q's {h} heads, got {heads}")
+            raise ValueError(f"k must have a number of heads that divides q's {h}, got {heads}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"v must be [B, T, Hk, E] with B, T, Hk of k = {tuple(k.shape[:3])}, "
@@ -92,7 +92,8 @@ def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
         return
     if not isinstance(encoding, PositionalEncoding):
         raise TypeError(
-            f"pos_encoding must be a fastpe.PositionalEncoding, got {type(encoding).__name__}"
+            "pos_encoding must be a fastpe.PositionalEncoding, such as fastpe.RoPE(64), got "
+            f"{encoding if isinstance(encoding, type) else type(encoding).__name__}"
         )
     if encoding.head_dim != q.shape[-1]:
         raise ValueError(f"q must have D = {encoding.head_dim} of pos_encoding, got {shape(q)}")
@@ -112,7 +113,8 @@ def check_align(align: str | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | No
     lengths = f"{k.shape[1]} keys for {q.shape[1]} queries"
     if align is None:
         raise ValueError(
-            f"align must be 'end' or 'start' with {lengths}: which query stands at which key?"
+            f"align must be 'end' or 'start' with {lengths}: which query stands at which key? (Is q "
+            "[B, H, T, D]? Then give q.transpose(1, 2))"
         )
     if cu_seqlens is not None:
         raise ValueError(f"k must have as many tokens as q with cu_seqlens, got {lengths}")
@@ -154,7 +156,7 @@ def check_packing(
             raise ValueError(f"{what} must be on the device of q, {x.device}, got {given.device}")
     if cu_seqlens is not None:
         ordered = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == t)
-        message = f"{name} must rise from 0 to T = {t}, the sum of lengths"
+        message = f"{name} must begin with 0, never fall, and end with T = {t}"
         if x.device.type == "cpu" and not observed() and not ordered:
             message += f", got {_misplaced(cu_seqlens.tolist())}"
         require(ordered, message, wait=False)
@@ -164,11 +166,11 @@ def check_packing(
 def _misplaced(bounds: list[int]) -> str:
     """Return in words which of the bounds of packed sequences is wrong."""
     if bounds[0] != 0:
-        return f"{bounds[0]} first"
+        return f"{bounds[0]} at the beginning"
     for i, (before, after) in enumerate(itertools.pairwise(bounds), 1):
         if after < before:
-            return f"{after} at index {i} behind {before}"
-    return f"{bounds[-1]} last"
+            return f"{after} after {before} at index {i}"
+    return f"{bounds[-1]} at the end"
 
 
 def check_order(feature_map: str | FeatureMap, encoding: PositionalEncoding | None) -> None:

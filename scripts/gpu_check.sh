@@ -36,6 +36,7 @@ dry='' factor=1
 while :; do
   case ${1:-} in
     --plan) printf '%s' "$plan" && exit ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;;
     --dry) dry=yes && shift ;;
     -x) factor=$2 && shift 2 ;;
     *) break ;;

@@ -43,8 +43,12 @@ BAD = [
     ({"q": Q[0]}, ValueError, r"q must be \[B, T, H, D\], got shape \(5, 3, 8\)"),
     ({"v": V[..., None]}, ValueError, r"v must be \[B, T, Hk, E\]"),
     ({"k": K[:1]}, ValueError, r"k must be .* with B = 2 and D = 8 of q, got \(1, 5, 3, 8\)"),
-    ({"k": K[:, :, :2]}, ValueError, "k must have a divisor of q's 3 heads, got 2"),
-    ({"k": K[:, :, :0], "v": V[:, :, :0]}, ValueError, "k must have a divisor of q's 3 heads"),
+    ({"k": K[:, :, :2]}, ValueError, "k must have a number of heads that divides q's 3, got 2"),
+    (
+        {"k": K[:, :, :0], "v": V[:, :, :0]},
+        ValueError,
+        "k must have a number of heads that divides q's 3",
+    ),
     ({"k": K[:, :, :1]}, ValueError, r"v must be .* with B, T, Hk of k = \(2, 5, 1\)"),
     ({"k": K[..., :7]}, ValueError, "k must be .* D = 8"),
     ({"v": V[:, :4]}, ValueError, r"v must be \[B, T, Hk, E\] with B, T, Hk of k = \(2, 5, 3\)"),
@@ -85,12 +89,20 @@ BAD = [
     (PACKED | {"cu_seqlens": CU.float()}, TypeError, "cu_seqlens must be an int32 or int64"),
     (PACKED | {"cu_seqlens": CU[None]}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
     (PACKED | {"cu_seqlens": CU[:0]}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
-    (PACKED | {"cu_seqlens": CU + 1}, ValueError, "must rise from 0 to T = 5, .* got 1 first"),
-    (PACKED | {"cu_seqlens": CU[:-1]}, ValueError, "cu_seqlens must rise .* got 2 last"),
+    (
+        PACKED | {"cu_seqlens": CU + 1},
+        ValueError,
+        "must begin with 0, .* end with T = 5, got 1 at the beginning",
+    ),
+    (
+        PACKED | {"cu_seqlens": CU[:-1]},
+        ValueError,
+        "cu_seqlens must begin with 0, .* got 2 at the end",
+    ),
     (
         PACKED | {"cu_seqlens": torch.tensor([0, 1, 4, 3, 5])},
         ValueError,
-        "cu_seqlens must rise .* got 3 at index 3 behind 4",
+        "cu_seqlens must begin .* got 3 after 4 at index 3",
     ),
     (PACKED | {"q": Q[:1, :4], "align": "end"}, ValueError, "as many tokens as q with cu_seqlens"),
     # options

@@ -115,11 +115,26 @@ def test_nothing_to_attend_to(backend, make, d):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, "cu_seqlens must rise from 0 to T = 5"),
-        ({"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens must rise from 0 to T = 5"),
-        ({"cu_seqlens": torch.tensor([-1, 5])}, "cu_seqlens must rise from 0 to T = 5"),
-        ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens must rise from 0 to T = 5"),
-        ({"cu_seqlens": torch.tensor([0, 2**40])}, "cu_seqlens must rise from 0 to T = 5"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3, 2, 5])},
+            "cu_seqlens must begin with 0, never fall, and end with T = 5",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 9])},
+            "cu_seqlens must begin with 0, never fall, and end with T = 5",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([-1, 5])},
+            "cu_seqlens must begin with 0, never fall, and end with T = 5",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0])},
+            "cu_seqlens must begin with 0, never fall, and end with T = 5",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 2**40])},
+            "cu_seqlens must begin with 0, never fall, and end with T = 5",
+        ),
         ({"key_padding_mask": torch.zeros(5, 1, dtype=torch.bool)}, "key_padding_mask must be"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_within, make_inputs
 
-pytest.importorskip("transformers", reason="pip install 'fastpe[transformers]'; not checked: it")
+pytest.importorskip("transformers", reason="pip install -e '.[transformers]'; not checked: it")
 
 from tiny_models import CACHE, GREEDY, model_of, tokens_of
 from transformers import DynamicCache
@@ -263,4 +263,4 @@ def test_without_transformers():
         "except ImportError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "needs transformers >= 5.5: pip install 'fastpe[transformers]'" in done.stdout
+    assert "needs transformers >= 5.5: pip install -e '.[transformers]'" in done.stdout

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-pytest.importorskip("transformers", reason="pip install 'fastpe[transformers]'; not checked: it")
+pytest.importorskip("transformers", reason="pip install -e '.[transformers]'; not checked: it")
 
 from tiny_models import CACHE, model_of, tokens_of
 from transformers import DynamicCache, Trainer, TrainingArguments

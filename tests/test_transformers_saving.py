@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="pip install 'fastpe[transformers]'; not checked: it")
+pytest.importorskip("transformers", reason="pip install -e '.[transformers]'; not checked: it")
 
 from tiny_models import CACHE, GREEDY, SIZES, config_of, model_of, tokens_of
 from transformers import (

@@ -17,4 +17,4 @@ def need(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ImportError(f"{name} is not installed: pip install 'fastpe[music]'") from error
+        raise ImportError(f"{name} is not installed: pip install -e '.[music]'") from error

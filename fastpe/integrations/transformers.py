@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "fastpe.integrations.transformers needs transformers >= 5.5: "
-        f"pip install 'fastpe[transformers]' ({error})"
+        f"pip install -e '.[transformers]' in a clone ({error})"
     ) from error
 
 from . import transformers_config
