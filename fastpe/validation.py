@@ -113,8 +113,8 @@ def check_align(align: str | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | No
     lengths = f"{k.shape[1]} keys for {q.shape[1]} queries"
     if align is None:
         raise ValueError(
-            f"align must be 'end' or 'start' with {lengths}: which query stands at which key? (Is q "
-            "[B, H, T, D]? Then give q.transpose(1, 2))"
+            f"align must be 'end' or 'start' with {lengths}: which query stands at which key? "
+            "(Is q [B, H, T, D]? Then give q.transpose(1, 2))"
         )
     if cu_seqlens is not None:
         raise ValueError(f"k must have as many tokens as q with cu_seqlens, got {lengths}")
