@@ -256,8 +256,14 @@ def test_no_leak(native_kernels, make):
     # the allocator's arenas have their size by then
     for i in range(1000):
         _use(3 + i % 50, make, native_kernels)
-    count, before = tensors(), _resident()
-    for i in range(1000):
-        _use(3 + i % 50, make, native_kernels)
-    assert tensors() <= count
-    assert _resident() - before < 100 * os.sysconf("SC_PAGE_SIZE")
+    count, grown = tensors(), []
+    # the allocator may grow once, for what other tests left behind; a leak grows each time
+    for _ in range(3):
+        before = _resident()
+        for i in range(1000):
+            _use(3 + i % 50, make, native_kernels)
+        assert tensors() <= count
+        grown.append(_resident() - before)
+        if grown[-1] < 100 * os.sysconf("SC_PAGE_SIZE"):
+            return
+    pytest.fail(f"each thousand calls took more memory, in bytes: {grown}")
