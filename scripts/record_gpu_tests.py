@@ -67,6 +67,7 @@ def _pretend_backend():
     backends.unavailable = lambda name, *rest: (
         None if name == "triton" else unavailable(name, *rest)
     )
+    backends.current_device = lambda: torch.device("cpu")
 
 
 torch.cuda.is_available = lambda: True
