@@ -42,6 +42,8 @@ BUDGET = {
     ("80", "fp32"): {64: 2 << 10, 128: 20 << 10, 256: 32 << 10},
     ("100", "fp32"): {64: 1024, 128: 2 << 10, 256: 32 << 10},
 }
+# of the CUDA kernels: one number of the float32 gradient of keys, which keeps what its sums lose
+CUDA_BUDGET = {"ScanKernel float": 8}
 ANY = 1 << 20
 # a sample has each combination of these constants once, for each kernel and dtype
 KINDS = ("ENCODE", "PAIRS", "MAP_FIRST", "NORMALIZE", "MIX"), ("PSI",)
@@ -147,7 +149,8 @@ def build_cuda(architectures: list[str]) -> int:
             case += f" {({'f': 'float', 'd': 'double'}).get(dtype[0], dtype[0])}"
         if role:
             case += f" {('forward', 'grad_q', 'grad_k', 'grad_v')[int(role[1])]}"
-        over = int(spilled) > 0
+        kind = " ".join((name, *case.split()[2:3]))
+        over = int(spilled) > CUDA_BUDGET.get(kind, 0)
         failed += over
         print(f"{name:26}{case:44}{arch:>7}{registers:>6}{spilled:>7}{'  FAILED' * over}")
     return failed
