@@ -11,6 +11,7 @@ from .attention import causal_linear_attention, causal_linear_attention_step, li
 from .checks import check_dense, check_positive
 from .encodings import PositionalEncoding
 from .feature_maps import FeatureMap, as_feature_map
+from .packing import blank
 from .precision import autocast_dtype
 from .state import LinearAttentionState
 from .validation import check_options, check_order, check_packing
@@ -116,12 +117,12 @@ class _Attention(nn.Module):
         if padding is not None:
             check_packing(None, padding, x, mask)
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        parts = self.in_proj(_blank(x, padding)).split(self._widths, dim=-1)
+        parts = self.in_proj(blank(x, padding)).split(self._widths, dim=-1)
         return tuple(y.unflatten(-1, (h, -1)) for y, h in zip(parts, heads, strict=True))
 
     def _join(self, o: Tensor, padding: Tensor | None = None) -> Tensor:
         """Return the outputs of all heads as one; 0 at padding."""
-        return _blank(self.out_proj(o.flatten(-2)), padding)
+        return blank(self.out_proj(o.flatten(-2)), padding)
 
     def reset_parameters(self) -> None:
         """Reset the projections, the encoding and the feature map, as each of them does."""
@@ -337,10 +338,6 @@ class _Wrapped:
 
 def _unwrapped(positions: Tensor | _Wrapped | None) -> Tensor | None:
     return positions.positions if isinstance(positions, _Wrapped) else positions
-
-
-def _blank(x: Tensor, padding: Tensor | None) -> Tensor:
-    return x if padding is None else x.masked_fill(padding.unsqueeze(-1), 0)
 
 
 def _one(name: str, x: Tensor | None, same: Tensor | None) -> Tensor | None:

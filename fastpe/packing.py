@@ -109,8 +109,10 @@ class Rows:
 
 
 def blank(x: Tensor, padding: Tensor | None) -> Tensor:
-    """Return x [B, T, H, .] with zeros at padding, whatever stands there, NaN too."""
-    return x if padding is None else x.masked_fill(padding[..., None, None], 0)
+    """Return x [B, T, ...] with zeros at padding, whatever stands there, NaN too."""
+    if padding is None:
+        return x
+    return x.masked_fill(padding.view(*padding.shape, *(1,) * (x.ndim - 2)), 0)
 
 
 class Padded:
