@@ -289,7 +289,7 @@ def test_what_belongs_together_is_not_split():
 def test_packages_that_are_missing(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     path = _folder(tmp_path / "songs", 2) if package == "symusic" else None
-    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install 'fastpe\[mus"):
+    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install -e '\.\[mus"):
         sources.songs(path)
 
 
