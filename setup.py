@@ -21,12 +21,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-# cuda_kernels.cu is compiled once for each of these
+# cuda/kernels.cu is compiled once for each of these
 TYPES = ("float", "double", "BFloat16", "Float16")
 # machine code for these, and PTX that runs on every card from 8.0 on
 ARCHITECTURES = ("80", "90", "100")
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
-# cpu_kernels.cpp is compiled once for each of these; cpu.cpp picks one at run time
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+# cpu/kernels.cpp is compiled once for each of these; cpu/library.cpp picks one at run time
 ISAS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -36,7 +36,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 def abi() -> int:
     """Return the number of csrc/fastpe.h: another text has another number.
 
-    The libraries are given it, fastpe/backends/library.py has it, and loading compares the two.
+    The libraries are given it; fastpe/backends/native/library.py has it too, and loading compares.
     """
     text = Path("csrc/fastpe.h").read_text(encoding="utf-8")
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
@@ -52,9 +52,9 @@ def compile_cpu(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
     except subprocess.CalledProcessError:
         openmp = ["-Wno-unknown-pragmas"]
     built = [f"-DFASTPE_HAS_{name.upper()}" for name in ISAS]
-    jobs = {"cpu": ("csrc/cpu.cpp", [*built, f"-DFASTPE_ABI={abi()}"])}
+    jobs = {"cpu": ("csrc/cpu/library.cpp", [*built, f"-DFASTPE_ABI={abi()}"])}
     for name, flags in ISAS.items():
-        jobs[name] = "csrc/cpu_kernels.cpp", [*flags, f"-DFASTPE_ISA={name}"]
+        jobs[name] = "csrc/cpu/kernels.cpp", [*flags, f"-DFASTPE_ISA={name}"]
     run_ninja([*compiler, *openmp], jobs, out, objects)
 
 
@@ -87,15 +87,15 @@ def compile_cuda(
 
 
 def compile_cuda_for_host(out: Path, objects: Path, extra: tuple[str, ...] = ()) -> None:
-    """Compile the CUDA kernels into loops for the CPU: for tests (csrc/block.h)."""
+    """Compile the CUDA kernels into loops for the CPU: for tests (csrc/cuda/block.h)."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     _compile_by_type([*compiler, *FLAGS, *extra, "-x", "c++"], out, objects)
 
 
 def _compile_by_type(compiler: list[str], out: Path, objects: Path) -> str:
-    jobs = {"cuda": ("csrc/cuda.cpp", [f"-DFASTPE_ABI={abi()}"])}
+    jobs = {"cuda": ("csrc/cuda/library.cpp", [f"-DFASTPE_ABI={abi()}"])}
     for name in TYPES:
-        jobs[name] = "csrc/cuda_kernels.cu", [f"-DFASTPE_TYPE={name}"]
+        jobs[name] = "csrc/cuda/kernels.cu", [f"-DFASTPE_TYPE={name}"]
     return run_ninja(compiler, jobs, out, objects)
 
 
@@ -178,10 +178,10 @@ class PurePythonWheel(bdist_wheel):
 
 def extensions() -> list[Extension]:
     """Return what is to be built here."""
-    found = [("cpu", ["csrc/cpu.cpp", "csrc/cpu_kernels.cpp"])]
+    found = [("cpu", ["csrc/cpu/library.cpp", "csrc/cpu/kernels.cpp"])]
     wanted = os.environ.get("FASTPE_CUDA")
     if find_nvcc() and wanted != "0":
-        found.append(("cuda", ["csrc/cuda.cpp", "csrc/cuda_kernels.cu"]))
+        found.append(("cuda", ["csrc/cuda/library.cpp", "csrc/cuda/kernels.cu"]))
     elif wanted == "1":
         sys.exit("FASTPE_CUDA=1, but there is no nvcc: set CUDA_HOME or the PATH")
     elif wanted != "0":

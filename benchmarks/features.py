@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastpe
-from fastpe import reference
-from fastpe.ops import PhaseFeatures
+from fastpe.backends import reference
+from fastpe.ops.sine_features import SineFeatures
 
 # positions of the piece, from all different to nearly all the same
 POSITIONS = ("time", "bar", "chord", "phrase")
@@ -57,7 +57,7 @@ def providers(
     def fused(group: bool) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             sines = encoding.position_maps()[0]
-            return PhaseFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, used)
+            return SineFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, used)
 
         return run
 

@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastpe
-from fastpe.ops import phase_features
+from fastpe.ops.sine_features import sine_features
 
 HEADS, WIDTH, TOKENS = 8, 64, 2048
 OURS, PLAIN = "auto", "reference"
@@ -45,7 +45,7 @@ def features(backend: str, encoding: fastpe.PositionalEncoding) -> Run:
     positions = torch.arange(TOKENS, dtype=torch.float64).view(1, -1, 1)
     if backend == PLAIN:
         return lambda q, k, v: encoding.features(q, positions, "q")
-    return lambda q, k, v: phase_features(
+    return lambda q, k, v: sine_features(
         q, positions, encoding.position_maps(q.device)[0], backend="cpu"
     )
 

@@ -4,7 +4,7 @@
     python benchmarks/tiles.py --seconds 600 --roles forward    more of them, of one kernel
 
 A role is a kernel of the scan. A tile is how many tokens and columns a program takes at a time, and
-with how many warps and loads ahead (`launch_scan.blocks`); here it also says into how many
+with how many warps and loads ahead (`causal_dot_launch.blocks`); here it also says into how many
 segments a row is cut. Each candidate first runs in a process of its own, where its results are
 compared with those of the default tile. Those that are right are timed here. Appends a line to
 DIR/tiles.jsonl for each candidate as it is done, and prints the best of each role.
@@ -34,8 +34,8 @@ from turns import gaussian
 
 import fastpe
 from fastpe.backends import triton as backend
-from fastpe.backends.triton import launch_scan
-from fastpe.ops import ScanOptions
+from fastpe.backends.specs import ScanOptions
+from fastpe.backends.triton import causal_dot_launch
 
 ENCODINGS = ("none", "rope")
 # by role: the block of columns that `columns` sets, and the inputs whose gradients run it (of q, k
@@ -115,10 +115,10 @@ def candidates(group: Group) -> list[Tile]:
 @contextlib.contextmanager
 def override(group: Group, tile: Tile) -> Iterator[None]:
     """Let the launcher take a tile for a role."""
-    blocks, segments = launch_scan.blocks, launch_scan.segments
+    blocks, segments = causal_dot_launch.blocks, causal_dot_launch.segments
     parts = 1 if group.encoding == "none" else 2
 
-    def chosen(role: str, *args: object, **named: object) -> launch_scan.Blocks:
+    def chosen(role: str, *args: object, **named: object) -> causal_dot_launch.Blocks:
         found = blocks(role, *args, **named)
         if role != group.role:
             return found
@@ -135,13 +135,13 @@ def override(group: Group, tile: Tile) -> Iterator[None]:
         length = -(-t // (tile.segments * c)) * c
         return length, -(-t // length)
 
-    launch_scan.blocks, launch_scan.segments = chosen, cut
-    launch_scan._plan.cache_clear()
+    causal_dot_launch.blocks, causal_dot_launch.segments = chosen, cut
+    causal_dot_launch._plan.cache_clear()
     try:
         yield
     finally:
-        launch_scan.blocks, launch_scan.segments = blocks, segments
-        launch_scan._plan.cache_clear()
+        causal_dot_launch.blocks, causal_dot_launch.segments = blocks, segments
+        causal_dot_launch._plan.cache_clear()
 
 
 def prepare(group: Group, setup: Setup) -> Callable[[], list[Tensor]]:

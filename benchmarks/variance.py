@@ -29,7 +29,7 @@ from harness import Setup, environment
 from torch import Tensor
 
 import fastpe
-from fastpe.encoded import encoded
+from fastpe.ops.position_map import encoded
 
 MEASURES = ("rms", "median", "mean", "misplaced")
 

@@ -1,4 +1,4 @@
-// The C ABI of the native libraries: one struct per op, filled by fastpe/backends/native.py.
+// The C ABI of the native libraries: one struct per op, filled by fastpe/backends/native/.
 //
 // No torch header is needed to build or to load them. The caller checks the sizes of tensors.
 #pragma once
@@ -74,7 +74,7 @@ typedef struct {
   void *stream;
   int64_t slices;   // of the tokens, that gradients of parameters add up in
   double *scratch;  // [slices, H, D K (2 + L) + D], for these gradients
-} FastpePhaseFeatures;
+} FastpeSineFeatures;
 
 // Standard normal numbers [hd, rows, r], MATH section 9.
 typedef struct {
@@ -87,11 +87,11 @@ typedef struct {
 } FastpePhiloxNormal;
 
 // A number that setup.py makes of the text of this file, and the sizes of the structs.
-// fastpe/backends/library.py compares them with its own before it fills a struct, which a library of
+// fastpe/backends/native/library.py compares them with its own before it fills a struct, which a library of
 // another version would read in another way.
 #define FASTPE_ABI_TABLE                                                              \
   {                                                                                   \
-    FASTPE_ABI, sizeof(FastpeTensor), sizeof(FastpeCausalDot), sizeof(FastpePhaseFeatures), \
+    FASTPE_ABI, sizeof(FastpeTensor), sizeof(FastpeCausalDot), sizeof(FastpeSineFeatures), \
         sizeof(FastpePhiloxNormal)                                                    \
   }
 const int64_t *fastpe_abi(void);
@@ -99,11 +99,11 @@ const int64_t *fastpe_abi(void);
 // 0 on success, else the message of fastpe_error()
 int fastpe_causal_dot(const FastpeCausalDot *args);
 int fastpe_causal_dot_backward(const FastpeCausalDot *args);
-int fastpe_phase_features(const FastpePhaseFeatures *args);
-int fastpe_phase_features_backward(const FastpePhaseFeatures *args);
+int fastpe_sine_features(const FastpeSineFeatures *args);
+int fastpe_sine_features_backward(const FastpeSineFeatures *args);
 // one token after a state; q and k: features to be made first, into y, or both null
-int fastpe_step(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
-                const FastpePhaseFeatures *k);
+int fastpe_step(const FastpeCausalDot *args, const FastpeSineFeatures *q,
+                const FastpeSineFeatures *k);
 int fastpe_philox_normal(const FastpePhiloxNormal *args);
 const char *fastpe_error(void);
 // FASTPE_ISA_* that an isa of 0 stands for; the largest that was built
@@ -113,10 +113,10 @@ int fastpe_openmp(void);
 // the same in the CUDA library, of device memory and on a stream; nothing waits or is allocated
 int fastpe_cuda_causal_dot(const FastpeCausalDot *args);
 int fastpe_cuda_causal_dot_backward(const FastpeCausalDot *args);
-int fastpe_cuda_phase_features(const FastpePhaseFeatures *args);
-int fastpe_cuda_phase_features_backward(const FastpePhaseFeatures *args);
-int fastpe_cuda_step(const FastpeCausalDot *args, const FastpePhaseFeatures *q,
-                     const FastpePhaseFeatures *k);
+int fastpe_cuda_sine_features(const FastpeSineFeatures *args);
+int fastpe_cuda_sine_features_backward(const FastpeSineFeatures *args);
+int fastpe_cuda_step(const FastpeCausalDot *args, const FastpeSineFeatures *q,
+                     const FastpeSineFeatures *k);
 const char *fastpe_cuda_error(void);
 const int64_t *fastpe_cuda_abi(void);
 // the most shared memory, in bytes, that a block of causal_dot or its gradient needs

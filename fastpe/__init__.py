@@ -2,20 +2,21 @@
 
 from torch.serialization import add_safe_globals
 
-from . import diagnostics, distributed, flops, nn
-from .attention import (
-    LinearAttentionState,
-    causal_linear_attention,
-    causal_linear_attention_step,
-    linear_attention,
-)
+from . import diagnostics, distributed, nn
+from .attention.api import causal_linear_attention, causal_linear_attention_step, linear_attention
+from .attention.banded import banded_attention
+from .attention.state import LinearAttentionState
 from .backends import available_backends
-from .banded import banded_attention
-from .config import show_config
-from .encodings import ConvSPE, FStripe, PositionalEncoding, RoPE, RoPEPool, SineSPE
-from .favor import Favor
-from .feature_maps import DPFP, FeatureMap, Hedgehog, Taylor2
-from .published import load_spe_state_dict
+from .backends.config import show_config
+from .encodings.base import PositionalEncoding
+from .encodings.convspe import ConvSPE
+from .encodings.fstripe import FStripe
+from .encodings.rope import RoPE, RoPEPool
+from .encodings.spe import SineSPE
+from .feature_maps.base import DPFP, FeatureMap, Hedgehog, Taylor2
+from .feature_maps.favor import Favor
+from .integrations.spe import load_spe_state_dict
+from .ops import flops
 
 flops.watch()
 # torch.load with weights_only=True takes states

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_positive
-from .encodings import PositionalEncoding
+from ._checks import check_positive
+from .encodings.base import PositionalEncoding
 
 
 def signal_to_noise(

@@ -22,28 +22,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import attention, backends
-from .encodings import PositionalEncoding
-from .feature_maps import FeatureMap, as_feature_map
-from .features import Setting
-from .maps import SineMap
-from .ops import phase_features
-from .packing import Packing
-from .precision import follow_autocast
-from .state import (
-    LinearAttentionState,
-    check_state,
-    config,
-    kernel_dtype,
-    kernel_widths,
-    noise_in_use,
-)
-from .validation import (
+from .attention.call import Setting, config, kernel_dtype, kernel_widths, noise_in_use
+from .attention.packing import Packing
+from .attention.precision import follow_autocast
+from .attention.state import LinearAttentionState, check_state
+from .attention.validation import (
     check_encoding,
     check_feature_map,
     check_inputs,
     check_options,
     check_positions,
 )
+from .backends.specs import SineMap
+from .encodings.base import PositionalEncoding
+from .feature_maps.base import FeatureMap, as_feature_map
+from .ops.sine_features import sine_features
 
 
 def causal_linear_attention(
@@ -169,7 +162,7 @@ def _encode(
     if backend == "reference" or maps is None or not isinstance(maps[0], SineMap):
         return q, k, encoding, positions
     q, k = (
-        phase_features(x, positions, side, backend=backend)
+        sine_features(x, positions, side, backend=backend)
         for x, side in zip((q, k), maps, strict=True)
     )
     return q, k, None, None

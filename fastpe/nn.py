@@ -7,14 +7,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import backends, distributed
-from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
-from .checks import check_dense, check_positive
-from .encodings import PositionalEncoding
-from .feature_maps import FeatureMap, as_feature_map
-from .packing import blank
-from .precision import autocast_dtype
-from .state import LinearAttentionState
-from .validation import check_options, check_order, check_packing
+from ._checks import check_dense, check_positive
+from .attention.api import causal_linear_attention, causal_linear_attention_step, linear_attention
+from .attention.packing import blank
+from .attention.precision import autocast_dtype
+from .attention.state import LinearAttentionState
+from .attention.validation import check_options, check_order, check_packing
+from .encodings.base import PositionalEncoding
+from .feature_maps.base import FeatureMap, as_feature_map
 
 
 class _Attention(nn.Module):

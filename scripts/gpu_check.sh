@@ -122,7 +122,7 @@ benchmark() { run "${prefix[@]}" python3 "benchmarks/$1.py" "${@:2}"; }
 build=
 libraries() {
   local name sources missing=() carried=()
-  sources=$(cat csrc/* setup.py | sha256sum | cut -c1-16)
+  sources=$(cat csrc/*.h csrc/*/* setup.py | sha256sum | cut -c1-16)
   mkdir -p build/gpu
   for name in cuda cpu; do
     if [ -f "build/gpu/libfastpe_$name.so" ] && [ "$(cat build/gpu/sources)" = "$sources" ]; then

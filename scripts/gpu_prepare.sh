@@ -51,6 +51,6 @@ out = Path(sys.argv[1])
 setup.compile_cuda(out / "libfastpe_cuda.so", out / "objects", architectures=(sys.argv[2],))
 PY
 # of these the library was built (scripts/gpu_check.sh compares it)
-cat csrc/* setup.py | sha256sum | cut -c1-16 >"$out/sources"
+cat csrc/*.h csrc/*/* setup.py | sha256sum | cut -c1-16 >"$out/sources"
 ls -l "$out/triton-cache.tar.xz" "$out/libfastpe_cuda.so"
 echo "$(find $cache -name '*.cubin' | wc -l) kernels in $SECONDS s"

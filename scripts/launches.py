@@ -30,8 +30,8 @@ from triton.runtime.jit import JITFunction
 
 import fastpe
 from fastpe.backends import triton as backend
+from fastpe.backends.specs import ScanOptions
 from fastpe.backends.triton import common
-from fastpe.ops import ScanOptions
 
 ROOT = Path(__file__).parent.parent
 # shared memory that one program can have, in bytes
@@ -256,9 +256,9 @@ def trace(name: str, dtype: torch.dtype, d: int, e: int, shape: tuple[int, int, 
             }
         )
         x = empty(4, t, h, d)
-        backend.phase_features(x, positions, sines, True)
+        backend.sine_features(x, positions, sines, True)
         y = empty(4, t, h, sines.feature_dim)
-        backend.phase_features_backward(y, x, positions, sines, True, [True, False] + [True] * 4)
+        backend.sine_features_backward(y, x, positions, sines, True, [True, False] + [True] * 4)
         return
     rotation = None if maps is None else maps[0]
     options = ScanOptions(

@@ -153,7 +153,7 @@ _INTERPRETED = _THOROUGH | {
     "test_noise_elsewhere",
     "test_odd_width",
     "test_parameters_in_any_layout",
-    "test_phase_features_of_heads_that_share",
+    "test_sine_features_of_heads_that_share",
     "test_ranges_are_sequences_alone",
     "test_ranges_of_heads_with_frequencies_of_their_own",
     "test_relu_has_no_slope_at_zero",
@@ -217,11 +217,11 @@ def _select(request, monkeypatch):
     if path == "cuda-host":
         monkeypatch.setitem(native.libraries, "cpu", request.getfixturevalue("cuda_host"))
     elif name == "cpu":
-        monkeypatch.setattr(native, "isa", path)
+        monkeypatch.setattr(native.library, "isa", path)
     elif name == "triton" and path:
         # every chunk is a segment
         cut = lambda programs, t, c, *_: (c, max(-(-t // c), 1))  # noqa: E731
-        monkeypatch.setattr(f"{backends.load(name).__name__}.launch_scan.segments", cut)
+        monkeypatch.setattr(f"{backends.load(name).__name__}.causal_dot_launch.segments", cut)
     return name
 
 
@@ -236,7 +236,7 @@ def _cuda_for_host(directory, flags=""):
 
 @pytest.fixture(scope="session")
 def cuda_host(request, tmp_path_factory):
-    """The CUDA kernels as loops on the CPU, which take the same steps (csrc/block.h)."""
+    """The CUDA kernels as loops on the CPU, which take the same steps (csrc/cuda/block.h)."""
     if request.config.getoption("--cuda-host"):
         library = Path(request.config.getoption("--cuda-host"))
         return native.Library(library, "fastpe_cuda_", ("", ""), True)

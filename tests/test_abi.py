@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 import fastpe
-from fastpe.backends import library, native
+from fastpe.backends import native
+from fastpe.backends.native import library
 
 ROOT = Path(fastpe.__file__).parent.parent
 OTHER = "libfastpe_cpu.so is of another version than the Python code of fastpe"
 STRUCTS = {
     "FastpeTensor": library.StridedTensor,
     "FastpeCausalDot": library.CausalDot,
-    "FastpePhaseFeatures": library.PhaseFeatures,
+    "FastpeSineFeatures": library.SineFeatures,
     "FastpePhiloxNormal": library.PhiloxNormal,
 }
 
@@ -45,7 +46,9 @@ def test_number_is_of_the_header():
     code = "import setup; print(setup.abi())"
     run = [sys.executable, "-c", code]
     found = int(subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    assert library._ABI[0] == found, f"_ABI in fastpe/backends/library.py must be 0x{found:08X}"
+    assert library._ABI[0] == found, (
+        f"_ABI in fastpe/backends/native/library.py must be 0x{found:08X}"
+    )
 
 
 def test_structs_are_those_of_the_header(tmp_path):
@@ -70,7 +73,7 @@ def test_structs_are_those_of_the_header(tmp_path):
 
 def _stub(directory, table):
     """Return a library whose functions do nothing; table: of its ABI, None for none."""
-    names = "causal_dot causal_dot_backward phase_features philox_normal step best_isa openmp"
+    names = "causal_dot causal_dot_backward sine_features philox_normal step best_isa openmp"
     source = "".join(f"int fastpe_{name}(...) {{ return 0; }}\n" for name in names.split())
     source += 'const char *fastpe_error() { return ""; }\n'
     if table is not None:

@@ -214,7 +214,7 @@ def test_same_bits_every_time(backend, make_encoding):
 
 
 def test_same_bits_on_any_number_of_threads(kernels, make_encoding, threads):
-    """Of a call that is large enough to be shared out (csrc/cpu_kernels.cpp)."""
+    """Of a call that is large enough to be shared out (csrc/cpu/kernels.cpp)."""
     case = problem(make_encoding, torch.float32, shape=(3, 150, 4), d=16, e=16)
     first = case.run(kernels)
     for n in (2, 3):

@@ -8,12 +8,12 @@ from helpers import assert_close, assert_within, leaf, make_inputs, results, tra
 
 from fastpe import (
     ConvSPE,
-    banded,
     banded_attention,
     causal_linear_attention,
     causal_linear_attention_step,
     linear_attention,
 )
+from fastpe.attention import banded
 from fastpe.nn import CausalLinearAttention
 
 B, T, H, D, E, KAPPA = 2, 23, 3, 5, 4, 6

@@ -9,7 +9,7 @@ from helpers import Problem, assert_within, error, leaf, make_inputs, problem
 
 import fastpe
 from fastpe import causal_linear_attention
-from fastpe.ops import PhaseFeatures
+from fastpe.ops.sine_features import SineFeatures
 
 # B, T, H, D, E: odd ones, around the widths of vectors and the lengths of chunks
 SHAPES = [
@@ -252,7 +252,7 @@ def test_grouped_by_unique_position(kernels, make, dtype):
         x, positions = leaf(case.q), leaf(labels)
         sines = case.encoding.position_maps()[0]
         tensors = [None if i is None or not i.requires_grad else i for i in sines[:4]]
-        y = PhaseFeatures.apply(x, positions, *sines, group, kernels)
+        y = SineFeatures.apply(x, positions, *sines, group, kernels)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
         used = [x, positions, *(i for i in tensors if i is not None)]
         return [y, *torch.autograd.grad((y * weight).sum(), used)]
@@ -264,7 +264,7 @@ def test_grouped_by_unique_position(kernels, make, dtype):
     # tokens of one label that change places change their codes with them
     order = labels[:, :, 0].argsort(dim=1, stable=True)
     y = [
-        PhaseFeatures.apply(
+        SineFeatures.apply(
             case.q.gather(1, order[:, :, None, None].expand_as(case.q)),
             labels.gather(1, order[:, :, None].expand_as(labels)),
             *(*case.encoding.position_maps()[0], group, kernels),

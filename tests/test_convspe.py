@@ -10,13 +10,13 @@ from helpers import assert_close, assert_within, leaf, make_inputs, traced
 
 import fastpe
 from fastpe import ConvSPE, causal_linear_attention, causal_linear_attention_step
-from fastpe.conv import _TILE
 from fastpe.encodings.convspe import SharedConvSPE
 from fastpe.nn import CausalLinearAttention
+from fastpe.ops.conv_features import TILE
 
 H, D = 2, 5
 # within a tile of positions, over several, and none at all
-LENGTHS = (1, 7, _TILE, 2 * _TILE + 3)
+LENGTHS = (1, 7, TILE, 2 * TILE + 3)
 
 
 def _encoding(**options):
@@ -74,8 +74,8 @@ def test_features_and_gradients(kind, side, t):
     [
         ({"gated": False}, (2, 9)),
         ({"kernel_size": 1}, (2, 9)),
-        ({"kernel_size": _TILE + 9}, (2, 2 * _TILE)),
-        ({"kernel_size": 3 * _TILE}, (1, 5)),
+        ({"kernel_size": TILE + 9}, (2, 2 * TILE)),
+        ({"kernel_size": 3 * TILE}, (1, 5)),
         ({"num_realizations": 1}, (2, 9)),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The CUDA kernels where there is no card: as loops on the CPU (csrc/block.h), and the backend."""
+"""The CUDA kernels without a card, as loops on the CPU (csrc/cuda/block.h), and the backend."""
 
 import pytest
 import torch
@@ -7,8 +7,10 @@ from helpers import Problem, assert_within, leaf, make_inputs
 
 import fastpe
 from fastpe import causal_linear_attention, causal_linear_attention_step
-from fastpe.backends import cuda, native
-from fastpe.ops import ScanOptions, causal_dot
+from fastpe.backends import native
+from fastpe.backends.native import cuda
+from fastpe.backends.specs import ScanOptions
+from fastpe.ops.causal_dot import causal_dot
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,7 +70,7 @@ def test_normalizer_is_not_rounded(cuda_host, dtype, monkeypatch):
 
 
 def test_columns_are_shared_out_without_a_difference(cuda_host, monkeypatch):
-    """Few heads have their columns cut finer (csrc/cuda_kernels.cu): the bits stay."""
+    """Few heads have their columns cut finer (csrc/cuda/kernels.cu): the bits stay."""
     monkeypatch.setitem(native.libraries, "cpu", cuda_host)
     q, k, v = make_inputs(1, 80, 64, 24, 64, torch.float32)
 

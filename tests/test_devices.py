@@ -7,8 +7,7 @@ from helpers import make_inputs
 import fastpe
 from fastpe import backends
 from fastpe.backends import tensors
-from fastpe.maps import Rotation, SineMap
-from fastpe.ops import ScanOptions
+from fastpe.backends.specs import Rotation, ScanOptions, SineMap
 
 OPTIONS = ScanOptions("elu1", "sum", 1e-6, True, False, False, 1.0, 0, "")
 
@@ -67,9 +66,9 @@ def test_features_elsewhere(kernels, name):
     x, positions, *sines = _elsewhere(_sines(), tensors.SINES.index(name))
     sines = SineMap(*sines, False)
     with _refused(name, "x"):
-        backend.phase_features(x, positions, sines, True)
+        backend.sine_features(x, positions, sines, True)
     with _refused(name, "x"):
-        backend.phase_features_backward(x[..., :4], x, positions, sines, True, [True] * 6)
+        backend.sine_features_backward(x[..., :4], x, positions, sines, True, [True] * 6)
 
 
 def test_gradient_of_features_elsewhere(kernels):
@@ -77,7 +76,7 @@ def test_gradient_of_features_elsewhere(kernels):
     backend, sines = backends.load(kernels), SineMap(*sines, False)
     y = x[..., :4].to("meta")
     with _refused("grad_y", "x"):
-        backend.phase_features_backward(y, x, positions, sines, True, [True] * 6)
+        backend.sine_features_backward(y, x, positions, sines, True, [True] * 6)
 
 
 @pytest.mark.parametrize("name", ["k", "v", "s0", "z0", "positions", "freq"])

@@ -61,7 +61,7 @@ def test_causal_dot(native_kernels, options):
         if p.id.startswith(("sinespe", "fstripe")) and (dtype == torch.float32 or p.id == "sinespe")
     ],
 )
-def test_phase_features(native_kernels, make, dtype):
+def test_sine_features(native_kernels, make, dtype):
     encoding = make(8, 3)
     if dtype == torch.float64:
         encoding.double()
@@ -69,12 +69,12 @@ def test_phase_features(native_kernels, make, dtype):
     positions = make_positions(encoding, 2, 9)
     sines = [i.detach() if torch.is_tensor(i) else i for i in encoding.position_maps()[0]]
     arguments = (x, positions, *sines, True, native_kernels)
-    torch.library.opcheck(torch.ops.fastpe.phase_features.default, arguments, test_utils=TESTS)
-    y = torch.ops.fastpe.phase_features(*arguments)
+    torch.library.opcheck(torch.ops.fastpe.sine_features.default, arguments, test_utils=TESTS)
+    y = torch.ops.fastpe.sine_features(*arguments)
     given = [i is not None for i in arguments[:6]]
     for needs in (given, [True] + [False] * 5):
         torch.library.opcheck(
-            torch.ops.fastpe.phase_features_backward.default,
+            torch.ops.fastpe.sine_features_backward.default,
             (torch.randn_like(y), *arguments, needs),
             test_utils=TESTS,
         )
@@ -230,7 +230,7 @@ def test_library_knows_nothing_of_torch(native_kernels):
     content = native.CPU.path.read_bytes()
     for name in (b"libtorch", b"libc10", b"N3c10", b"N2at", b"libpython", b"_Py_", b"PyObject"):
         assert name not in content, name
-    for name in ("causal_dot", "causal_dot_backward", "phase_features", "philox_normal"):
+    for name in ("causal_dot", "causal_dot_backward", "sine_features", "philox_normal"):
         assert f"fastpe_{name}".encode() in content
 
 

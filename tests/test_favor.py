@@ -8,7 +8,7 @@ from helpers import assert_within, leaf, make_inputs, make_positions
 
 import fastpe
 from fastpe import DPFP, Favor, RoPE, SineSPE
-from fastpe.state import kernel_widths
+from fastpe.attention.call import kernel_widths
 
 B, T, H, D, E = 2, 37, 3, 8, 6
 EXACT = encodings("sinespe-exact", "fstripe-unpooled", "fstripe-vector")

@@ -13,7 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpe
-from fastpe import banded, causal_linear_attention, causal_linear_attention_step, conv, flops
+from fastpe import causal_linear_attention, causal_linear_attention_step
+from fastpe.attention import banded
+from fastpe.ops import conv_features as conv
+from fastpe.ops import flops
 
 
 def _count(function, *args, **options):
@@ -151,12 +154,12 @@ def test_sines_are_counted_as_their_products(native_kernels):
 
     arguments = x, positions, *sines, True, native_kernels
     needs = [True, True, True, False, False, False]
-    found, grads = _count(torch.ops.fastpe.phase_features_backward, g, *arguments, needs)
+    found, grads = _count(torch.ops.fastpe.sine_features_backward, g, *arguments, needs)
     expected, wanted = _count(plain)
     for actual, exact in zip(grads, wanted, strict=False):
         assert_within(actual, exact, 1e-11)
     assert found == expected
-    found, _ = _count(torch.ops.fastpe.phase_features, *arguments)
+    found, _ = _count(torch.ops.fastpe.sine_features, *arguments)
     assert found == 2 * 2 * 20 * 3 * 8 * 3 + 2 * 2 * 20 * 3 * 8 * 7 * 10
 
 

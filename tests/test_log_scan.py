@@ -5,8 +5,8 @@ import pytest
 import torch
 from helpers import assert_within, leaf, make_inputs
 
-from fastpe.favor import _level, favor_attention
-from fastpe.log_scan import divided, log_scan
+from fastpe.attention.favor import _level, favor_attention
+from fastpe.attention.log_scan import divided, log_scan
 
 B, T, H, D, E = 2, 37, 3, 8, 6
 

@@ -9,8 +9,9 @@ import torch
 from conftest import encodings
 from helpers import assert_within, make_inputs
 
-from fastpe import Favor, FStripe, SineSPE, backends, causal_linear_attention, noise
+from fastpe import Favor, FStripe, SineSPE, backends, causal_linear_attention
 from fastpe.nn import CausalLinearAttention
+from fastpe.ops import noise
 
 NOISY = encodings("sinespe", "sinespe-ungated", "fstripe-sff", "convspe")
 

@@ -9,8 +9,9 @@ import torch
 from helpers import assert_within, traced
 from torch.utils.checkpoint import checkpoint
 
-from fastpe import Favor, FStripe, SineSPE, noise
+from fastpe import Favor, FStripe, SineSPE
 from fastpe.nn import CausalLinearAttention
+from fastpe.ops import noise
 
 H, D = 3, 8
 

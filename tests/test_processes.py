@@ -13,7 +13,7 @@ from helpers import leaf, make_inputs
 import fastpe
 from fastpe import RoPE, SineSPE, causal_linear_attention
 from fastpe.backends import native
-from fastpe.ops import ScanOptions
+from fastpe.backends.specs import ScanOptions
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks"),
@@ -65,9 +65,9 @@ def _tensors():
 
 def _make_features():
     q, _, _, positions, (sines, _) = _tensors()
-    y = native.phase_features(q, positions, sines, True)
+    y = native.sine_features(q, positions, sines, True)
     needs = [True, False, True, True, True, True]
-    return [y, *native.phase_features_backward(y, q, positions, sines, True, needs)]
+    return [y, *native.sine_features_backward(y, q, positions, sines, True, needs)]
 
 
 def _take_a_step():
@@ -133,9 +133,9 @@ def test_forked_processes_keep_their_threads(native_kernels, threads, monkeypatc
         counted.append(args[0].threads)
         return run(library, name, *args)
 
-    run = fastpe.backends.library.Library._call
+    run = fastpe.backends.native.library.Library._call
     _tensors()
-    monkeypatch.setattr(fastpe.backends.library.Library, "_call", call)
+    monkeypatch.setattr(fastpe.backends.native.library.Library, "_call", call)
     monkeypatch.setattr(fastpe.backends.forks, "forked", True)
     _attend()
     assert counted == [2, 2]

@@ -7,7 +7,9 @@ import torch
 from conftest import encodings
 from helpers import assert_within, compute_dtype, leaf
 
-from fastpe.ops import CausalDot, PhaseFeatures, ScanOptions
+from fastpe.backends.specs import ScanOptions
+from fastpe.ops.causal_dot import CausalDot
+from fastpe.ops.sine_features import SineFeatures
 
 D, E = 8, 6
 # in no order, two of them empty, one as long as several chunks, gaps before, between and behind
@@ -199,7 +201,7 @@ def test_heads_that_share_with_frequencies_of_their_own(kernels, heads):
 
 
 @pytest.mark.parametrize("make", encodings("sinespe", "fstripe-pooled", "fstripe-unpooled"))
-def test_phase_features_of_heads_that_share(kernels, make):
+def test_sine_features_of_heads_that_share(kernels, make):
     sines = make(D, 4).double().position_maps()[0]
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 19, 2, D, generator=generator, dtype=torch.float64)
@@ -207,7 +209,7 @@ def test_phase_features_of_heads_that_share(kernels, make):
     tensors = [leaf(x), leaf(labels), *map(leaf, sines[:4]), sines.noise, sines.pool]
 
     def run(spread):
-        y = PhaseFeatures.apply(spread(tensors[0]), *tensors[1:], True, kernels)
+        y = SineFeatures.apply(spread(tensors[0]), *tensors[1:], True, kernels)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=y.dtype)
         return y, *torch.autograd.grad(y, [x for x in tensors[:6] if x is not None], weight)
 

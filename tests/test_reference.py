@@ -1,4 +1,4 @@
-"""fastpe.reference: the specification against formulas written out, and its derivatives."""
+"""The reference backend: the specification against formulas written out, and its derivatives."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from conftest import encodings
 from helpers import assert_close, assert_within, gradients, leaf, make_inputs, problem
 
-from fastpe import causal_linear_attention, reference
+from fastpe import causal_linear_attention
+from fastpe.backends import reference
 
 FORMS = {
     "quadratic": reference.quadratic,

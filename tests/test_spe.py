@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from fastpe import FStripe, SineSPE, reference
-from fastpe.ops import phase_features
+from fastpe import FStripe, SineSPE
+from fastpe.backends import reference
+from fastpe.ops.sine_features import sine_features
 
 R = 200_000
 
@@ -141,5 +142,5 @@ def test_rounding_at_full_size(kernels, step):
         sines = encoding.position_maps()[0]
         wide = sines._replace(noise=sines.noise.double())
         exact = reference.sine_features(x.double(), positions.view(1, -1, 1), wide)
-        y = phase_features(x, positions.view(1, -1, 1), sines, backend=kernels)
+        y = sine_features(x, positions.view(1, -1, 1), sines, backend=kernels)
     assert (y - exact).abs().max() < 1e-6 * exact.abs().max()

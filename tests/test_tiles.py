@@ -32,7 +32,7 @@ interpreted = pytest.mark.skipif(
 def _launched(group, tile, monkeypatch):
     """Return the constants of each kernel that a role's call launches with a tile."""
     found = {}
-    kernel = tiles.launch_scan.Kernel
+    kernel = tiles.causal_dot_launch.Kernel
     call = kernel.__call__
 
     def record(self, *args):
@@ -48,7 +48,7 @@ def _launched(group, tile, monkeypatch):
 
 @interpreted
 def test_a_tile_reaches_its_kernel_alone(monkeypatch):
-    before = tiles.launch_scan.blocks, tiles.launch_scan.segments
+    before = tiles.causal_dot_launch.blocks, tiles.causal_dot_launch.segments
     group, names = Group("forward", "none", 32), ("C", "BW", "BE", "num_warps", "num_stages")
     found = _launched(group, Tile(32, 16, 2, 3, 2), monkeypatch)
     assert [found["forward_kernel"][name] for name in names] == [32, 32, 16, 2, 3]
@@ -56,7 +56,7 @@ def test_a_tile_reaches_its_kernel_alone(monkeypatch):
     default = _launched(group, Tile(segments=2), monkeypatch)["state_kernel"]
     assert all(found["state_kernel"][name] == default[name] for name in names)
     assert "state_kernel" not in _launched(group, Tile(segments=1), monkeypatch)
-    assert (tiles.launch_scan.blocks, tiles.launch_scan.segments) == before
+    assert (tiles.causal_dot_launch.blocks, tiles.causal_dot_launch.segments) == before
     # columns of the result, of which pairs have two
     found = _launched(Group("grad_q", "rope", 64), Tile(columns=32), monkeypatch)
     assert found["grad_q_kernel"]["BW"] == 16
@@ -84,11 +84,11 @@ def test_other_tiles_are_right(role, encoding):
     ],
 )
 def test_wrong_tiles_are_refused(spoil, said, monkeypatch):
-    plain, run, calls = tiles.launch_scan.blocks, tiles.backend.causal_dot, itertools.count()
+    plain, run, calls = tiles.causal_dot_launch.blocks, tiles.backend.causal_dot, itertools.count()
 
     def wrong(*args, **options):
         results = run(*args, **options)
-        if tiles.launch_scan.blocks is not plain:
+        if tiles.causal_dot_launch.blocks is not plain:
             spoil(results[0], calls)
         return results
 
@@ -99,14 +99,14 @@ def test_wrong_tiles_are_refused(spoil, said, monkeypatch):
 
 def test_what_a_kernel_leaves_unwritten_shows(monkeypatch):
     """New memory does not hold the right results of the run before, but NaN."""
-    plain, full_like, memory = tiles.launch_scan.blocks, torch.full_like, [torch.ones(8)]
+    plain, full_like, memory = tiles.causal_dot_launch.blocks, torch.full_like, [torch.ones(8)]
 
     def freed(x, value):
         memory.append(full_like(x, value))
         return memory[-1]
 
     # a kernel that writes nothing returns what was in the memory
-    run = lambda: [memory[0] if tiles.launch_scan.blocks is plain else memory[-1]]  # noqa: E731
+    run = lambda: [memory[0] if tiles.causal_dot_launch.blocks is plain else memory[-1]]  # noqa: E731
     monkeypatch.setattr(torch, "full_like", freed)
     monkeypatch.setattr(tiles, "prepare", lambda group, setup: run)
     found = tiles.compare(Group("forward", "none", 16), Tile(c=16), SETUP)

@@ -13,9 +13,9 @@ if fastpe.available_backends()["triton"] is not None:
     reason = fastpe.available_backends()["triton"]
     pytest.skip(f"backend 'triton' is not available: {reason}", allow_module_level=True)
 
-from fastpe.backends import cuda
 from fastpe.backends import triton as backend
-from fastpe.backends.triton import common, launch_scan, scan
+from fastpe.backends.native import cuda
+from fastpe.backends.triton import causal_dot, causal_dot_launch, common
 from fastpe.backends.triton.blocks import blocks
 from fastpe.backends.triton.common import power
 
@@ -33,7 +33,7 @@ def test_a_wrong_gradient_is_seen(monkeypatch, wrong):
     """One number in ten off by a half, as where a warp has written over another's rows."""
 
     def backward(*args):
-        grads = launch_scan.causal_dot_backward(*args)
+        grads = causal_dot_launch.causal_dot_backward(*args)
         grads[wrong].flatten()[::10] *= 1.5
         return grads
 
@@ -58,7 +58,7 @@ def test_tensors_elsewhere_are_refused():
 @pytest.mark.parametrize("t", [0, 1, 15, 64, 65, 1000, 4097])
 @pytest.mark.parametrize("programs", [1, 7, 64, 5000])
 def test_segments_cover_every_token_once(programs, t):
-    length, count = launch_scan.segments(programs, t, 32, 1, 132)
+    length, count = causal_dot_launch.segments(programs, t, 32, 1, 132)
     assert length % 32 == 0
     assert (count - 1) * length < max(t, 1) <= count * length
     # a card that is full is given no more work
@@ -76,7 +76,7 @@ def test_slots_hold_every_segment_once(sequences):
     length, t = 16, int(ranges.max()) + 5
     slots = torch.full((sequences - 1 + -(-t // length), 6), -1)
     constants = {"num_warps": 1, "num_stages": 1}
-    common.Kernel(scan.slots_kernel, constants)(
+    common.Kernel(causal_dot.slots_kernel, constants)(
         (len(slots), 1, 1), (ranges.to(DEVICE), slots := slots.to(DEVICE)), (sequences, length)
     )
     expected = []

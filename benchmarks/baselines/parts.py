@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpe import checks
+from fastpe import _checks as checks
 
 
 def attend(logits: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Which backends there are, which can run here, and which one `auto` takes.
 
-"reference" is plain PyTorch and needs no module; the others have the functions of ops.py.
+"reference" is plain PyTorch and needs no module; the others have the functions of native/.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from types import ModuleType
 
 import torch
 
-from . import forks as forks  # before a process can fork
+from .native import forks as forks  # before a process can fork
 
-_MODULES = {"cpu": "native", "triton": "triton", "cuda": "cuda"}
+_MODULES = {"cpu": "native", "triton": "triton", "cuda": "native.cuda"}
 # what "auto" tries, by type of device
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 NAMES = ("auto", *_MODULES, "reference")

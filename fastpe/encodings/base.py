@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import reference
-from ..checks import check_position_dtype, check_positive
-from ..maps import Rotation, SineMap
-from ..ops import observed
+from .._checks import check_position_dtype, check_positive
+from ..backends import reference
+from ..backends.specs import Rotation, SineMap
+from ..ops.register import observed
 
 
 class PositionalEncoding(nn.Module):

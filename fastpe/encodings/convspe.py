@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conv import Filter, KeptNoise, conv_features
-from ..maps import Band
-from ..noise import GATE
-from ..ops import philox_normal
-from ..resampling import Resampled
-from .base import PositionalEncoding, check_positive, gate_roots
+from .._checks import check_positive
+from ..backends.specs import Band
+from ..ops.conv_features import Filter, KeptNoise, conv_features
+from ..ops.noise import GATE, philox_normal
+from .base import PositionalEncoding, gate_roots
+from .redraw import Resampled
 
 
 class ConvSPE(Resampled, PositionalEncoding):

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_positive
-from ..maps import Rotation
-from ..ops import observed
-from ..sharded import put
+from .._checks import check_positive
+from ..backends.specs import Rotation
+from ..ops.register import observed
 from .base import PositionalEncoding
+from .sharded import put
 
 
 class RoPE(PositionalEncoding):

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_positive
-from ..maps import SineMap
-from ..noise import GATE, SINE, frames
-from ..ops import philox_normal
-from ..resampling import Resampled
-from ..sharded import put
+from .._checks import check_positive
+from ..backends.specs import SineMap
+from ..ops.noise import GATE, SINE, frames, philox_normal
 from .base import PositionalEncoding, gate_roots
+from .redraw import Resampled
+from .sharded import put
 
 
 class SineEncoding(Resampled, PositionalEncoding):

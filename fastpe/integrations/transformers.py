@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..attention import LinearAttentionState, causal_linear_attention, linear_attention
-from ..feature_maps import FeatureMap, as_feature_map
-from ..validation import check_options
+from ..attention.api import causal_linear_attention, linear_attention
+from ..attention.state import LinearAttentionState
+from ..attention.validation import check_options
+from ..feature_maps.base import FeatureMap, as_feature_map
+from . import transformers_config
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
@@ -40,8 +42,6 @@ except ImportError as error:
         "fastpe.integrations.transformers needs transformers >= 5.5: "
         f"pip install -e '.[transformers]' in a clone ({error})"
     ) from error
-
-from . import transformers_config
 
 __all__ = ["StateCache", "register"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..feature_maps import FeatureMap
+from ..feature_maps.base import FeatureMap
 
 # what does not decide about outputs
 _NOT_COMPARED = {"name", "backend"}

@@ -11,21 +11,21 @@ import torch
 import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ... import reference
-from ...feature_maps import elu1
-from ...ops import ScanOptions
+from .. import reference
+from ..reference.elementwise import elu1
+from ..specs import ScanOptions
 from .blocks import too_wide
+from .causal_dot_launch import causal_dot, causal_dot_backward
 from .common import INTERPRETED
-from .launch_features import phase_features, phase_features_backward, philox_normal
-from .launch_scan import causal_dot, causal_dot_backward
+from .sine_features_launch import philox_normal, sine_features, sine_features_backward
 
 __all__ = [
     "causal_dot",
     "causal_dot_backward",
     "describe",
-    "phase_features",
-    "phase_features_backward",
     "philox_normal",
+    "sine_features",
+    "sine_features_backward",
     "unavailable",
     "unsupported",
 ]

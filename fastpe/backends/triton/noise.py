@@ -1,9 +1,9 @@
-"""Kernel of the noise: Philox4x32-10 and Box-Muller in float64, see fastpe/noise.py."""
+"""Kernel of the noise: Philox4x32-10 and Box-Muller in float64, as in the reference backend."""
 
 import triton
 import triton.language as tl
 
-from .maps import TWO_PI
+from .elementwise import TWO_PI
 
 
 @triton.jit

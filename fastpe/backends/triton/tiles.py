@@ -7,7 +7,7 @@ are rotated. Without rotation (PAIRS == "none") it is one block, given twice.
 import triton
 import triton.language as tl
 
-from .maps import sincos_turns, turns
+from .elementwise import sincos_turns, turns
 
 
 @triton.jit

@@ -1,0 +1,271 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from .._checks import shape
+from ..encodings.base import PositionalEncoding
+from ..feature_maps.base import FeatureMap, as_feature_map
+from ..feature_maps.favor import Favor
+from . import linear as scan
+from . import packing
+from .call import Setting, config, kernel_dtype, kernel_widths, noise_in_use
+from .precision import follow_autocast, full_precision
+from .state import LinearAttentionState, check_state
+from .validation import (
+    check_align,
+    check_band,
+    check_encoding,
+    check_feature_map,
+    check_inputs,
+    check_options,
+    check_packing,
+    check_positions,
+    check_step_positions,
+)
+
+
+def causal_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pos_encoding: PositionalEncoding | None = None,
+    positions: Tensor | None = None,
+    feature_map: str | FeatureMap = "elu1",
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    align: str | None = None,
+    initial_state: LinearAttentionState | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LinearAttentionState]:
+    """Causal attention whose cost is linear in T, with a relative positional encoding.
+
+    o_m = sum_{n<=m} (phi_m . psi_n) v_n / (sum_{n<=m} phi_m . psi_n + eps), where phi and psi are
+    the features of q and k: the encoding's, then the feature map's (RoPE with apply="after" the
+    other way round, and not in the normaliser). Arithmetic is float32, for float64 inputs float64.
+    Under autocast q, k and v are cast to its dtype first, unless they are float64, as
+    `F.scaled_dot_product_attention` does; outside autocast they must have one dtype.
+
+    Args:
+        q: Queries, [B, T, H, D], any strides; float32, float64, bfloat16 or float16.
+        k: Keys, [B, T, Hk, D]; Hk divides H, and H / Hk neighbours share a head of k and v. Where
+            an encoding has parameters of its own for each of H heads, each has its own features
+            of these keys.
+        v: Values, [B, T, Hk, E].
+        pos_encoding: RoPE, RoPEPool, SineSPE, ConvSPE, FStripe or one of your own; default none.
+        positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
+            numbers, in any order, as integers, bools, float32 or float64; default 0, 1, 2, ... of
+            each sequence, continued from initial_state. Where k is longer than q (or shorter),
+            those of the longer one.
+        feature_map: "elu1", "relu", "exp", "identity", "dpfp", "taylor2", or a module: Favor, DPFP,
+            Taylor2, Hedgehog, or a FeatureMap of your own. Modules see encoded queries and keys, so
+            RoPE and RoPEPool need apply="before" with them.
+        normalize: Divide by the sum of weights. True adds eps to it, which needs weights >= 0, so
+            not feature_map="identity"; "abs" divides by max(|sum|, eps); False does not divide.
+            Favor needs True, and no eps.
+        eps: Added to the sum of weights, or its least magnitude with "abs".
+        cu_seqlens: Packed sequences: int32 or int64 [S + 1] from 0 to T, with B = 1; sequence i has
+            the tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1. The result is that of each alone.
+        key_padding_mask: [B, T of k], True at padding, on any side. It is as if these tokens were
+            not there: they change nothing, whatever they hold, and their outputs are 0.
+        align: Which query stands at which key where their numbers differ: "end", the last at the
+            last (decoding with all keys at hand), or "start", the first at the first (as
+            scaled_dot_product_attention's is_causal has it). Must then be given.
+        initial_state: State after the tokens before these, from the same configuration.
+        output_final_state: Return the state after the last token too.
+        chunk_size: Tokens that are handled together; changes speed and rounding only. Default:
+            the backend's choice.
+        backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and says so
+            once.
+    Returns:
+        o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state, of S or B
+            sequences, and of Hk heads, or H where each encodes in its own way.
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    q, k, v = follow_autocast(q, k, v)
+    check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
+    check_options(feature_map, normalize, eps, chunk_size)
+    check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
+    check_band(pos_encoding, feature_map, positions)
+    check_align(align, q, k, cu_seqlens)
+    tokens = check_packing(cu_seqlens, key_padding_mask, k)
+    made_with = config(pos_encoding, feature_map, normalize)
+    noise = noise_in_use(pos_encoding, feature_map)
+    (b, t, h, _), tk, state, start = q.shape, k.shape[1], None, 0
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
+    # a bool where T is a symbol too
+    one_token = bool(initial_state is not None and t == 1)
+    dtype = kernel_dtype(q, feature_map)
+    backend = backends.resolve(backend, q.device, dtype, widths, one_token)
+    setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
+    if initial_state is not None:
+        sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = sequences, h if setting.per_head else k.shape[2]
+        check_state(initial_state, q, v, sizes, setting, made_with, noise)
+        s, z, start, *_, c, lost = initial_state
+        more = lost if c is None else c
+        state = (s, z) if more is None else (s, z, more)
+    counted = tokens if t == tk else tokens.along(max(t, tk), align)
+    positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
+    with full_precision(q):
+        setting = setting.prepared(q.device)
+        if t == tk:
+            o, s, z, *more = scan.attend(q, k, v, positions, state, setting, tokens)
+        else:
+            inputs = q, k, v, positions, state, setting, tokens
+            o, s, z, *more = scan.attend_aligned(*inputs, align)
+    if not output_final_state:
+        return o
+    # positions go on behind the last token, also of queries that stand before all keys
+    length = counted.lengths(t) if align == "end" and t > tk else tokens.lengths(tk)
+    if not isinstance(feature_map, Favor):
+        more = None, *more
+    return o, LinearAttentionState(s, z, start + length, made_with, noise, *more)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pos_encoding: PositionalEncoding | None = None,
+    positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    feature_map: str | FeatureMap = "elu1",
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    key_cu_seqlens: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query to every key, in O(T): for encoders and between sequences.
+
+    o_m = sum_n (phi_m . psi_n) v_n / (sum_n phi_m . psi_n + eps), with the features of
+    `causal_linear_attention`, whose arguments these are where not said otherwise. There is nothing
+    to scan: the sums over keys and their products with queries are matrix products of PyTorch's,
+    in the dtype of arithmetic, of features that are stored.
+
+    Args:
+        q: Queries, [B, Tq, H, D].
+        k: Keys, [B, Tk, Hk, D].
+        v: Values, [B, Tk, Hk, E].
+        positions: Of the queries, default 0, 1, 2, ... of each sequence.
+        key_positions: Of the keys, likewise; given if, and only if, positions are. For the same
+            tokens give the same.
+        cu_seqlens: Packed sequences of queries, [S + 1] from 0 to Tq, with B = 1; their longest is
+            looked up, for which a GPU is waited for.
+        key_cu_seqlens: Of the keys; default cu_seqlens.
+        query_padding_mask: [B, Tq], True at padding: their outputs are 0.
+        key_padding_mask: [B, Tk], True at padding.
+        backend: Of the features.
+    Returns:
+        o: [B, Tq, H, E] in v's dtype.
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    q, k, v = follow_autocast(q, k, v)
+    check_inputs(q, k, v)
+    feature_map = as_feature_map(feature_map)
+    check_options(feature_map, normalize, eps, None)
+    check_encoding(pos_encoding, q)
+    check_feature_map(feature_map, pos_encoding, q)
+    if key_cu_seqlens is None:
+        key_cu_seqlens = cu_seqlens
+    of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
+    of_k = check_packing(key_cu_seqlens, key_padding_mask, k, name="key_cu_seqlens")
+    if (cu_seqlens is None) != (key_cu_seqlens is None) or (
+        cu_seqlens is not None and cu_seqlens.shape != key_cu_seqlens.shape
+    ):
+        raise ValueError("cu_seqlens and key_cu_seqlens must be of as many sequences")
+    if (positions is None) != (key_positions is None):
+        raise ValueError(
+            "positions and key_positions must be given both or neither: are queries and keys the "
+            "same tokens?"
+        )
+    at_q = check_positions(positions, pos_encoding, q, q.shape[1], 0, of_q)
+    at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
+    widths = kernel_widths(q, v, pos_encoding, feature_map)
+    backend = backends.resolve(backend, q.device, kernel_dtype(q, feature_map), widths)
+    setting = Setting(pos_encoding, feature_map, normalize, eps, None, backend)
+    heads = q.shape[2]
+    with full_precision(q):
+        setting = setting.prepared(q.device)
+        if cu_seqlens is None:
+            state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
+            return scan.readout(q, at_q, state, setting, query_padding_mask).to(v.dtype)
+        pad_q, pad_k = packing.Padded(cu_seqlens), packing.Padded(key_cu_seqlens)
+        k, v, at_k = (None if x is None else pad_k.split(x) for x in (k, v, at_k))
+        q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
+        state = scan.absorb(k, v, at_k, None, setting, pad_k.padding, heads)
+        return pad_q.join(scan.readout(q, at_q, state, setting, pad_q.padding)).to(v.dtype)
+
+
+def causal_linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearAttentionState,
+    *,
+    pos_encoding: PositionalEncoding | None = None,
+    positions: Tensor | float | None = None,
+    feature_map: str | FeatureMap = "elu1",
+    normalize: bool | str = True,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, LinearAttentionState]:
+    """Attend with one more token, in time and memory that do not depend on the tokens before.
+
+    The same as the last token of `causal_linear_attention`, whose arguments these are.
+
+    Args:
+        q: Query, [B, H, D].
+        k: Key, [B, Hk, D].
+        v: Value, [B, Hk, E].
+        state: State after the tokens before; it is not changed.
+        positions: A number or [B], for an encoding of L levels [L] or [B, L]; default
+            state.length, which may differ from sequence to sequence.
+    Returns:
+        o: [B, H, E] in v's dtype.
+        state: State after this token.
+    Raises:
+        ValueError, TypeError: an argument is not as above or there.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            raise ValueError(f"{name} must be one token, [B, H, D], got {shape(x)}")
+    if not isinstance(state, LinearAttentionState):
+        raise TypeError(
+            "state must be a LinearAttentionState, as a call with output_final_state=True returns "
+            f"(T may be 0), got {type(state).__name__}"
+        )
+    if positions is not None:
+        positions = check_step_positions(positions, pos_encoding, q.shape[0])
+    o, state = causal_linear_attention(
+        q.unsqueeze(1),
+        k.unsqueeze(1),
+        v.unsqueeze(1),
+        pos_encoding=pos_encoding,
+        positions=positions,
+        feature_map=feature_map,
+        normalize=normalize,
+        eps=eps,
+        initial_state=state,
+        output_final_state=True,
+        backend=backend,
+    )
+    return o.squeeze(1), state

@@ -1,0 +1,140 @@
+"""Exact ConvSPE: attention to a band of lags, for the linear kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._checks import shape
+from ..backends import reference
+from ..backends.specs import Band, ScanOptions, compute_dtype
+from ..ops.banded import Banded, _forward
+from ..ops.causal_dot import causal_dot
+from ..ops.register import plain, refuse_transforms
+from .validation import check_inputs, check_options
+
+
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_kernel: Tensor,
+    *,
+    normalize: bool | str = False,
+    eps: float = 1e-6,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Causal attention to the last kappa keys, by content and lag.
+
+    o_m = sum_{0 <= m-n < kappa} w_mn v_n with w_mn = sum_d q_md k_nd P_d(m - n): what ConvSPE
+    (arXiv 2105.08399) is in expectation, ungated and for the linear kernel. Arithmetic is float32,
+    for float64 inputs float64.
+
+    Args:
+        q: Queries, [B, T, H, D]; float32, float64, bfloat16 or float16.
+        k: Keys, [B, T, H, D].
+        v: Values, [B, T, H, E].
+        weight_kernel: P, [H, D, kappa]: of lags 0 .. kappa - 1.
+        normalize: "abs" divides by max(|sum of weights|, eps); False does not divide.
+        eps: Least magnitude of the sum with "abs".
+        initial_state: The kappa - 1 keys and values before these, [B, kappa - 1, H, D] and
+            [B, kappa - 1, H, E], zeros where there are none.
+        output_final_state: Return the last kappa - 1 keys and values too.
+    Returns:
+        o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state.
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+    """
+    check_inputs(q, k, v)
+    check_options("identity", normalize, eps, None)
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    b, _, h, d = q.shape
+    kernel = weight_kernel
+    if not isinstance(kernel, Tensor) or kernel.ndim != 3 or kernel.shape[:2] != (h, d):
+        raise ValueError(f"weight_kernel must be [{h}, {d}, kappa], got {shape(kernel)}")
+    if kernel.device != q.device or not kernel.shape[-1]:
+        raise ValueError(
+            f"weight_kernel must be of one lag at least on {q.device}, got {shape(kernel)} on "
+            f"{kernel.device}"
+        )
+    if initial_state is not None:
+        wanted = [(b, kernel.shape[-1] - 1, h, x.shape[-1]) for x in (k, v)]
+        if [tuple(x.shape) for x in initial_state] != wanted:
+            came = ", ".join(map(shape, initial_state))
+            raise ValueError(f"initial_state must be of shapes {wanted}, got {came}")
+    dtype, (q, k, v) = v.dtype, (x.to(compute_dtype(x)) for x in (q, k, v))
+    num, den, state = _weigh(q, k, v, kernel, initial_state)
+    o = reference.normalized(num, den, normalize, eps).to(dtype)
+    return (o, state) if output_final_state else o
+
+
+def _weigh(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, state: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return sum w v [B, T, H, E], sum w [B, T, H], and the last keys and values."""
+    before = kernel.shape[-1] - 1
+    if state is None:
+        k, v = (F.pad(x, (0, 0, 0, 0, before, 0)) for x in (k, v))
+    else:
+        k, v = (torch.cat((w.to(x.dtype), x), 1) for w, x in zip(state, (k, v), strict=True))
+    # a value of one adds up weights; where there was no key the weight is zero
+    args = q, k, F.pad(v, (0, 1), value=1.0), kernel.to(q.dtype)
+    if plain(args):
+        y = _forward(*args)
+    else:
+        refuse_transforms()
+        y = Banded.apply(*args)
+    last = slice(k.shape[1] - before, None)
+    return y[..., :-1], y[..., -1], (k[:, last], v[:, last])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    *,
+    normalize: bool | str,
+    eps: float,
+    state: tuple[Tensor, Tensor] | None,
+    chunk_size: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o and the final s and z of attention by a `Band`.
+
+    s [B, H, (D +) kappa - 1, E] has the gate's sum over all keys, then the last values;
+    z [B, H, (D +) (kappa - 1) D] the gate's sum of keys, then the last keys.
+    """
+    dtype, (q, k, v) = v.dtype, (x.to(compute_dtype(x)) for x in (q, k, v))
+    rows = 0 if band.gate is None else q.shape[-1]
+    window = gate_state = None
+    if state is not None:
+        s, z = state
+        last_k = z[..., rows:].unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
+        window = last_k, s[:, :, rows:].transpose(1, 2)
+        gate_state = torch.cat((s[:, :, :rows], z[..., :rows, None]), -1)
+    num, den, (last_k, last_v) = _weigh(q, k, v, band.kernel, window)
+    s, z = last_v.transpose(1, 2), last_k.transpose(1, 2).flatten(2)
+    if band.gate is not None:
+        gate, ones = band.gate.to(q.dtype), F.pad(v, (0, 1), value=1.0)
+        o, sums = _linear(q * gate, k * gate, ones, gate_state, chunk_size, backend)
+        num, den = num + o[..., :-1], den + o[..., -1]
+        s, z = torch.cat((sums[..., :-1], s), 2), torch.cat((sums[..., -1], z), 2)
+    return reference.normalized(num, den, normalize, eps).to(dtype), s, z
+
+
+def _linear(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, chunk_size: int | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return causal linear attention without normaliser, and its state."""
+    none = q.new_empty((q.shape[0], q.shape[2], 0))
+    state = None if s is None else (s, none)
+    if backend == "reference":
+        options = {"normalize": False, "state": state, "chunk_size": chunk_size}
+        o, (s, _) = reference.chunked(q, k, v, q[..., :0], k[..., :0], **options)
+        return o, s
+    options = ScanOptions.of_features("none", 0.0, chunk_size, backend)
+    return causal_dot(q, k, v, *(state or (None, None)), None, None, None, options=options)[:2]

@@ -1,0 +1,101 @@
+"""The state after some tokens, and the check that it belongs to a call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import require, shape
+from ..backends.specs import compute_dtype
+from ..feature_maps.favor import Favor
+from .call import Setting, feature_widths
+
+
+class LinearAttentionState(NamedTuple):
+    """What the tokens so far leave behind: constant in size, enough to go on.
+
+    Attributes:
+        s: sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs); H is the
+            number of key heads, unless each head of queries encodes them in its own way. Of
+            ConvSPE without noise the last values, and in z the last keys, stand behind sums.
+        z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
+        length: Number of tokens so far, int64 [B] where it differs between sequences; default
+            positions continue from it.
+        config: The configuration it belongs to; another one refuses it.
+        noise: The noise key of a random encoding, of a random feature map, int64 [2], or of both,
+            [4]; else None.
+        c: With Favor, what s and z are relative to: the sums are s exp(c) and z exp(c), [B, H, R].
+        lost: After a step of the native backends, the part of the sums that float32 rounded off,
+            [B, H, R E + Rz], for s and then z; else None. The next step adds it, so that sums over
+            any number of tokens keep their digits.
+    """
+
+    s: Tensor
+    z: Tensor
+    length: int | Tensor
+    config: str
+    noise: Tensor | None
+    c: Tensor | None = None
+    lost: Tensor | None = None
+
+
+def check_state(
+    state: LinearAttentionState,
+    q: Tensor,
+    v: Tensor,
+    sizes: tuple[int, int],
+    setting: Setting,
+    expected: str,
+    noise: Tensor | None,
+) -> None:
+    """Check that a state comes from the configuration `expected`, with this noise key.
+
+    sizes: numbers of sequences and of heads.
+    """
+    if not isinstance(state, LinearAttentionState):
+        raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
+    if state.config != expected:
+        raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
+    length, of_setting = state.length, (setting.encoding, setting.feature_map, setting.normalize)
+    (r, rz), e = feature_widths(q, *of_setting), v.shape[-1]
+    if isinstance(length, Tensor):
+        if length.dtype != torch.int64 or length.shape != sizes[:1] or length.device != q.device:
+            raise ValueError(
+                f"initial_state.length must be int64 of shape {sizes[:1]} on {q.device}, got "
+                f"{length.dtype} of {shape(length)} on {length.device}"
+            )
+    elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        raise TypeError(
+            f"initial_state.length must be an int or a tensor, got {type(length).__name__}"
+        )
+    tensors = [("s", state.s, (*sizes, r, e)), ("z", state.z, (*sizes, rz))]
+    if isinstance(setting.feature_map, Favor):
+        tensors.append(("c", state.c, (*sizes, r)))
+    elif state.c is not None:
+        raise ValueError(f"initial_state.c must be None without Favor, got {shape(state.c)}")
+    if state.lost is not None:
+        tensors.append(("lost", state.lost, (*sizes, r * e + rz)))
+    for name, x, size in tensors:
+        if not isinstance(x, Tensor) or tuple(x.shape) != size:
+            raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
+        if x.device != q.device or x.dtype != compute_dtype(q):
+            raise ValueError(
+                f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
+                f"got {x.dtype} on {x.device}"
+            )
+    if noise is state.noise:
+        return
+    if noise is None or not isinstance(state.noise, Tensor) or state.noise.shape != noise.shape:
+        raise ValueError(
+            "initial_state.noise must be the noise_key of pos_encoding and feature_map, "
+            f"{noise}, got {state.noise}"
+        )
+    require(
+        (noise == state.noise.to(noise.device)).all(),
+        "initial_state was made with another (seed, step) of noise than pos_encoding or "
+        "feature_map has now: "
+        "noise stays for a whole sequence, in training too; layers that have one encoding in "
+        "common need its share(), and each a feature map of its own",
+    )

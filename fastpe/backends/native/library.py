@@ -1,0 +1,192 @@
+"""The libraries of csrc/, and the structs of their C ABI (csrc/fastpe.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import forks
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class StridedTensor(Structure):
+    """FastpeTensor."""
+
+    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_int32)]
+
+
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+class CausalDot(Structure):
+    """FastpeCausalDot."""
+
+    _fields_ = _fields(
+        (c_int64, "B T H D E S Hk Hv Hs"),
+        (c_void_p, "ranges"),
+        (c_int32, "chunk threads isa feature_map normalize"),
+        (c_double, "eps"),
+        (c_int32, "interleaved pool map_first"),
+        (c_double, "scale"),
+        (c_int64, "Hf W L Bp"),
+        (c_void_p, "freq positions"),
+        (StridedTensor, "q k v o"),
+        (c_void_p, "den s0 z0 s z lost0 lost"),
+        (StridedTensor, "grad_o grad_q grad_k grad_v"),
+        (c_void_p, "grad_s grad_z grad_s0 grad_z0 grad_freq grad_positions"),
+        (c_void_p, "stream scratch"),
+    )
+
+
+class SineFeatures(Structure):
+    """FastpeSineFeatures."""
+
+    _fields_ = _fields(
+        (c_int64, "B T H D K J R L Bp Hx"),
+        (c_int32, "threads isa pool group"),
+        (c_void_p, "positions freq offset gain gate noise"),
+        (StridedTensor, "x y grad_y grad_x"),
+        (c_void_p, "grad_freq grad_offset grad_gain grad_gate grad_positions"),
+        (c_void_p, "stream"),
+        (c_int64, "slices"),
+        (c_void_p, "scratch"),
+    )
+
+
+class PhiloxNormal(Structure):
+    """FastpePhiloxNormal."""
+
+    _fields_ = _fields(
+        (c_uint64, "seed"),
+        (c_uint32, "step module kind first"),
+        (c_int32, "threads isa dtype"),
+        (c_int64, "hd rows r"),
+        (c_void_p, "out"),
+    )
+
+
+# the number of csrc/fastpe.h (setup.py computes it, tests/test_abi.py compares it), and sizes
+_ABI = [0xBC5BE3B6, *map(ctypes.sizeof, (StridedTensor, CausalDot, SineFeatures, PhiloxNormal))]
+
+
+class Library:
+    """A library of csrc/.
+
+    Attributes:
+        path: Where it is, once built.
+        prefix: What the names of its functions begin with.
+        needs: What builds it, and the variable that shows the compiler's error.
+        on_gpu: whether it has the CUDA kernels.
+    """
+
+    def __init__(self, path: Path, prefix: str, needs: tuple[str, str], on_gpu: bool) -> None:
+        self.path, self.prefix, self.needs, self.on_gpu = path, prefix, needs, on_gpu
+
+    @functools.cached_property
+    def functions(self) -> ctypes.CDLL:
+        """The library, loaded at first use; ImportError where it is of another version."""
+        library = ctypes.CDLL(str(self.path))
+        if not self._is_ours(library):
+            raise ImportError(
+                f"{self.path.name} is of another version than the Python code of fastpe: install "
+                f"fastpe again, in a clone by `{self.needs[1]}=1 pip install -e .`"
+            )
+        getattr(library, f"{self.prefix}error").restype = ctypes.c_char_p
+        return library
+
+    def _is_ours(self, library: ctypes.CDLL) -> bool:
+        """Return whether a library reads structs as they are filled here."""
+        try:
+            table = getattr(library, f"{self.prefix}abi")
+        except AttributeError:  # from before libraries said
+            return False
+        table.restype = ctypes.POINTER(c_int64)
+        found = table()
+        # sizes stand behind the same number only
+        return found[0] == _ABI[0] and found[: len(_ABI)] == _ABI
+
+    def unavailable(self) -> str | None:
+        """Return why the library cannot be used, or None."""
+        if not self.path.exists():
+            compiler, variable = self.needs
+            return (
+                f"{self.path.name} was not built: install {compiler} and run "
+                f"`{variable}=1 pip install -e .`, which shows the compiler's error"
+            )
+        try:
+            _ = self.functions
+        except OSError as error:
+            return f"{self.path.name} does not load: {error}"
+        except ImportError as error:
+            return str(error)
+        return None
+
+    def call(self, name: str, *args: Structure | None) -> None:
+        """Call a function on structs."""
+        if forks.forked and args[0].threads > 1:
+            # a new thread has no record of OpenMP threads that stayed behind: it gets its own
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self._call, name, *args).result()
+        return self._call(name, *args)
+
+    def _call(self, name: str, *args: Structure | None) -> None:
+        references = [None if x is None else ctypes.byref(x) for x in args]
+        if getattr(self.functions, self.prefix + name)(*references):
+            message = getattr(self.functions, f"{self.prefix}error")().decode()
+            raise RuntimeError(f"{self.prefix}{name}: {message}")
+
+
+_HERE = Path(__file__).parents[2]
+_CXX, _NVCC = "a C++ compiler (g++ or clang++)", "the CUDA toolkit (nvcc)"
+CPU = Library(_HERE / "libfastpe_cpu.so", "fastpe_", (_CXX, "FASTPE_CPU"), False)
+CUDA = Library(_HERE / "libfastpe_cuda.so", "fastpe_cuda_", (_NVCC, "FASTPE_CUDA"), True)
+# by type of device; tests put the CUDA kernels, compiled for the host, in the CPU's place
+libraries = {"cpu": CPU, "cuda": CUDA}
+
+
+def call(name: str, device: torch.device, *args: Structure | None) -> None:
+    """Call a function of the library for a device, on its current stream."""
+    library = libraries[device.type]
+    if device.type == "cpu":
+        return library.call(name, *args)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    for x in args:
+        if x is not None:
+            x.stream = stream
+    if device.index == torch.cuda.current_device():
+        return library.call(name, *args)
+    with torch.cuda.device(device):
+        return library.call(name, *args)
+
+
+def strided(x: Tensor) -> StridedTensor:
+    """Return where the entries of [B, T, H, width] are."""
+    return StridedTensor(x.data_ptr(), x.stride(), DTYPES[x.dtype])
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory, whatever torch.set_default_device says."""
+    return torch.empty(*shape, dtype=dtype, device=device)
+
+
+ISAS = ("best", "portable", "avx2", "avx512")
+# the code path to run, an index into ISAS; tests try each
+isa = 0
+
+
+def thread_count(rows: int) -> int:
+    """Return how many threads to run; a forked process starts them anew, not for one row."""
+    return 1 if rows == 1 and forks.forked else torch.get_num_threads()
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Return where the numbers of a tensor are, or None if it has none."""
+    return None if x is None or not x.numel() else x.data_ptr()

@@ -1,0 +1,301 @@
+"""When noise is redrawn: what random encodings and random feature maps have in common."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from ..ops.noise import count_forward
+from ..ops.register import observed
+
+# a code of n is 16 n + 8: an average of equal codes is rounded, but by less than 8
+_UNIT = 16
+
+
+class Resampled(nn.Module):
+    """Noise that is a function of (seed, step), both in the state dict.
+
+    It is fixed in evaluation, and in training redrawn at every `resample`-th forward. A forward
+    that activation checkpointing runs again gets the noise it had (`_Recomputed` says how). A copy
+    of the module has the noise of the original; `reseed_` gives it noise of its own.
+
+    A subclass names it first among its bases, calls `_init_noise`, defines `_draw`, calls
+    `_reset_noise` in its `reset_parameters`, and asks `_noise` for what `_draw` returns.
+
+    The buffers are `seed_code`, int64 [2, 8], the upper and the lower halves of the seed's bytes,
+    and `step_code`, int64 []. An average of equal codes, rounded, still stands for the same number.
+    """
+
+    module_id = 0
+
+    def _init_noise(self, resample: str | int, seed: int | None, *, random: bool = True) -> None:
+        """Check and keep the policy; make the buffers if there is noise."""
+        _check_seed(seed)
+        every = {"forward": 1, "never": 0}.get(resample, resample)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0 or resample == 0:
+            raise ValueError(
+                f"resample must be 'forward', 'never' or a positive int, got {resample!r}"
+            )
+        self.resample, self._every, self._random = resample, every, random
+        self._given_seed = seed
+        if random:
+            self.register_buffer("seed_code", torch.empty(2, 8, dtype=torch.int64))
+            # counts training forwards; the noise changes with step // every
+            self.register_buffer("step_code", torch.empty((), dtype=torch.int64))
+        self._forwards = _Recomputed()
+        self._newest: Tensor | None = None
+        self._cache: tuple | None = None
+        self._key: tuple | None = None
+
+    def _noise_source(self) -> Resampled:
+        # the module that holds seed and step; another one where they are shared
+        return self
+
+    def _draw(self, *wanted: object) -> Tensor:
+        raise NotImplementedError
+
+    def _noise(self, *wanted: object) -> Tensor:
+        """Return what `_draw` makes of these arguments, kept as long as the noise lasts."""
+        if observed():
+            return self._draw(*wanted)
+        # read and written in one piece: another thread may put its own there
+        key, cache = self.noise_key, self._cache
+        if cache is None or cache[0] is not key or cache[1] != wanted:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = cache = key, wanted, self._draw(*wanted)
+        return cache[2]
+
+    @property
+    def seed(self) -> int | None:
+        """The seed in use; None without noise."""
+        source = self._noise_source()
+        return int(_decoded(source.seed_code)) if source._random else None
+
+    @property
+    def step(self) -> int | None:
+        """How many training forwards were counted, plus what `resample_` skipped."""
+        source = self._noise_source()
+        return int(source.step_code) // _UNIT if source._random else None
+
+    @property
+    def noise_key(self) -> Tensor | None:
+        """The (seed, step) in use, int64 [2]; None without noise."""
+        source = self._noise_source()
+        if not source._random:
+            return None
+        if observed():
+            return source._made_key(_decoded(source.seed_code))
+        # one tensor as long as the noise lasts: a state that has it needs no look at its values
+        codes, known = (source.seed_code, source.step_code), source._key
+        stamps = _stamp(codes[0]), _stamp(codes[1])
+        if known is None or known[0] != stamps:
+            with torch.inference_mode(False), torch.no_grad():
+                same = known is not None and known[0][0] == stamps[0]
+                seed = known[2] if same else _decoded(codes[0])
+                # the codes are kept, so that their ids remain their own
+                source._key = known = stamps, source._made_key(seed), seed, codes
+        return known[1]
+
+    def _made_key(self, seed: Tensor) -> Tensor:
+        return torch.stack((seed, self.step_code // (_UNIT * max(self._every, 1))))
+
+    def reseed_(self, seed: int | None = None) -> None:
+        """Take another seed, and begin to count again.
+
+        Args:
+            seed: An int of 64 bits; default drawn from torch's generator.
+        """
+        _check_seed(seed)
+        source = self._noise_source()
+        source._given_seed = seed
+        source._reset_noise()
+
+    def _reset_noise(self) -> None:
+        # with the seed that was given, or a new one; a share leaves it to its source
+        if "seed_code" not in self._buffers:
+            return
+        if self._given_seed is None:
+            seed = torch.randint(2**62, (), device="cpu")
+        else:
+            seed = torch.tensor(self._given_seed, dtype=torch.int64, device="cpu")
+        with torch.no_grad():
+            self.seed_code.copy_(_coded(seed))
+            self.step_code.fill_(_UNIT // 2)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._forwards, self._newest = _Recomputed(), None
+
+    def resample_(self) -> None:
+        """Draw new noise (and go on from there)."""
+        source = self._noise_source()
+        if not source._random:
+            return
+        every = _UNIT * max(source._every, 1)
+        source.step_code.copy_((source.step_code // every + 1) * every + _UNIT // 2)
+
+    def maybe_resample_(self) -> None:
+        """Count a training forward, which redraws the noise where `resample` says so."""
+        source = self._noise_source()
+        if not self.training or not source._every or not source._random:
+            return
+        if torch.compiler.is_compiling():
+            if source is self:
+                count_forward(self.step_code, _UNIT)
+            return
+        token = torch.randint(2**62, (), device="cpu")
+        in_backward = torch._C._current_graph_task_id() != -1
+        if type(token) is not Tensor:  # a tensor without numbers
+            if source is self and not in_backward:
+                self.step_code.add_(_UNIT)
+            return
+        if in_backward:
+            source._reuse(self._forwards.recall(int(token)))
+            return
+        if source._newest is not None:
+            source._restore()  # the last backward failed before it could
+        if source is self:
+            self.step_code.add_(_UNIT)
+        self._forwards.remember(int(token), source.step_code)
+
+    def _reuse(self, step_code: Tensor) -> None:
+        if self._newest is None:
+            # in use again when this backward is done
+            self._newest = self.step_code.clone()
+            torch.autograd.Variable._execution_engine.queue_callback(self._restore)
+        self.step_code.copy_(step_code)
+
+    def _restore(self) -> None:
+        self.step_code.copy_(self._newest)
+        self._newest = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is copied and pickled: not what can be made again."""
+        made = {"_cache": None, "_key": None, "_newest": None}
+        return super().__getstate__() | made
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, object], prefix: str, *args: object
+    ) -> None:
+        # as written before codes: plain numbers
+        for name, coded in (("seed", _coded), ("step", lambda step: step * _UNIT + _UNIT // 2)):
+            if f"{name}_code" in self._buffers and prefix + name in state_dict:
+                number = torch.as_tensor(state_dict.pop(prefix + name)).long()
+                state_dict[f"{prefix}{name}_code"] = coded(number)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget()
+
+
+class _Recomputed:
+    """The steps of the forwards that activation checkpointing may run again.
+
+    Every training forward draws a number, its token, from torch's generator. Checkpointing restores
+    the generator before it runs a forward again, so the token is then the same and names the
+    forward. The step itself is not drawn: the generators of ranks differ, and noise must not.
+
+    The checkpoint owns the record of a forward (`_checkpoints`) and this register has a weak
+    reference to it. So there is no limit to the forwards before a backward, and nothing is left of
+    those that cannot run again. The register owns the newest record, for whatever runs it again.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakValueDictionary[int, _Record] = weakref.WeakValueDictionary()
+        self._newest: _Record | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Return how to copy it: a copy knows of no forwards."""
+        return _Recomputed, ()
+
+    def remember(self, token: int, step_code: Tensor) -> None:
+        """Note that the forward of this token had the noise of this step."""
+        self._newest = None
+        known = self._known.get(token)
+        # a copy, since a look at its value would wait for the card that it is on
+        record = _Record(step_code.clone())
+        if known is not None and not known.used and not known.agrees(record):
+            # which of the two forwards runs again will not be known
+            known.step_code = record.step_code = None
+        self._known[token] = self._newest = record
+        for holder in _checkpoints():
+            holder.__dict__.setdefault("_fastpe_records", []).append(record)
+
+    def recall(self, token: int) -> Tensor:
+        """Return the step of the forward of this token."""
+        record = self._known.get(token)
+        if record is None:
+            raise RuntimeError(
+                "a forward with noise was run inside backward that began with a state of torch's "
+                "generator that no forward before began with, so its noise is not known: use "
+                "torch.utils.checkpoint with preserve_rng_state=True"
+            )
+        if record.step_code is None:
+            raise RuntimeError(
+                "a forward was run again inside backward, and several forwards began with its "
+                "state of torch's generator, so its noise is not known: do not seed the generator "
+                "between a checkpointed forward and its backward"
+            )
+        record.used = True
+        return record.step_code
+
+
+class _Record:
+    """The step of one forward; None where that is not known."""
+
+    def __init__(self, step_code: Tensor) -> None:
+        self.step_code: Tensor | None = step_code
+        # whether a backward has asked for it
+        self.used = False
+
+    def agrees(self, other: _Record) -> bool:
+        return self.step_code is not None and torch.equal(self.step_code, other.step_code)
+
+
+def _checkpoints() -> list[object]:
+    """Return the objects that live as long as this forward may be run again by a checkpoint.
+
+    A non-reentrant checkpoint unpacks what autograd saved by a hook of its own, which all that is
+    saved holds. Other hooks, which move tensors to the CPU for instance, may live for ever. A
+    reentrant checkpoint is an autograd Function, whose context the graph holds.
+    """
+    found = []
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and "checkpoint" in (getattr(hooks[1], "__module__", None) or ""):
+        found.append(hooks[1])
+    if torch.is_grad_enabled():
+        return found
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            context = frame.f_locals.get("ctx")
+            found += [context] if isinstance(context, FunctionCtx) else []
+        frame = frame.f_back
+    return found
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed must be an int of 64 bits, got {seed!r}")
+
+
+def _coded(number: Tensor) -> Tensor:  # int64 [], to [2, 8]
+    octets = number.reshape(1).view(torch.uint8).long()
+    return torch.stack((octets >> 4, octets & 15)) * _UNIT + _UNIT // 2
+
+
+def _decoded(code: Tensor) -> Tensor:  # int64 [2, 8], to []
+    high, low = (code // _UNIT).unbind()
+    return (high << 4 | low).to(torch.uint8).view(torch.int64)[0]
+
+
+def _stamp(x: Tensor) -> object:
+    """Return what differs when x has changed: its bytes; its version where a look would wait."""
+    if type(x) is Tensor and x.is_cpu and x.is_contiguous():
+        return ctypes.string_at(x.data_ptr(), x.nbytes)
+    # a version that is not counted is like no other
+    return object() if x.is_inference() else (id(x), x._version)

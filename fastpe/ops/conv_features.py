@@ -1,0 +1,260 @@
+"""The features of ConvSPE: noise filtered around each position, in tiles of positions.
+
+Noise and codes exist for one tile at a time and are made again for the gradient. Tokens at one
+position share a code, and so do sequences that share positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..backends.specs import compute_dtype
+from .noise import CONV, philox_normal
+from .register import first_order, operator, plain, refuse_transforms
+
+# positions of a tile: always as many, wherever it begins, so that a code has the same bits for
+# whatever else is asked for
+TILE = 64
+# tiles whose noise is kept for single tokens, 25 MB each at H D = 512, R = 64, kappa = 128
+_KEPT = 2
+
+
+class Filter(NamedTuple):
+    """The code of position s: sum_j weight[j] Z[s + j] + constant, for each h, d and r.
+
+    Attributes:
+        weight: [H, D, kappa].
+        constant: [H, D, R], or None.
+        seed: Of the noise Z, int64 scalar.
+        step: Of the noise, int64 scalar.
+        module: Of the noise.
+        num_realizations: R.
+    """
+
+    weight: Tensor
+    constant: Tensor | None
+    seed: Tensor
+    step: Tensor
+    module: int
+    num_realizations: int
+
+
+class KeptNoise:
+    """The noise of the tiles that single tokens stand in: they are likely to be asked for again."""
+
+    def __init__(self) -> None:
+        # what they were made of, and the noise of each; replaced in one piece
+        self._known: tuple[tuple, dict[int, Tensor]] = (), {}
+
+    def codes(self, positions: Tensor, fir: Filter, dtype: torch.dtype) -> Tensor:
+        """Return the codes of positions [N], [N, H, D, R]."""
+        h, d, taps = fir.weight.shape
+        key = int(fir.seed), int(fir.step), fir.module, fir.num_realizations, dtype, (h, d, taps)
+        key = *key, fir.seed.device
+        known, before = self._known
+        if known != key:
+            before = {}
+        tiles, codes, weight = {}, [], fir.weight.to(dtype)
+        for position in positions.tolist():
+            i, row = divmod(position, TILE)
+            noise = tiles.get(i, before.get(i))
+            if noise is None:
+                with torch.inference_mode(False):
+                    noise = _noise(fir, dtype, i * TILE, TILE + taps - 1)
+            if len(tiles) < _KEPT:
+                tiles[i] = noise
+            code = torch.einsum("hdj,hdjr->hdr", weight, noise[:, :, row : row + taps])
+            codes.append(code if fir.constant is None else code + fir.constant.to(dtype))
+        self._known = key, tiles
+        return torch.stack(codes)
+
+
+def _noise(fir: Filter, dtype: torch.dtype, first: int, rows: int) -> Tensor:  # [H, D, rows, R]
+    weight, _, *key, r = fir
+    h, d, _ = weight.shape
+    return philox_normal(*key, CONV, [h * d, rows, r], dtype, first).unflatten(0, (h, d))
+
+
+def _one_token(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) -> Tensor:
+    places, which = _integers(positions).unique(return_inverse=True)
+    dtype = compute_dtype(x)
+    code = kept.codes(places, fir, dtype)[which].expand(x.shape[0], -1, -1, -1)
+    return torch.einsum("bhd,bhdr->bhr", x[:, 0].to(dtype), code)[:, None].to(x.dtype)
+
+
+def _integers(positions: Tensor) -> Tensor:  # [N]
+    positions = positions.reshape(-1)
+    if not torch.equal(positions.long().double(), positions):
+        raise ValueError("positions must be integers with ConvSPE, got others")
+    return positions.long()
+
+
+class _Codes:
+    """Makes codes by tile, from tokens [G, N, H, .]: G sequences that share positions, or one."""
+
+    def __init__(self, x: Tensor, positions: Tensor, fir: Filter) -> None:
+        b, t = x.shape[:2]
+        self.groups = (b, t) if positions.shape[0] == 1 else (1, b * t)
+        self.dtype, self.fir = compute_dtype(x), fir
+        self.positions = _integers(positions)
+        # row c of these Toeplitz matrices is the filter moved by c: [H, D, C, C + kappa - 1]
+        weight = F.pad(fir.weight.to(self.dtype), (TILE - 1, TILE - 1))
+        self.matrices = weight.unfold(-1, self.window, 1).flip(-2)
+
+    @property
+    def window(self) -> int:
+        """Rows of noise that a tile needs."""
+        return TILE + self.fir.weight.shape[-1] - 1
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Return [B, T, H, .] as [G, N, H, .]."""
+        return x.reshape(*self.groups, *x.shape[2:])
+
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the columns of at most a tile of tokens, their rows in the tile, and its noise."""
+        order = self.positions.argsort(stable=True)
+        tile = self.positions[order].div(TILE, rounding_mode="floor")
+        found, count = (x.tolist() for x in tile.unique_consecutive(return_counts=True))
+        noise = None
+        for i, at, columns in zip(found, [None, *found], order.split(count), strict=False):
+            noise = self._noise(i * TILE, noise if at == i - 1 else None)
+            for part in columns.split(TILE):
+                yield part, self.positions[part] - i * TILE, noise
+
+    def _noise(self, first: int, before: Tensor | None) -> Tensor:  # [H, D, window, R]
+        # what the tile before has of it is kept
+        kept = 0 if before is None else self.window - TILE
+        new = _noise(self.fir, self.dtype, first + kept, self.window - kept)
+        return new if before is None else torch.cat((before[:, :, TILE:], new), 2)
+
+    def code(self, head: int, rows: Tensor, noise: Tensor) -> Tensor:
+        """Return the codes of rows of a tile, [n, D, R]."""
+        operands, constant = (self.matrices[head], noise[head]), self.fir.constant
+        if constant is None:
+            code = torch.bmm(*operands)
+        else:
+            code = torch.baddbmm(constant[head, :, None].to(self.dtype), *operands)
+        return code.transpose(0, 1).index_select(0, rows)
+
+    def by_token(self, x: Tensor, columns: Tensor, head: int) -> Tensor:
+        """Return tokens of one head, [n, G, .]."""
+        return x[:, columns, head].transpose(0, 1).to(self.dtype)
+
+
+def _forward(x: Tensor, positions: Tensor, fir: Filter) -> Tensor:
+    codes = _Codes(x, positions, fir)
+    y = x.new_empty((*codes.groups, x.shape[2], fir.num_realizations))
+    inputs = codes.grouped(x)
+    for columns, rows, noise in codes.tiles():
+        for h in range(x.shape[2]):
+            code = codes.code(h, rows, noise)
+            part = torch.bmm(codes.by_token(inputs, columns, h), code)
+            y[:, columns, h] = part.transpose(0, 1).to(y.dtype)
+    return y.view(*x.shape[:-1], fir.num_realizations)
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor, positions: Tensor, fir: Filter, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes = _Codes(x, positions, fir)
+    inputs, grads = codes.grouped(x), codes.grouped(grad_y)
+    dx = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    weight, wide = fir.weight, {"dtype": torch.float64}
+    dweight = torch.zeros_like(weight, **wide)
+    dconstant = dweight.new_zeros((*weight.shape[:2], fir.num_realizations))
+    taps = torch.arange(weight.shape[-1], device=x.device)
+    for columns, rows, noise in codes.tiles():
+        # number j of the filter met row s + j of the noise
+        met = (rows[:, None] + taps).expand(x.shape[-1], -1, -1)
+        for h in range(x.shape[2]):
+            grad = codes.by_token(grads, columns, h)
+            if needs[0]:
+                part = torch.bmm(grad, codes.code(h, rows, noise).transpose(1, 2))
+                dx[:, columns, h] = part.transpose(0, 1).to(dx.dtype)
+            if needs[1] or needs[2]:
+                part = codes.by_token(inputs, columns, h)
+                dcode = torch.bmm(part.transpose(1, 2), grad).transpose(0, 1)  # [D, n, R]
+                dconstant[h] += dcode.sum(1)
+                by_row = torch.bmm(dcode, noise[h].transpose(1, 2))
+                dweight[h] += by_row.gather(2, met).sum(1)
+    found = dx.reshape(x.shape), dweight.to(weight.dtype), dconstant
+    if fir.constant is not None:
+        found = *found[:2], dconstant.to(fir.constant.dtype)
+    return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs, strict=True))
+
+
+_INPUTS = (
+    "Tensor x, Tensor positions, Tensor weight, Tensor? constant, Tensor seed, Tensor step, "
+    "int module, int num_realizations"
+)
+
+
+@operator(
+    f"conv_features({_INPUTS}) -> Tensor",
+    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[-1])),
+)
+def _conv_features(x, positions, *fir):
+    return _forward(x, positions, Filter(*fir))
+
+
+def _backward_fake(grad_y, x, positions, weight, constant, *rest):
+    inputs = zip((x, weight, constant), rest[-1], strict=True)
+    return tuple(
+        torch.empty_like(i, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for i, need in inputs
+    )
+
+
+@operator(
+    f"conv_features_backward(Tensor grad_y, {_INPUTS}, bool[] needs) "
+    "-> (Tensor dx, Tensor dweight, Tensor dconstant)",
+    _backward_fake,
+)
+def _conv_features_backward(grad_y, x, positions, *rest):
+    return _backward(grad_y, x, positions, Filter(*rest[:-1]), rest[-1])
+
+
+class ConvFeatures(torch.autograd.Function):
+    """Features of ConvSPE, whose codes are made anew for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, positions, weight, constant, seed, step, module, num_realizations):
+        """Return the features, [B, T, H, R]."""
+        args = x, positions, weight, constant, seed, step, module, num_realizations
+        ctx.save_for_backward(*args[:6])
+        ctx.options = args[6:]
+        return _conv_features(*args)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        """Return the gradients of x, the filter and the constant; positions are integers."""
+        args = (grad_y, *ctx.saved_tensors, *ctx.options)
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        dx, dweight, dconstant = first_order(_conv_features_backward, args, needs)
+        return dx, None, dweight, dconstant, None, None, None, None
+
+
+def conv_features(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) -> Tensor:
+    """Return y[h, r] = sum_d x[h, d] code[h, d, r], the code that of the token's position.
+
+    Args:
+        x: Queries or keys, [B, T, H, D].
+        positions: [B or 1, T, 1], float64; integers of either sign, in any order.
+        fir: What codes are made of.
+        kept: Where noise is kept from one decoded token to the next.
+    Returns:
+        [B, T, H, R] in the dtype of x.
+    Raises:
+        ValueError: a position is no integer.
+    """
+    if plain((x, positions, fir.weight, fir.constant)):
+        if x.shape[1] == 1 and x.shape[0]:
+            return _one_token(x, positions, fir, kept)
+        return _forward(x, positions, fir)
+    refuse_transforms()
+    return ConvFeatures.apply(x, positions, *fir)

@@ -1,0 +1,22 @@
+"""Positional maps by the operators, or by the reference backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import reference
+from ..backends.specs import Rotation, SineMap
+from .sine_features import sine_features
+
+
+def encoded(
+    x: Tensor, positions: Tensor | None, position_map: Rotation | SineMap | None, backend: str
+) -> Tensor:
+    """Return what a feature map sees of queries or keys, [B, T, H, R]."""
+    if position_map is None:
+        return x
+    if isinstance(position_map, Rotation):
+        return reference.rotate(x, positions, position_map)
+    if backend == "reference":
+        return reference.sine_features(x, positions, position_map)
+    return sine_features(x, positions, position_map, backend=backend)
