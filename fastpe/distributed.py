@@ -22,20 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import attention, backends
-from .attention.call import Setting, config, kernel_dtype, kernel_widths, noise_in_use
-from .attention.packing import Packing
-from .attention.precision import follow_autocast
+from .attention.api import choose
+from .attention.call import config, noise_in_use, per_head
+from .attention.packing import ROWS
 from .attention.state import LinearAttentionState, check_state
 from .attention.validation import (
     check_encoding,
     check_feature_map,
-    check_inputs,
     check_options,
     check_positions,
+    take_inputs,
 )
 from .backends.specs import SineMap
 from .encodings.base import PositionalEncoding
-from .feature_maps.base import FeatureMap, as_feature_map
+from .feature_maps.base import FeatureMap
 from .ops.sine_features import sine_features
 
 
@@ -86,25 +86,24 @@ def causal_linear_attention(
             whether gradients are asked for, or in the noise of pos_encoding (broadcast its buffers,
             seed and step). What one rank alone refuses leaves the others waiting.
     """
-    q, k, v = follow_autocast(q, k, v)
-    check_inputs(q, k, v)
-    feature_map = as_feature_map(feature_map)
-    check_options(feature_map, normalize, eps, chunk_size)
+    q, k, v, _ = take_inputs(q, k, v)
+    feature_map = check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
-    if pos_encoding is not None and pos_encoding.banded:
+    route = choose(pos_encoding, feature_map)
+    if pos_encoding is not None and pos_encoding.route == "banded":
         raise ValueError("pos_encoding must have features, got ConvSPE without noise")
     made_with = config(pos_encoding, feature_map, normalize)
     noise = noise_in_use(pos_encoding, feature_map)
     learned = [] if pos_encoding is None else pos_encoding.map_inputs()
     if isinstance(feature_map, FeatureMap):
         learned = [*learned, *feature_map.parameters()]
-    setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
     if initial_state is not None:
-        sizes = q.shape[0], q.shape[2] if setting.per_head else k.shape[2]
-        check_state(initial_state, q, v, sizes, setting, made_with, noise)
-    widths = kernel_widths(q, v, pos_encoding, feature_map)
-    backend = backends.resolve(backend, q.device, kernel_dtype(q, feature_map), widths)
+        sizes = q.shape[0], q.shape[2] if per_head(pos_encoding, feature_map) else k.shape[2]
+        features = pos_encoding, feature_map, normalize
+        check_state(initial_state, q, v, sizes, features, made_with, noise)
+    dtype, widths = route.kernel_sizes(q, v, pos_encoding, feature_map)
+    backend = backends.resolve(backend, q.device, dtype, widths)
     start = 0 if initial_state is None else initial_state.length
     has_gradient = torch.is_grad_enabled() and any(map(_learns, (k, v, positions, *learned)))
     given = made_with, eps, q.dtype, initial_state is None, output_final_state
@@ -123,7 +122,7 @@ def causal_linear_attention(
     lengths = _agree(q.shape[1], same, q.device, group)
     rank = dist.get_rank(group)
     here, t = start + sum(lengths[:rank]), q.shape[1]
-    positions = check_positions(positions, pos_encoding, q, t, here, Packing())
+    positions = check_positions(positions, pos_encoding, q, t, here, ROWS)
     if isinstance(feature_map, str) and q.shape == k.shape:
         q, k, pos_encoding, positions = _encode(q, k, pos_encoding, positions, backend)
     attend = functools.partial(
@@ -158,8 +157,8 @@ def _encode(
     backend: str,
 ) -> tuple[Tensor, Tensor, PositionalEncoding | None, Tensor | None]:
     """Return the arguments of a scan: features that cost more than a scan are made before it."""
-    maps = None if encoding is None else encoding.position_maps(q.device)
-    if backend == "reference" or maps is None or not isinstance(maps[0], SineMap):
+    maps = None if encoding is None else encoding.make_maps(q.device)
+    if maps is None or not isinstance(maps[0], SineMap):
         return q, k, encoding, positions
     q, k = (
         sine_features(x, positions, side, backend=backend)

@@ -10,11 +10,10 @@ from . import backends, distributed
 from ._checks import check_dense, check_positive
 from .attention.api import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .attention.packing import blank
-from .attention.precision import autocast_dtype
 from .attention.state import LinearAttentionState
-from .attention.validation import check_options, check_order, check_packing
+from .attention.validation import autocast_dtype, check_options, check_order, check_packing
 from .encodings.base import PositionalEncoding
-from .feature_maps.base import FeatureMap, as_feature_map
+from .feature_maps.base import FeatureMap
 
 
 class _Attention(nn.Module):
@@ -56,8 +55,7 @@ class _Attention(nn.Module):
                 "pos_encoding must be a fastpe.PositionalEncoding, "
                 f"got {type(pos_encoding).__name__}"
             )
-        feature_map = as_feature_map(feature_map)
-        check_options(feature_map, normalize, eps, None)
+        feature_map = check_options(feature_map, normalize, eps, None)
         check_order(feature_map, pos_encoding)
         backends.check_name(backend)
         head_dim = embed_dim // num_heads

@@ -224,7 +224,7 @@ def test_batches_and_heads_do_not_mix(backend, make_encoding):
 def test_split_denominator(kernels, make):
     """T10: the sum of weights is that of the features which are not rotated."""
     case = problem(make, shape=(2, 23, 2), state=False)
-    rotation = case.encoding.position_maps()[0]
+    rotation = case.encoding.make_maps()[0]
     o, den, s, z = torch.ops.fastpe.causal_dot(
         *(case.q, case.k, case.v, None, None, case.positions, rotation.freq, None),
         *("elu1", "sum", 1e-6, rotation.interleaved, rotation.pool, True, rotation.scale),
@@ -250,7 +250,7 @@ def test_grouped_by_unique_position(kernels, make, dtype):
 
     def run(group):
         x, positions = leaf(case.q), leaf(labels)
-        sines = case.encoding.position_maps()[0]
+        sines = case.encoding.make_maps()[0]
         tensors = [None if i is None or not i.requires_grad else i for i in sines[:4]]
         y = SineFeatures.apply(x, positions, *sines, group, kernels)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
@@ -267,7 +267,7 @@ def test_grouped_by_unique_position(kernels, make, dtype):
         SineFeatures.apply(
             case.q.gather(1, order[:, :, None, None].expand_as(case.q)),
             labels.gather(1, order[:, :, None].expand_as(labels)),
-            *(*case.encoding.position_maps()[0], group, kernels),
+            *(*case.encoding.make_maps()[0], group, kernels),
         )
         for group in (True, False)
     ]

@@ -123,7 +123,7 @@ def test_a_step_without_room_takes_several_calls(cuda_host, monkeypatch):
     with torch.no_grad():
         in_one = causal_linear_attention(case.q, case.k, case.v, backend="cpu", **options)
         monkeypatch.setattr(native, "_STEP_ROOM", 0)
-        maps = encoding.position_maps()
+        maps = encoding.make_maps()
         assert native.step(case.q, case.k, case.v, None, None, None, maps, None) is None
         several = causal_linear_attention(case.q, case.k, case.v, backend="cpu", **options)
     assert_within(in_one, several, 1e-5)

@@ -67,7 +67,7 @@ def test_sine_features(native_kernels, make, dtype):
         encoding.double()
     x, _, _ = make_inputs(2, 9, 3, 8, 1, dtype)
     positions = make_positions(encoding, 2, 9)
-    sines = [i.detach() if torch.is_tensor(i) else i for i in encoding.position_maps()[0]]
+    sines = [i.detach() if torch.is_tensor(i) else i for i in encoding.make_maps()[0]]
     arguments = (x, positions, *sines, True, native_kernels)
     torch.library.opcheck(torch.ops.fastpe.sine_features.default, arguments, test_utils=TESTS)
     y = torch.ops.fastpe.sine_features(*arguments)

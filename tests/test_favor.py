@@ -179,7 +179,7 @@ def test_one_stage_is_the_composition(backend, make, per_head):
     encoding, psi = _encoding(make), Favor(14, per_head=per_head, seed=3)
     q, k, _ = make_inputs(B, T, H, D, E)
     positions = make_positions(encoding, B, T)
-    maps = encoding.position_maps()
+    maps = encoding.make_maps()
     for x, side, position_map in ((q, "q", maps[0]), (k, "k", maps[1])):
         found = psi.exponents(x, positions, position_map, backend)
         wanted = _exponents(psi, encoding.features(x, positions, side))

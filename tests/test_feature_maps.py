@@ -59,6 +59,11 @@ MAPS = [
 ]
 
 
+def _module(psi):
+    """Return the module that a name stands for."""
+    return fastpe.feature_maps.WIDE_MAPS[psi]() if isinstance(psi, str) else psi
+
+
 @pytest.mark.parametrize("nu", [1, 3])
 def test_dpfp_is_its_formula(nu):
     x = torch.randn(5, 2, 4, dtype=torch.float64)
@@ -108,7 +113,7 @@ def test_output_and_every_gradient(backend, make_encoding, make_map):
     encoding = _encoding(make_encoding)
     width = D if encoding is None else encoding.feature_dim
     psi = make_map(width, H)
-    module = fastpe.feature_maps.as_feature_map(psi)
+    module = _module(psi)
     q, k, v = (leaf(x) for x in make_inputs(B, T, H, D, E))
     positions = make_positions(encoding, B, T)
     o = fastpe.causal_linear_attention(
@@ -159,7 +164,7 @@ def test_dtypes(backend, make_map, dtype):
         q, k, v, feature_map=psi, output_final_state=True, backend=backend
     )
     assert (o.dtype, state.s.dtype) == (dtype, torch.float32)
-    module = fastpe.feature_maps.as_feature_map(psi)
+    module = _module(psi)
     wanted = _weighted(module(q.double()), module(k.double()), v.double(), 1e-6)
     assert_within(o, wanted, 1e-5 if dtype == torch.float32 else 2**-8)
 
@@ -242,6 +247,6 @@ def test_layer(backend, make_map):
     for name, p in layer.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name  # noqa: PT018
     names = {name for name in layer.state_dict() if name.startswith("feature_map.")}
-    module = fastpe.feature_maps.as_feature_map(layer.feature_map)
+    module = _module(layer.feature_map)
     assert names == {f"feature_map.{name}" for name, _ in module.named_parameters()}
     assert "feature_map=" in repr(layer)

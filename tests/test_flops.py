@@ -139,7 +139,7 @@ def test_sines_are_counted_as_their_products(native_kernels):
     g, _, _ = make_inputs(2, 20, 3, 10, 1, seed=1)
     positions = torch.rand(2, 20, 1, dtype=torch.float64) * 30
     with torch.no_grad():
-        sines = encoding.position_maps()[0]
+        sines = encoding.make_maps()[0]
     gain, noise = sines.gain, sines.noise
 
     def plain():

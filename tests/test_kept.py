@@ -98,11 +98,11 @@ def test_nothing_of_a_fake_mode_is_kept(make):
 
 def test_fake_noise_is_not_kept():
     encoding = SineSPE(8, 3, num_realizations=8, seed=1).eval()
-    wanted = encoding.position_maps()[0].noise
+    wanted = encoding.make_maps()[0].noise
     encoding = copy.deepcopy(encoding)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        encoding.position_maps()
-    assert torch.equal(encoding.position_maps()[0].noise, wanted)
+        encoding.make_maps()
+    assert torch.equal(encoding.make_maps()[0].noise, wanted)
 
 
 def test_noise_of_single_tokens_follows_the_device():

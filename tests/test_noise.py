@@ -282,7 +282,7 @@ def test_sharing_over_layers():
     source = SineSPE(4, 2, num_sines=2, num_realizations=8, seed=1)
     shares = [source.share(), source.share()]
     shares.append(shares[0].share())
-    maps = [e.position_maps()[0] for e in (source, *shares)]
+    maps = [e.make_maps()[0] for e in (source, *shares)]
     for other in maps[1:]:
         assert torch.equal(other.freq, maps[0].freq)
         assert torch.equal(other.offset, maps[0].offset)
@@ -319,7 +319,7 @@ def test_first_layer_redraws_for_all(backend):
     with torch.no_grad():
         twin[0].pos_encoding.freqs.add_(1)
     assert torch.equal(
-        twin[1].pos_encoding.position_maps()[1].freq, twin[0].pos_encoding.position_maps()[1].freq
+        twin[1].pos_encoding.make_maps()[1].freq, twin[0].pos_encoding.make_maps()[1].freq
     )
     layers.train()
     layers(x)

@@ -87,7 +87,7 @@ def test_one_stage_expectation(make):
     encoding = make().double()
     q, k = 0.8 * torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)
     at_q, at_k = torch.tensor(3.0), torch.tensor(1.5)
-    maps = encoding.position_maps()
+    maps = encoding.make_maps()
     kernels = []
     for seed in range(1000):
         psi = Favor(8, seed=seed)

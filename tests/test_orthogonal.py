@@ -28,7 +28,7 @@ def _sff(r, **options):
 
 
 def _noise(encoding):  # [H, M, R]
-    return encoding.position_maps()[0].noise.flatten(1, 2)
+    return encoding.make_maps()[0].noise.flatten(1, 2)
 
 
 @pytest.mark.parametrize("r", [1, 7, ROWS, ROWS + 4, 2 * ROWS])
@@ -112,12 +112,12 @@ def test_gaussian_noise_is_unchanged():
 
 def test_kept_as_long_as_the_noise_lasts():
     encoding = _spe(5)
-    first = encoding.position_maps()[0].noise
-    assert encoding.position_maps()[0].noise is first
+    first = encoding.make_maps()[0].noise
+    assert encoding.make_maps()[0].noise is first
     encoding.resample_()
-    assert not torch.equal(encoding.position_maps()[0].noise, first)
+    assert not torch.equal(encoding.make_maps()[0].noise, first)
     encoding.reseed_(5)
-    assert torch.equal(encoding.position_maps()[0].noise, first)
+    assert torch.equal(encoding.make_maps()[0].noise, first)
 
 
 def test_shares_have_all_noise_in_common():

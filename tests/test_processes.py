@@ -58,7 +58,7 @@ def _tensors():
     # made before the fork: torch's own exp waits in a child
     encoding = SineSPE(32, 4, num_sines=3, num_realizations=8, seed=1)
     with torch.no_grad():
-        maps = encoding.position_maps()
+        maps = encoding.make_maps()
     q, k, v = make_inputs(2, 100, 4, 32, 16, torch.float32)
     return q, k, v, torch.arange(100.0).double().view(1, 100, 1), maps
 
@@ -72,7 +72,7 @@ def _make_features():
 
 def _take_a_step():
     q, k, v, positions, maps = _tensors()
-    options = ScanOptions.of_features("none", 0.0, None, "cpu")
+    options = ScanOptions(backend="cpu")
     state = torch.zeros(2, 4, 8, 16), torch.zeros(2, 4, 0)
     token = (x[:, :1] for x in (q, k, v))
     return list(native.step(*token, *state, positions[:, :1], maps, options))

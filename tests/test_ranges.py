@@ -202,7 +202,7 @@ def test_heads_that_share_with_frequencies_of_their_own(kernels, heads):
 
 @pytest.mark.parametrize("make", encodings("sinespe", "fstripe-pooled", "fstripe-unpooled"))
 def test_sine_features_of_heads_that_share(kernels, make):
-    sines = make(D, 4).double().position_maps()[0]
+    sines = make(D, 4).double().make_maps()[0]
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 19, 2, D, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 9, (2, 19, 1), generator=generator).double()

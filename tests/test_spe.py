@@ -139,7 +139,7 @@ def test_rounding_at_full_size(kernels, step):
     encoding = SineSPE(64, 2, num_sines=10, num_realizations=64)
     x, positions = torch.randn(1, 48, 2, 64), 4000 + step * torch.arange(48.0).double()
     with torch.no_grad():
-        sines = encoding.position_maps()[0]
+        sines = encoding.make_maps()[0]
         wide = sines._replace(noise=sines.noise.double())
         exact = reference.sine_features(x.double(), positions.view(1, -1, 1), wide)
         y = sine_features(x, positions.view(1, -1, 1), sines, backend=kernels)

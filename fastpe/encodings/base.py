@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._checks import check_position_dtype, check_positive
 from ..backends import reference
 from ..backends.specs import Rotation, SineMap
-from ..ops.register import observed
 
 
 class PositionalEncoding(nn.Module):
@@ -35,13 +31,11 @@ class PositionalEncoding(nn.Module):
     integer_positions = False
     # whether its features are all rows of its sines, as they are
     exact = False
-    # whether it is attention to a band of lags, without features
-    banded = False
+    # the module of fastpe/attention that attends with it
+    route = "linear"
     # random encodings have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
     _signature: str | None = None
-    # what `position_maps` was made of, and what it was
-    _known: tuple = (None, None)
 
     def __init__(self, head_dim: int, num_heads: int | None = None, num_levels: int = 1) -> None:
         super().__init__()
@@ -79,7 +73,7 @@ class PositionalEncoding(nn.Module):
     def make_maps(
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return the maps of queries and of keys; None if `features` is overridden.
+        """Return the position maps of queries and of keys; None if `features` is overridden.
 
         Args:
             device: Of the queries and keys, for an encoding that has no tensor there; else unused.
@@ -89,30 +83,6 @@ class PositionalEncoding(nn.Module):
     def map_inputs(self) -> list[Tensor]:
         """Return the tensors that `make_maps` is made of, besides the noise."""
         return [*self.parameters(), *self.buffers()]
-
-    def position_maps(
-        self, device: torch.device | None = None
-    ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return what `make_maps` makes, made anew where it would be recorded or has changed.
-
-        Args:
-            device: As in `make_maps`.
-        """
-        if type(self).make_maps is PositionalEncoding.make_maps:
-            return None
-        inputs, noise = self.map_inputs(), self.noise_key
-        if torch.is_grad_enabled() or observed() or not all(map(_readable, inputs)):
-            return self.make_maps(device)
-        # decoding asks for the same maps at every token; contents, as `.data` leaves no other trace
-        contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
-        key = device, id(noise), [x.dtype for x in inputs], contents
-        # read and written in one piece: another thread may put its own there
-        known = self._known
-        if known[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                # the noise is kept, so that its id remains its own
-                self._known = known = key, self.make_maps(device), noise
-        return known[1]
 
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
         """Return the encoded queries or keys in plain PyTorch, before any feature map.
@@ -124,7 +94,7 @@ class PositionalEncoding(nn.Module):
         Returns:
             [B, T, H, R].
         """
-        position_map = self.position_maps(x.device)["qk".index(side)]
+        position_map = self.make_maps(x.device)["qk".index(side)]
         if isinstance(position_map, Rotation):
             return reference.rotate(x, positions, position_map)
         return reference.sine_features(x, positions, position_map)
@@ -157,7 +127,7 @@ class PositionalEncoding(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """Return what is copied and pickled: not what can be made again."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_signature")}
+        return {k: v for k, v in self.__dict__.items() if k != "_signature"}
 
     @property
     def signature(self) -> str:
@@ -165,16 +135,3 @@ class PositionalEncoding(nn.Module):
         if self._signature is None:
             self._signature = f"{type(self).__name__}({self.extra_repr()})"
         return self._signature
-
-
-def gate_roots(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(1 - g) and sqrt(g) of g = sigmoid(gate), float64.
-
-    Through logarithms: their slopes stay finite when g saturates.
-    """
-    gate = gate.double()
-    return (F.logsigmoid(-gate) / 2).exp(), (F.logsigmoid(gate) / 2).exp()
-
-
-def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.is_contiguous() and not x.is_neg()

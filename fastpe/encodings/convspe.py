@@ -10,8 +10,9 @@ from .._checks import check_positive
 from ..backends.specs import Band
 from ..ops.conv_features import Filter, KeptNoise, conv_features
 from ..ops.noise import GATE, philox_normal
-from .base import PositionalEncoding, gate_roots
+from .base import PositionalEncoding
 from .redraw import Resampled
+from .sines import gate_roots
 
 
 class ConvSPE(Resampled, PositionalEncoding):
@@ -110,9 +111,9 @@ class ConvSPE(Resampled, PositionalEncoding):
         return self.feature_dim, self.norm_dim
 
     @property
-    def banded(self) -> bool:
-        """Whether it is exact, attention to a band of lags, and has no features."""
-        return self.num_realizations is None
+    def route(self) -> str:
+        """Without noise it is attention to a band of lags, which has no features."""
+        return "banded" if self.num_realizations is None else "linear"
 
     def _filters(self) -> ConvSPE:
         # the module that holds filters and noise; another one where they are shared
@@ -153,8 +154,9 @@ class ConvSPE(Resampled, PositionalEncoding):
 
     def make_maps(self, device: torch.device | None = None) -> tuple[Band, Band] | None:
         """Return the kernel of the lags of a causal sequence, without noise; else None."""
-        if self.num_realizations is not None:
-            return None
+        return None if self.num_realizations is not None else self._lasting(self._bands, device)
+
+    def _bands(self) -> tuple[Band, Band]:
         root, gate_root = self._roots()
         kernel = self._correlation((0, self.kernel_size - 1))
         band = Band(kernel if gate_root is None else root[..., None] ** 2 * kernel, gate_root)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .. import _torch
+from .._torch import observed
 from ..ops.noise import count_forward
-from ..ops.register import observed
 
 # a code of n is 16 n + 8: an average of equal codes is rounded, but by less than 8
 _UNIT = 16
@@ -51,6 +53,7 @@ class Resampled(nn.Module):
         self._newest: Tensor | None = None
         self._cache: tuple | None = None
         self._key: tuple | None = None
+        self._known: tuple = (None, None)
 
     def _noise_source(self) -> Resampled:
         # the module that holds seed and step; another one where they are shared
@@ -69,6 +72,27 @@ class Resampled(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = cache = key, wanted, self._draw(*wanted)
         return cache[2]
+
+    def _lasting(self, make: Callable[[], tuple], device: torch.device | None) -> tuple:
+        """Return the result of `make`, kept while its inputs, the noise and the device last.
+
+        Decoding asks for the same position maps at every token, and they cost more than the token.
+        It is made anew if it would be recorded, or if inputs are on a GPU, which a look waits for.
+        The bytes of inputs are compared: versions do not count what `.data` or FSDP2 writes.
+        """
+        inputs, noise = self.map_inputs(), self.noise_key
+        readable = all(x.is_cpu and x.is_contiguous() and not x.is_neg() for x in inputs)
+        if torch.is_grad_enabled() or observed() or not readable:
+            return make()
+        contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
+        key = device, id(noise), [x.dtype for x in inputs], contents
+        # read and written in one piece: another thread may put its own there
+        known = self._known
+        if known[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                # the noise is kept, so that its id remains its own
+                self._known = known = key, make(), noise
+        return known[1]
 
     @property
     def seed(self) -> int | None:
@@ -149,7 +173,7 @@ class Resampled(nn.Module):
                 count_forward(self.step_code, _UNIT)
             return
         token = torch.randint(2**62, (), device="cpu")
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = _torch.backward_number() != -1
         if type(token) is not Tensor:  # a tensor without numbers
             if source is self and not in_backward:
                 self.step_code.add_(_UNIT)
@@ -167,7 +191,7 @@ class Resampled(nn.Module):
         if self._newest is None:
             # in use again when this backward is done
             self._newest = self.step_code.clone()
-            torch.autograd.Variable._execution_engine.queue_callback(self._restore)
+            _torch.after_backward(self._restore)
         self.step_code.copy_(step_code)
 
     def _restore(self) -> None:
@@ -176,7 +200,7 @@ class Resampled(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """Return what is copied and pickled: not what can be made again."""
-        made = {"_cache": None, "_key": None, "_newest": None}
+        made = {"_cache": None, "_key": None, "_newest": None, "_known": (None, None)}
         return super().__getstate__() | made
 
     def _load_from_state_dict(
@@ -263,7 +287,7 @@ def _checkpoints() -> list[object]:
     reentrant checkpoint is an autograd Function, whose context the graph holds.
     """
     found = []
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = _torch.saved_tensors_hooks(False)
     if hooks is not None and "checkpoint" in (getattr(hooks[1], "__module__", None) or ""):
         found.append(hooks[1])
     if torch.is_grad_enabled():

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
+from .._torch import observed
 from ..backends.specs import Rotation
-from ..ops.register import observed
 from .base import PositionalEncoding
 from .sharded import put
 

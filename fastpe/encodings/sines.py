@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .._checks import check_positive
 from ..backends.specs import SineMap
 from ..ops.noise import GATE, SINE, frames, philox_normal
-from .base import PositionalEncoding, gate_roots
+from .base import PositionalEncoding
 from .redraw import Resampled
 from .sharded import put
 
@@ -141,6 +141,11 @@ class SineEncoding(Resampled, PositionalEncoding):
 
     def make_maps(self, device: torch.device | None = None) -> tuple[SineMap, SineMap]:
         """Return the sines; queries alone have the offsets."""
+        return (
+            self._make_maps() if torch.is_grad_enabled() else self._lasting(self._make_maps, device)
+        )
+
+    def _make_maps(self) -> tuple[SineMap, SineMap]:
         d, r = self.head_dim, self.feature_dim
         gain, offset = self._lambda_offset()
         gain = gain * self._mean_over**-0.5
@@ -234,6 +239,15 @@ class SineEncoding(Resampled, PositionalEncoding):
             f"pool={self.pool}, gated={self.gated}, resample={self.resample!r}, "
             f"noise={self.noise!r}, scale={self.scale!r}"
         )
+
+
+def gate_roots(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(1 - g) and sqrt(g) of g = sigmoid(gate), float64.
+
+    Through logarithms: their slopes stay finite when g saturates.
+    """
+    gate = gate.double()
+    return (F.logsigmoid(-gate) / 2).exp(), (F.logsigmoid(gate) / 2).exp()
 
 
 def _is_frequency(f: object) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
+from .._torch import observed
 from ..encodings.sharded import put
-from ..ops.register import observed
 
 
 class FeatureMap(nn.Module):
@@ -20,8 +20,10 @@ class FeatureMap(nn.Module):
     Its products should be >= 0 where the attention is normalised by their sum.
     """
 
-    # of a map with parameters for each head
+    # H of a map with parameters for each head
     num_heads: int | None = None
+    # the module of fastpe/attention that attends with it
+    route = "linear"
     # random maps have noise to redraw and a key that a state must match
     noise_key: Tensor | None = None
     _joined: tuple = (None, None, None)
@@ -46,6 +48,14 @@ class FeatureMap(nn.Module):
 
     def maybe_resample_(self) -> None:
         """Redraw the noise where a training forward is due to; called by the layer."""
+
+    @property
+    def per_head_state(self) -> bool:
+        """Whether each head of queries needs a state of its own, also if heads share keys."""
+        return self.num_heads is not None
+
+    def check_normalize(self, normalize: bool | str) -> None:
+        """Raise ValueError if attention with this map cannot be normalised in this way."""
 
     @property
     def signature(self) -> str:
@@ -172,9 +182,3 @@ class Hedgehog(FeatureMap):
 
 # maps that change the number of features, by name
 WIDE_MAPS: dict[str, type[FeatureMap]] = {"dpfp": DPFP, "taylor2": Taylor2}
-
-
-def as_feature_map(feature_map: str | FeatureMap) -> str | FeatureMap:
-    """Return the module that a name of WIDE_MAPS stands for; anything else as it is."""
-    made = WIDE_MAPS.get(feature_map) if isinstance(feature_map, str) else None
-    return feature_map if made is None else made()

@@ -40,6 +40,9 @@ class Favor(Resampled, FeatureMap):
         ValueError: an argument is not as above.
     """
 
+    route = "favor"
+    per_head_state = True
+
     def __init__(
         self,
         num_features: int | None = None,
@@ -66,6 +69,14 @@ class Favor(Resampled, FeatureMap):
     def reset_parameters(self) -> None:
         """Take the seed that was given, or a new one, and begin to count again."""
         self._reset_noise()
+
+    def check_normalize(self, normalize: bool | str) -> None:
+        """Raise ValueError unless normalize is True."""
+        if normalize is not True:
+            raise ValueError(
+                "normalize must be True with Favor, whose features are known up to a factor, got "
+                f"{normalize!r}"
+            )
 
     def feature_dim(self, width: int) -> int:
         """R = num_features; by default 2 F with signs, else F."""

@@ -25,7 +25,7 @@ from .. import backends
 from ..attention.api import causal_linear_attention, linear_attention
 from ..attention.state import LinearAttentionState
 from ..attention.validation import check_options
-from ..feature_maps.base import FeatureMap, as_feature_map
+from ..feature_maps.base import FeatureMap
 from . import transformers_config
 
 try:
@@ -103,8 +103,7 @@ def register(
         UserWarning: the feature map has parameters to train, or the name had other arguments.
     """
     _check_name(name)
-    feature_map = as_feature_map(feature_map)
-    check_options(feature_map, normalize, eps, None)
+    feature_map = check_options(feature_map, normalize, eps, None)
     backends.check_name(backend)
     options = {
         "feature_map": feature_map,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..backends.specs import compute_dtype
 from .noise import CONV, philox_normal
-from .register import first_order, operator, plain, refuse_transforms
+from .register import differentiable, direct
 
 # positions of a tile: always as many, wherever it begins, so that a code has the same bits for
 # whatever else is asked for
@@ -188,55 +188,28 @@ def _backward(
     return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs, strict=True))
 
 
-_INPUTS = (
-    "Tensor x, Tensor positions, Tensor weight, Tensor? constant, Tensor seed, Tensor step, "
-    "int module, int num_realizations"
+class ConvOptions(NamedTuple):
+    """The arguments of the operator that are no tensors."""
+
+    module: int
+    num_realizations: int
+
+
+#: Features of ConvSPE, [B, T, H, R], whose codes are made again for the gradient.
+ConvFeatures = differentiable(
+    "conv_features",
+    tensors="x positions weight constant? seed step",
+    options=ConvOptions,
+    outputs="y",
+    learned="x weight constant",
+    fake=lambda tensors, options: tensors[0].new_empty(
+        (*tensors[0].shape[:-1], options.num_realizations)
+    ),
+    forward=lambda tensors, options: _forward(*tensors[:2], Filter(*tensors[2:], *options)),
+    backward=lambda grads, tensors, options, saved, needs: _backward(
+        *grads, *tensors[:2], Filter(*tensors[2:], *options), needs
+    ),
 )
-
-
-@operator(
-    f"conv_features({_INPUTS}) -> Tensor",
-    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[-1])),
-)
-def _conv_features(x, positions, *fir):
-    return _forward(x, positions, Filter(*fir))
-
-
-def _backward_fake(grad_y, x, positions, weight, constant, *rest):
-    inputs = zip((x, weight, constant), rest[-1], strict=True)
-    return tuple(
-        torch.empty_like(i, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for i, need in inputs
-    )
-
-
-@operator(
-    f"conv_features_backward(Tensor grad_y, {_INPUTS}, bool[] needs) "
-    "-> (Tensor dx, Tensor dweight, Tensor dconstant)",
-    _backward_fake,
-)
-def _conv_features_backward(grad_y, x, positions, *rest):
-    return _backward(grad_y, x, positions, Filter(*rest[:-1]), rest[-1])
-
-
-class ConvFeatures(torch.autograd.Function):
-    """Features of ConvSPE, whose codes are made anew for the gradient."""
-
-    @staticmethod
-    def forward(ctx, x, positions, weight, constant, seed, step, module, num_realizations):
-        """Return the features, [B, T, H, R]."""
-        args = x, positions, weight, constant, seed, step, module, num_realizations
-        ctx.save_for_backward(*args[:6])
-        ctx.options = args[6:]
-        return _conv_features(*args)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        """Return the gradients of x, the filter and the constant; positions are integers."""
-        args = (grad_y, *ctx.saved_tensors, *ctx.options)
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3))
-        dx, dweight, dconstant = first_order(_conv_features_backward, args, needs)
-        return dx, None, dweight, dconstant, None, None, None, None
 
 
 def conv_features(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) -> Tensor:
@@ -252,9 +225,8 @@ def conv_features(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) ->
     Raises:
         ValueError: a position is no integer.
     """
-    if plain((x, positions, fir.weight, fir.constant)):
+    if direct((x, positions, fir.weight, fir.constant)):
         if x.shape[1] == 1 and x.shape[0]:
             return _one_token(x, positions, fir, kept)
         return _forward(x, positions, fir)
-    refuse_transforms()
-    return ConvFeatures.apply(x, positions, *fir)
+    return ConvFeatures.apply(x, positions, *fir[:4], ConvOptions(*fir[4:]))

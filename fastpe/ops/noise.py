@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
-from . import noise
+from .. import _torch, backends
+from ..backends.reference import noise
 from .register import operator
 
 SINE, GATE, CONV, OMEGA = range(4)  # kinds of noise, each with its own key
@@ -52,7 +52,7 @@ def philox_normal(seed, step, module, kind, shape, dtype, first=0):
 @operator("count_forward(Tensor(a!) step, int unit) -> ()", lambda step, unit: None)
 def count_forward(step, unit):
     """Add a unit to the step of the noise, in compiled code."""
-    if torch._C._current_graph_task_id() != -1:
+    if _torch.backward_number() != -1:
         raise RuntimeError(
             "a compiled forward with noise was run again inside backward, which would draw it "
             "anew: compile around the checkpoint, not inside, or construct the encoding with "

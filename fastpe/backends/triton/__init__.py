@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..._torch import without_modes
 from .. import reference
 from ..reference.elementwise import elu1
 from ..specs import ScanOptions
@@ -20,6 +20,7 @@ from .common import INTERPRETED
 from .sine_features_launch import philox_normal, sine_features, sine_features_backward
 
 __all__ = [
+    "IN_PYTORCH",
     "causal_dot",
     "causal_dot_backward",
     "describe",
@@ -36,6 +37,9 @@ WIDEST = 256
 # errors of the check that say nothing of the compiler or of the card, by type and by text
 _PASSING = torch.OutOfMemoryError, torch.AcceleratorError
 _PASSING_TEXTS = ("out of memory", "capturing")
+
+
+IN_PYTORCH = False
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -78,7 +82,7 @@ def miscompiled(device: torch.device) -> str | None:
     Its compiler has had faults that show in a wrong gradient alone (flash-linear-attention issues
     640 and 984).
     """
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         generator = torch.Generator(device).manual_seed(0)
         q, k, v, do = (
             torch.randn(1, 200, 2, 64, generator=generator, device=device).bfloat16()

@@ -123,9 +123,10 @@ class _Scan:
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
+        heads = q.shape[2], k.shape[2], v.shape[2]
         self.plan = _plan(
             *(q.shape, v.shape[-1], q.dtype, None if freq is None else freq.shape),
-            (k.shape[2], v.shape[2], state_heads(q, k, v, freq)),
+            (k.shape[2], v.shape[2], state_heads(*heads, 0 if freq is None else freq.shape[0])),
             None if ranges is None else ranges.shape[0],
             options,
             common.card(q.device),
