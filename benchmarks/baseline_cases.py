@@ -1,7 +1,8 @@
 """The literature's systems (`baselines`) as rows of the benchmark.
 
 Softmax attention is not among them: it is the row "sdpa". Each is compared with its own float64
-copy before it is timed; that the copies compute what the papers say is for tests/test_baselines.py.
+copy before it is timed; tests/benchmarks/test_baselines.py checks that the copies compute what the
+papers say.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ if [ -n "$dry" ]; then
   trap 'rm -rf "$left"' EXIT
   TRITON_CACHE_DIR=$left/triton TORCHINDUCTOR_CACHE_DIR=$left/inductor
   factor=$((factor * 20))
-  one=tests/test_gpu_runtime.py::test_new_memory_is_nan
+  one=tests/gpu/test_gpu_runtime.py::test_new_memory_is_nan
   echo "{\"test\": \"$one\", \"outcome\": \"failed\"}" >"$left/tests.jsonl"
 elif ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "torch finds no GPU here; --dry runs without one" >&2
@@ -111,7 +111,7 @@ tests() {
   # without a GPU that is all they can do
   [ -n "$dry" ] || said | grep -q '[0-9] passed' || return 6
 }
-mapfile -t files < <(grep -lE 'mark\.gpu|gpu_only' tests/test_*.py)
+mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu|gpu_only' tests | sort)
 apart="(host_time or two_to_the_31)"
 
 # benchmark NAME ARGUMENT...: what --dry gives them is small, for the CPU

@@ -292,7 +292,7 @@ def from_tests(arch: str, missed: bool = False) -> list[Launch]:
             "FASTPE_RECORD": f"{arch}:{int(missed)}:{file}",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         }
-        tests = [str(x) for x in sorted((ROOT / "tests").glob("test_gpu*.py"))]
+        tests = [str(x) for x in sorted((ROOT / "tests" / "gpu").glob("test_gpu*.py"))]
         # in one process, and without plugins that may warn
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu"]
         command += ["-p", "record_gpu_tests", *tests]

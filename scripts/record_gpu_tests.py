@@ -1,6 +1,6 @@
 """A pytest plugin: run the GPU tests without a card, and record what they launch (launches.py).
 
-    FASTPE_RECORD=90:0:FILE python -m pytest -o addopts= -p record_gpu_tests tests/test_gpu*.py
+    FASTPE_RECORD=90:0:FILE python -m pytest -o addopts= -p record_gpu_tests tests/gpu/test_gpu*.py
 
 Tensors are on the CPU and kernels write nothing: what a test would compare is not compared. Loaded
 with -p, before tests/conftest.py, which then finds a card.
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import gpu
 import helpers

@@ -3,7 +3,7 @@
 #   scripts/sanitize.sh [pytest arguments]
 # By default every kernel on every code path at odd widths, with all gradients, dtypes and layouts.
 set -euo pipefail
-[ $# -gt 0 ] || set -- tests/test_causal_dot.py tests/test_ranges.py tests/test_attention.py -k \
+[ $# -gt 0 ] || set -- tests/ops/test_causal_dot.py tests/ops/test_ranges.py tests/attention/test_attention.py -k \
   "(cpu and not reference and (odd_width or test_shapes or layouts or grouped or empty or split_and \
    or float16 or steps_are or negative or (any_width and 17) or test_ranges_are or that_share)) \
    or (cuda-host and (odd_width or layouts or empty or steps_are or that_share))"

@@ -74,7 +74,7 @@ class PhiloxNormal(Structure):
     )
 
 
-# the number of csrc/fastpe.h (setup.py computes it, tests/test_abi.py compares it), and sizes
+# the number of csrc/fastpe.h and sizes; setup.py computes them, tests/backends/test_abi.py compares
 _ABI = [0xBC5BE3B6, *map(ctypes.sizeof, (StridedTensor, CausalDot, SineFeatures, PhiloxNormal))]
 
 

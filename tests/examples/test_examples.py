@@ -13,7 +13,7 @@ import fastpe
 
 
 def _load(name):
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

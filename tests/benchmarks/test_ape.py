@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_within
 
-BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 if BENCHMARKS not in sys.path:
     sys.path.append(BENCHMARKS)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import watch
 
-TESTS = str(Path(__file__).parent)
+SUPPORT = str(Path(__file__).parents[1] / "support")
 
 # a context that a test loses stays lost in its process
 CONFTEST = f"""
 import sys
-sys.path.insert(0, {TESTS!r})
+sys.path.insert(0, {SUPPORT!r})
 import watch
 
 LOST = []

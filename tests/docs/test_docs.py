@@ -14,7 +14,7 @@ from helpers import traced
 
 import fastpe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # has names of its own, but needs a package that may not be installed
 OPTIONAL = "fastpe.integrations.transformers"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 
 
@@ -77,7 +77,7 @@ def test_a_step_starts_and_finds_its_work(step, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said", "reason"),
     [
-        ("--deselect=tests/test_gpu_runtime.py", "failed: no test was found", "deselected in"),
+        ("--deselect=tests/gpu/test_gpu_runtime.py", "failed: no test was found", "deselected in"),
         ("--no-such-option", "failed, status 4", "unrecognized arguments: --no-such-option"),
     ],
 )

@@ -11,7 +11,7 @@ from baseline_oracle import DIRECT
 from helpers import assert_within
 from torch.nn import functional as F
 
-BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 if BENCHMARKS not in sys.path:
     sys.path.append(BENCHMARKS)
 

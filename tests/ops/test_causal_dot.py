@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import encodings
-from helpers import Problem, assert_within, error, leaf, make_inputs, problem
+from helpers import LAYOUTS, Problem, assert_within, error, leaf, make_inputs, problem
 
 import fastpe
 from fastpe import causal_linear_attention
@@ -71,16 +71,6 @@ def test_steps_of_half_precision_do_not_stall(backend):
 def _alias(x):
     """A view whose memory holds -x: the negative bit is set."""
     return torch.complex(torch.zeros_like(x), -x).conj().imag
-
-
-LAYOUTS = {
-    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "time last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
-    "packed": lambda x: torch.cat((x, x, x), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
-    "every other": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
-    "gaps": lambda x: torch.nn.functional.pad(x, (3, 2, 1, 0, 0, 2))[:, : x.shape[1], 1:, 3:-2],
-    "reversed twice": lambda x: x.flip(1).flip(1),
-}
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

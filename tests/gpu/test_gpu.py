@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import ENCODINGS, encodings
 from gpu import DEVICE, engines, gpu_only, take
-from helpers import Problem, assert_close, leaf, round_
-from test_causal_dot import LAYOUTS
+from helpers import LAYOUTS, Problem, assert_close, leaf, round_
 
 import fastpe
 from fastpe import causal_linear_attention

@@ -11,6 +11,15 @@ from torch import nn
 import fastpe
 from fastpe import backends
 
+# views of other memory with the numbers of x
+LAYOUTS = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "time last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "packed": lambda x: torch.cat((x, x, x), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "every other": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+    "gaps": lambda x: torch.nn.functional.pad(x, (3, 2, 1, 0, 0, 2))[:, : x.shape[1], 1:, 3:-2],
+    "reversed twice": lambda x: x.flip(1).flip(1),
+}
 # Dynamo itself makes an instance of the class when it traces a Function
 traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
