@@ -318,7 +318,7 @@ def test_bad_steps(changes, error, message):
         (lambda: RoPE(8, rotary_dim=3), "rotary_dim must be even"),
         (lambda: RoPE(8, rotary_dim=10), r"rotary_dim must be even and in 2\.\.8, got 10"),
         (lambda: RoPE(8, rotary_dim=0), "rotary_dim must be"),
-        (lambda: RoPE(8, per_head=True), "num_heads must be given for heads with"),
+        (lambda: RoPE(8, per_head=True), "num_heads must be given with"),
         (lambda: RoPEPool(8), r"num_heads must be given .* set per_head=False"),
         (lambda: RoPE(8, apply="both"), "apply must be 'after' or 'before', got 'both'"),
         (lambda: RoPE(8, base=0), "base must be a positive number"),
