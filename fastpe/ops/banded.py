@@ -1,6 +1,6 @@
-"""Attention to the last keys only, by content and lag.
+"""Attention to the last kappa keys, by content and lag.
 
-Time is proportional to T kappa, memory to T: weights exist for a few queries at a time.
+Time grows as T kappa and memory as T, because weights exist for a few queries at a time.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .register import first_order, operator
 
-# numbers of a temporary, so that it stays in a cache
+# numbers in a temporary, few enough for a CPU's cache
 _ROOM = 2**18
 
 
 def _windows(x: Tensor, tile: slice, size: int) -> Tensor:  # [B, n, size, H, .]
-    # a view: the windows of the queries of a tile overlap
+    # a view: windows overlap
     return x[:, tile.start : tile.stop + size - 1].unfold(1, size, 1).movedim(-1, 2)
 
 
@@ -56,7 +56,7 @@ def _backward(
         dp += (dweight * product).sum((0, 1))
         part = dweight * p
         dq[:, tile] = (part * keys).sum(2)
-        # windows overlap: one query after the other
+        # windows overlap: add one query at a time
         by_k, by_v = part * query, weight * grad
         for i in range(tile.stop - tile.start):
             window = slice(tile.start + i, tile.start + i + taps)
@@ -96,12 +96,12 @@ class Banded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, kernel):
-        """Return o, [B, T, H, E]; keys and values begin kappa - 1 tokens before the queries."""
+        """Return o [B, T, H, E]; keys and values begin kappa - 1 tokens before queries."""
         ctx.save_for_backward(q, k, v, kernel)
         return _banded(q, k, v, kernel)
 
     @staticmethod
     def backward(ctx, grad_o):
-        """Return the gradients; weights are computed again."""
+        """Return the gradients, from weights computed again."""
         args = (grad_o, *ctx.saved_tensors)
         return tuple(first_order(_banded_backward, args, ctx.needs_input_grad))
