@@ -64,7 +64,7 @@ def banded_attention(
         wanted = [(b, kernel.shape[-1] - 1, h, x.shape[-1]) for x in (k, v)]
         if [tuple(x.shape) for x in initial_state] != wanted:
             came = ", ".join(map(shape, initial_state))
-            raise ValueError(f"initial_state must have shapes {wanted}, got {came}")
+            raise ValueError(f"initial_state must be of shapes {wanted}, got {came}")
     dtype, (q, k, v) = v.dtype, (x.to(compute_dtype(x)) for x in (q, k, v))
     num, den, state = _weigh(q, k, v, kernel, initial_state)
     o = reference.normalized(num, den, normalize, eps).to(dtype)

@@ -94,7 +94,7 @@ def _integers(positions: Tensor) -> Tensor:  # [N]
 
 
 class _Codes:
-    """The codes of a call by tile, for tokens [G, N, H, .]: G sequences that share positions, or 1."""
+    """Codes by tile for tokens [G, N, H, .], where G sequences share positions or G = 1."""
 
     def __init__(self, x: Tensor, positions: Tensor, fir: Filter) -> None:
         b, t = x.shape[:2]
