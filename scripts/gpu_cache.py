@@ -54,7 +54,7 @@ def report(folder: Path) -> str:
     new = [x for x in codes if x.stat().st_mtime > mark.stat().st_mtime]
     other = [f"{n} {there.get(n)} there, {x} here" for n, x in here.items() if there.get(n) != x]
     said = f"cache: {len(codes) - len(new)} kernels came along, {len(new)} compiled here; "
-    return said + ("; ".join(other) or f"made with what is here, {here}")
+    return said + ("; ".join(other) or f"made with the same versions, {here}")
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ SINES = {
     "fstripe-pooled": fastpe.FStripe,
     "fstripe-unpooled": lambda d, h: fastpe.FStripe(d, h, pool=False),
 }
-# batch, tokens and heads of a trace, and of what benchmarks/bars.py times
+# batch, tokens and heads of a trace, and of benchmarks/bars.py
 SHAPE, BARS = (1, 4096, 8), ((4, 256, 16), (4, 8192, 16))
 SHORT = {
     torch.bfloat16: "bf16",
