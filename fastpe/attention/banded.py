@@ -1,4 +1,4 @@
-"""Exact ConvSPE: attention to a band of lags, for the linear kernel."""
+"""Banded attention: exact ConvSPE for the linear kernel."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def banded_attention(
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Causal attention to the last kappa keys, by content and lag.
 
-    o_m = sum_{0 <= m-n < kappa} w_mn v_n with w_mn = sum_d q_md k_nd P_d(m - n): what ConvSPE
-    (arXiv 2105.08399) is in expectation, ungated and for the linear kernel. Arithmetic is float32,
-    for float64 inputs float64.
+    o_m = sum_{0 <= m-n < kappa} w_mn v_n with w_mn = sum_d q_md k_nd P_d(m - n). This is the
+    expectation of ConvSPE (arXiv 2105.08399) without a gate, for the linear kernel. Arithmetic is
+    float32, or float64 for float64 inputs.
 
     Args:
         q: Queries, [B, T, H, D]; float32, float64, bfloat16 or float16.
         k: Keys, [B, T, H, D].
         v: Values, [B, T, H, E].
-        weight_kernel: P, [H, D, kappa]: of lags 0 .. kappa - 1.
+        weight_kernel: P for lags 0 .. kappa - 1, [H, D, kappa].
         normalize: "abs" divides by max(|sum of weights|, eps); False does not divide.
-        eps: Least magnitude of the sum with "abs".
+        eps: Smallest divisor with "abs".
         initial_state: The kappa - 1 keys and values before these, [B, kappa - 1, H, D] and
-            [B, kappa - 1, H, E], zeros where there are none.
-        output_final_state: Return the last kappa - 1 keys and values too.
+            [B, kappa - 1, H, E], with zeros for missing ones.
+        output_final_state: True also returns the last kappa - 1 keys and values.
     Returns:
         o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state.
     Raises:
@@ -59,8 +59,8 @@ def banded_attention(
         raise ValueError(f"weight_kernel must be [{h}, {d}, kappa], got {shape(kernel)}")
     if kernel.device != q.device or not kernel.shape[-1]:
         raise ValueError(
-            f"weight_kernel must be of one lag at least on {q.device}, got {shape(kernel)} on "
-            f"{kernel.device}"
+            f"weight_kernel must have at least one lag and be on {q.device}, got {shape(kernel)} "
+            f"on {kernel.device}"
         )
     if initial_state is not None:
         wanted = [(b, kernel.shape[-1] - 1, h, x.shape[-1]) for x in (k, v)]
@@ -76,13 +76,13 @@ def banded_attention(
 def _weigh(
     q: Tensor, k: Tensor, v: Tensor, kernel: Tensor, state: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Return sum w v [B, T, H, E], sum w [B, T, H], and the last keys and values."""
+    """Return the sums of w v [B, T, H, E] and of w [B, T, H], and the last keys and values."""
     before = kernel.shape[-1] - 1
     if state is None:
         k, v = (F.pad(x, (0, 0, 0, 0, before, 0)) for x in (k, v))
     else:
         k, v = (torch.cat((w.to(x.dtype), x), 1) for w, x in zip(state, (k, v), strict=True))
-    # a value of one adds up weights; where there was no key the weight is zero
+    # one more value of 1 adds up the weights; padded keys of 0 have weight 0
     y = ops.banded(q, k, F.pad(v, (0, 1), value=1.0), kernel.to(q.dtype))
     last = slice(k.shape[1] - before, None)
     return y[..., :-1], y[..., -1], (k[:, last], v[:, last])
@@ -107,8 +107,8 @@ def attend(
 ) -> tuple[Tensor, Sums]:
     """Return o and the final state of causal self-attention, as `linear.attend`.
 
-    s [B, H, (D +) kappa - 1, E] has the gate's sum over all keys, then the last values;
-    z [B, H, (D +) (kappa - 1) D] the gate's sum of keys, then the last keys.
+    s [B, H, (D +) kappa - 1, E] holds the gate's state, then the last values;
+    z [B, H, (D +) (kappa - 1) D] holds the gate's sum of keys, then the last keys.
     """
     if packing.padding is not None:
         return _without_padding(q, k, v, state, setting, packing.padding)

@@ -1,4 +1,4 @@
-"""The route of FAVOR+: features whose logarithms are known, measured from their running maxima."""
+"""The route of FAVOR+, whose features are measured from their running maxima."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .encode import custom
 from .log_scan import State, divided
 from .packing import Packing, blank, one_by_one
 
-# features up to e^40 of the first key's: sums over 10^6 tokens stay finite in float32, and a query
-# that loses what is below float32's e^-87 loses nothing beside a denominator of at least 1
+# features up to e^40 times the first key's: sums over 10^6 tokens stay finite in float32, and
+# underflow below e^-87 is lost beside a denominator of at least 1
 _GROWTH = 40.0
 
 
@@ -110,15 +110,15 @@ def favor_attention(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return o and the final s, z and c: `log_scan`, by a backend's scan where features allow it.
+    """Return o and the final s, z and c, from a backend's scan if features allow, else `log_scan`.
 
     Args:
-        a: Logarithms of the queries' features, up to one term for all of a query, [B, T, H, R].
+        a: Logarithms of the queries' features, up to a constant for each query, [B, T, H, R].
         b: Logarithms of the keys' features, [B, T, H, R]; -inf for a masked key.
         v: Values, [B, T, Hk, E], of the same dtype; Hk divides H.
         state: s, z and c of the tokens before.
-        chunk_size: Tokens that are handled together.
-        backend: Of the scan.
+        chunk_size: Tokens of a chunk.
+        backend: The backend of the scan.
     """
     if _level(b, state, backend):
         return _level_scan(a, b, v, state, chunk_size, backend)
@@ -133,8 +133,8 @@ def _first(b: Tensor, state: State | None) -> Tensor:
 
 
 def _level(b: Tensor, state: State | None, backend: str) -> bool:
-    """Return whether no feature grows much after the first token; not so if that is masked."""
-    # a look at values, which a GPU would wait for and a compiler cannot take
+    """Return whether all features stay below e^40 times the first token's; a masked one fails."""
+    # reading values would synchronise with a GPU and cannot be compiled
     if backends.load(backend).IN_PYTORCH or b.device.type != "cpu" or observed() or not b.numel():
         return False
     return bool((b.detach().amax(1) - _first(b, state)).max() < _GROWTH)
@@ -148,7 +148,7 @@ def _level_scan(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the same where all features can be measured from those of the first token."""
+    """Return `favor_attention` with all features measured from the first token's."""
     c0 = _first(b, state)
     a, b = a + c0[:, None], b - c0[:, None]
     phi, psi = (a - a.detach().amax(-1, keepdim=True)).exp(), b.exp()

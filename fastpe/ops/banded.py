@@ -1,6 +1,6 @@
-"""Attention to the last keys only, by content and lag.
+"""Attention to the last kappa keys, by content and lag.
 
-Time is proportional to T kappa, memory to T: weights exist for a few queries at a time.
+Time grows as T kappa and memory as T, because weights exist for a few queries at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .register import differentiable, direct
 
-# numbers of a temporary, so that it stays in a cache
+# numbers in a temporary, few enough for a CPU's cache
 _ROOM = 2**18
 
 
 def _windows(x: Tensor, tile: slice, size: int) -> Tensor:  # [B, n, size, H, .]
-    # a view: the windows of the queries of a tile overlap
+    # a view: windows overlap
     return x[:, tile.start : tile.stop + size - 1].unfold(1, size, 1).movedim(-1, 2)
 
 
@@ -57,7 +57,7 @@ def _backward(
         dp += (dweight * product).sum((0, 1))
         part = dweight * p
         dq[:, tile] = (part * keys).sum(2)
-        # windows overlap: one query after the other
+        # windows overlap: add one query at a time
         by_k, by_v = part * query, weight * grad
         for i in range(tile.stop - tile.start):
             window = slice(tile.start + i, tile.start + i + taps)

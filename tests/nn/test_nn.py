@@ -202,7 +202,7 @@ def test_attention_both_ways(backend, make):
     assert_within(packed.view(2, 9, 12), layer(x), 1e-11)
     with pytest.raises(ValueError, match="key_padding_mask must be given once without context"):
         layer(x, key_padding_mask=mask, query_padding_mask=~mask)
-    with pytest.raises(ValueError, match="context must be of x's batch of 2, got 1"):
+    with pytest.raises(ValueError, match="context must have x's batch of 2, got 1"):
         layer(x, context[:1])
     if encoding is not None:
         with pytest.raises(ValueError, match="positions and key_positions must be given both"):

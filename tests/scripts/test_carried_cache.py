@@ -38,7 +38,7 @@ def test_report(gpu_cache, tmp_path):
     os.utime(mark, (2000, 2000))
     _compile(tmp_path, "B", 3000)
     said = gpu_cache.report(tmp_path)
-    assert said.startswith("cache: 1 kernels came along, 1 compiled here; made with what is here")
+    assert said.startswith("cache: 1 kernels came along, 1 compiled here; made with the same")
     made = json.loads(mark.read_text())
     mark.write_text(json.dumps(made | {"libtriton": "another"}))
     os.utime(mark, (2000, 2000))
