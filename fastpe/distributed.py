@@ -70,6 +70,8 @@ def causal_linear_attention(
     of pos_encoding and feature_map are the same on every rank, and each rank gets a part of their
     gradient: sum it over the group.
 
+    Arguments are those of `fastpe.causal_linear_attention`. For slices they mean:
+
     Args:
         q: Queries of this rank's slice, [B, T_rank, H, D].
         k: Keys, [B, T_rank, Hk, D].
@@ -227,12 +229,9 @@ def _exchange(
 
 
 def _merge(s: Tensor, z: Tensor, c: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the state after P slices: sums of s and z, or of s exp(c) and z exp(c).
+    """Return the state after P slices with s [P, B, H, R, E] and z [P, B, H, Rz].
 
-    Args:
-        s: Sums of each slice, [P, B, H, R, E].
-        z: Sums of each slice, [P, B, H, Rz].
-        c: Logarithms of FAVOR+'s scales of s and z, [P, B, H, R], or None.
+    With FAVOR+'s c, [P, B, H, R], the sums of a slice are s exp(c) and z exp(c).
     """
     if c is None:
         return {"s": s.sum(0), "z": z.sum(0)}

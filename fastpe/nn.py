@@ -251,22 +251,8 @@ class LinearAttention(_Attention):
     Use it instead of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` without a
     causal mask, in encoders and between decoder and encoder.
 
-    Args:
-        embed_dim: Width of both sequences.
-        num_heads: H; D = embed_dim / num_heads.
-        num_kv_heads: Heads Hk of keys and values, a divisor of H; default H.
-        bias: True gives the projections a bias.
-        value_dim: Width of all heads' outputs together, H E; default embed_dim.
-        pos_encoding: A `fastpe` encoding for (D, H), or None.
-        feature_map: Name or module, see `causal_linear_attention`.
-        normalize: True, False or "abs", see `causal_linear_attention`.
-        eps: Epsilon of the normaliser.
-        backend: The backend that computes the features.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-
-    Raises:
-        ValueError, TypeError: see `CausalLinearAttention`.
+    Arguments are those of `CausalLinearAttention`, and so are errors. embed_dim is the width of
+    both sequences, and backend computes the features.
     """
 
     def forward(

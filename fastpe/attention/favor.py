@@ -112,13 +112,8 @@ def favor_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return o and the final s, z and c, from a backend's scan if features allow, else `log_scan`.
 
-    Args:
-        a: Logarithms of the queries' features, up to a constant for each query, [B, T, H, R].
-        b: Logarithms of the keys' features, [B, T, H, R]; -inf for a masked key.
-        v: Values, [B, T, Hk, E], of the same dtype; Hk divides H.
-        state: s, z and c of the tokens before.
-        chunk_size: Tokens of a chunk.
-        backend: The backend of the scan.
+    Arguments are those of `log_scan`, but a may lack a constant for each query, and v may be
+    [B, T, Hk, E] where Hk divides H. All have one dtype.
     """
     if _level(b, state, backend):
         return _level_scan(a, b, v, state, chunk_size, backend)

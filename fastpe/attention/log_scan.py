@@ -118,13 +118,7 @@ def _power_of_two(n: int) -> int:
 
 
 def absorb(b: Tensor, v: Tensor, state: State | None = None) -> State:
-    """Return the state after keys alone: s [B, H, R, E], z and c [B, H, R].
-
-    Args:
-        b: Logarithms of the keys' features, [B, T, H, R].
-        v: Values, [B, T, H, E].
-        state: The state before these keys.
-    """
+    """Return the state after keys alone; arguments and state as in `log_scan`."""
     top = b.detach().amax(1) if b.shape[1] else torch.full_like(b.sum(1), -torch.inf)
     psi = (b - _finite(top)[:, None]).exp()
     new = torch.einsum("bthr,bthe->bhre", psi, v), psi.sum(1), top

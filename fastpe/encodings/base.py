@@ -63,20 +63,15 @@ class PositionalEncoding(nn.Module):
         return self.feature_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz of a state, before a feature map changes them.
-
-        Args:
-            normalize: True, "abs" or False, as in `causal_linear_attention`. False gives Rz = 0.
-        """
+        """Return R and Rz of a state, before a feature map; normalize=False gives Rz = 0."""
         return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return the position maps of queries and of keys, or None if you override `features`.
+        """Return the position maps of queries and keys, or None if you override `features`.
 
-        Args:
-            device: Device of the queries and keys; used by encodings that have no tensor there.
+        Encodings that have no tensor on the device of queries and keys use `device`.
         """
         return None
 

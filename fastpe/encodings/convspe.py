@@ -76,14 +76,10 @@ class ConvSPE(Resampled, PositionalEncoding):
         self.reset_parameters()
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave caches out of copies and pickles."""
         return super().__getstate__() | {"_kept": KeptNoise()}
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as SPE's code does, and the seed if you gave none.
-
-        A share leaves the parameters and noise of its source alone.
-        """
+        """Draw this module's parameters as SPE's code does, and the seed if you gave none."""
         self._reset_noise()
         with torch.no_grad():
             for name in ("weight_q", "weight_k"):
@@ -171,11 +167,7 @@ class ConvSPE(Resampled, PositionalEncoding):
         return p.unflatten(0, (self.num_heads, self.head_dim))
 
     def power(self, side: str) -> Tensor:
-        """Return the mean square of codes in units of `kernel`, [H, D], float64.
-
-        Args:
-            side: "q" or "k".
-        """
+        """Return the mean square of codes in units of C, [H, D], float64; side is "q" or "k"."""
         source = self._filters()
         weight = source.weight_q if side == "q" else source.weight_k
         p = weight.detach().cpu().double().square().sum(-1)
@@ -216,12 +208,7 @@ class ConvSPE(Resampled, PositionalEncoding):
 
 
 class SharedConvSPE(ConvSPE):
-    """An encoding with the filters and noise of a ConvSPE and its own gate.
-
-    Args:
-        source: The ConvSPE that holds filters and noise.
-        module_id: A number that gives this gate its own noise.
-    """
+    """The filters and noise of a ConvSPE with another gate, whose noise has this module_id."""
 
     def __init__(self, source: ConvSPE, module_id: int) -> None:
         super().__init__(

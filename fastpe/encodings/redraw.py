@@ -129,11 +129,7 @@ class Resampled(nn.Module):
         return torch.stack((seed, self.step_code // (_UNIT * max(self._every, 1))))
 
     def reseed_(self, seed: int | None = None) -> None:
-        """Take another seed and restart the step at 0.
-
-        Args:
-            seed: A 64-bit int; default drawn from torch's generator.
-        """
+        """Take a 64-bit seed, by default from torch's generator, and restart the step at 0."""
         _check_seed(seed)
         source = self._noise_source()
         source._given_seed = seed
@@ -232,7 +228,7 @@ class _Recomputed:
         self._newest: _Record | None = None
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """Make copies that know no forwards."""
+        # a copy knows no forwards
         return _Recomputed, ()
 
     def remember(self, token: int, step_code: Tensor) -> None:

@@ -115,11 +115,9 @@ class RoPE(PositionalEncoding):
         return theta[..., None].repeat(1, 1, self.num_levels)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave caches out of copies and pickles."""
         return super().__getstate__() | {"_cycles": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore the module and fill its table."""
         super().__setstate__(state)
         self._fill()
 
@@ -207,21 +205,13 @@ class RoPEPool(RoPE):
     invariant: products of features also depend on the sum of two positions (eq. 23), so give a
     packed or resumed sequence its exact positions.
 
+    Arguments are those of `RoPE` without rotary_dim, and so are errors. By default each head learns
+    its own theta.
+
     Args:
-        head_dim: Size D of queries and keys, even; R = D / 2.
-        num_heads: H; needed with per_head.
-        base: Base of the geometric frequencies.
-        interleaved: True pairs (2i, 2i + 1), False (i, i + D / 2).
-        learned: True makes theta a parameter, [H or 1, D / 2, L], radians per unit of position.
-        per_head: True gives each head its own frequencies.
-        num_levels: Components L of a position.
-        apply: "after" or "before" the feature map.
         scale: "matched" multiplies the features by (R / D)^(1/4) (`PositionalEncoding.kernel`),
             "paper" does not. With apply="after" the factor scales the output, because the
             normaliser lacks it.
-
-    Raises:
-        ValueError: an argument is not as above; see `RoPE`.
     """
 
     _pool = True

@@ -24,20 +24,10 @@ class SineEncoding(Resampled, PositionalEncoding):
     rows; it is Gaussian, or its columns are orthogonal in blocks of M. `Resampled` says when it is
     redrawn.
 
+    `SineSPE` and `FStripe` describe the other arguments.
+
     Args:
-        head_dim: Size D of queries and keys.
-        num_heads: H.
-        num_levels: Components L of a position.
-        num_sines: K.
-        num_realizations: R, or None for features without noise.
-        pool: True sums features without noise over D to 2 K, False keeps all.
-        gated: True lets a learned part of each component ignore position.
         mean_over: Denominator of the sum over sines, 2 K in SPE, K in F-StrIPE.
-        resample: "forward", "never", or n for every n-th training forward.
-        seed: Seed of the noise; default drawn from torch's generator.
-        noise: "gaussian" or "orthogonal".
-        scale: "matched" or "paper", see `PositionalEncoding.kernel`.
-        unit_gains: True fixes lambda = 1 and offsets = 0.
         frequency: Median initial frequency in cycles per unit of position, one number or L of
             them; default SPE's, sigmoid(-4) / 2.
     """
@@ -91,10 +81,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as SPE's code does, and the seed if you gave none.
-
-        A share leaves the parameters and noise of its source alone.
-        """
+        """Draw this module's parameters as SPE's code does, and the seed if you gave none."""
         self._reset_noise()
         with torch.no_grad():
             if "freqs" in self._parameters:
@@ -189,11 +176,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         return _orthogonal(z) if orthogonal else z
 
     def power(self, side: str) -> Tensor:
-        """Return the mean square of codes in units of `kernel`, [H, D], float64.
-
-        Args:
-            side: "q" or "k".
-        """
+        """Return the mean square of codes in units of C, [H, D], float64; side is "q" or "k"."""
         gain = self._lambda_offset()[0].detach().cpu()
         p = (gain**2).sum(-1) / self._mean_over
         if self.gated:

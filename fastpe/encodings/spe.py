@@ -74,12 +74,7 @@ class SineSPE(SineEncoding):
 
 
 class SharedSineSPE(SineSPE):
-    """An encoding with the sines and noise of a SineSPE and its own gate.
-
-    Args:
-        source: The SineSPE that holds frequencies, offsets, gains and noise.
-        module_id: A number that gives this gate its own noise.
-    """
+    """The sines and noise of a SineSPE with another gate, whose noise has this module_id."""
 
     def __init__(self, source: SineSPE, module_id: int) -> None:
         super().__init__(

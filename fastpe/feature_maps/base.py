@@ -77,7 +77,6 @@ class FeatureMap(nn.Module):
         return joined[2]
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave caches out of copies and pickles."""
         return {name: value for name, value in self.__dict__.items() if name != "_joined"}
 
 

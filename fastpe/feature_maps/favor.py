@@ -83,13 +83,7 @@ class Favor(Resampled, FeatureMap):
         return self.num_features or width * (1 + self.signs)
 
     def omega(self, num_heads: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the columns w in use, [H, F, M]: M = R / 2 with signs, else R.
-
-        Args:
-            num_heads: H.
-            width: F.
-            dtype: Dtype of the columns.
-        """
+        """Return the w in use, [num_heads, width, M], in a dtype: M = R / 2 with signs, else R."""
         columns = self.feature_dim(width) // (1 + self.signs)
         drawn = self._noise(num_heads if self.per_head else 1, width, columns, dtype)
         return drawn.expand(num_heads, -1, -1)

@@ -308,17 +308,10 @@ def _attention(
     options: dict[str, object],
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attend, called by transformers; return o [B, Tq, H, E], and None for the weights.
+    """Return o [B, Tq, H, E] and None for the weights; transformers calls this.
 
-    Args:
-        module: The attention module.
-        query: [B, H, Tq, D].
-        key: [B, Hk, Tk, D], or the new keys of a StateCache.
-        value: [B, Hk, Tk, E].
-        attention_mask: The result of `_mask`.
-        dropout: Must be 0.
-        is_causal: True for causal attention; default module.is_causal.
-        options: The arguments of `register`.
+    query is [B, H, Tq, D], key [B, Hk, Tk, D], value [B, Hk, Tk, E]. attention_mask comes from
+    `_mask`, and options are the arguments of `register`.
     """
     if dropout:
         raise ValueError(

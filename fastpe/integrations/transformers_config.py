@@ -32,8 +32,7 @@ Options = dict[str, object]
 def install(options_of: Callable[[str], Options | None]) -> None:
     """Patch transformers: configurations carry their entry, and models check it.
 
-    Args:
-        options_of: Function from a name to the options of `register`, or None for others.
+    options_of returns the options of `register` for a name, None for other implementations.
     """
     to_dict = PreTrainedConfig.to_dict
     choose = PreTrainedModel.get_correct_attn_implementation

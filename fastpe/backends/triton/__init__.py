@@ -43,10 +43,8 @@ IN_PYTORCH = False
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on a GPU, or None.
+    """Return why the kernels cannot run on a GPU, or None; a CPU means the current GPU.
 
-    Args:
-        device: The GPU; a CPU device stands for the current GPU.
     Raises:
         RuntimeError: the check cannot run now, but may run later.
     """

@@ -89,9 +89,7 @@ def blocks(
     Args:
         role: A role in _TILES.
         width: Pairs of a query, or its components if nothing rotates.
-        e: Components E of a value.
         parts: 2 if pairs rotate, else 1.
-        dtype: Dtype of the inputs.
         shared: Bytes of shared memory that the card has for a program.
         chunk: The caller's chunk size, 0 for the default.
     """
