@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gpu
 import pytest
+import selection
 import torch
 from helpers import Fade
 from ranks import Ranks
@@ -123,93 +124,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, rows, indirect=True)
 
 
-# tests of the Triton kernels that run in its interpreter, at half a second a case
-_THOROUGH = {
-    "test_output_state_and_every_gradient",
-    "test_shapes",
-    "test_gradient_of_the_state_alone",
-    "test_ranges_of_heads_that_share",
-}
-_INTERPRETED = _THOROUGH | {
-    "test_any_width",
-    "test_default_positions_count_from_the_state",
-    "test_dtypes_of_the_results",
-    "test_empty_batch_and_sequence",
-    "test_every_number_is_philox",
-    "test_expanded_inputs",
-    "test_features_elsewhere",
-    "test_feature_maps_and_normalizers",
-    "test_gradient_of_a_scan_elsewhere",
-    "test_gradient_of_features_elsewhere",
-    "test_gradient_of_frequencies_far_out",
-    "test_gradient_of_frequencies_with_a_state",
-    "test_heads_that_share",
-    "test_integer_positions_beyond_24_bits",
-    "test_kernels_are_the_same_to_rounding",
-    "test_known_answers",
-    "test_last_key_does_not_move_past_outputs",
-    "test_negative_views",
-    "test_no_token_is_of_a_sequence",
-    "test_noise_elsewhere",
-    "test_odd_width",
-    "test_parameters_in_any_layout",
-    "test_sine_features_of_heads_that_share",
-    "test_ranges_are_sequences_alone",
-    "test_ranges_of_heads_with_frequencies_of_their_own",
-    "test_relu_has_no_slope_at_zero",
-    "test_rows_from_any_on",
-    "test_scan_elsewhere",
-    "test_second_derivative_is_never_dropped",
-    "test_shapes_of_positions",
-    "test_split_and_resume",
-    "test_split_denominator",
-}
-
-
-# one for each path through the kernels
-_DISTINCT = ("none", "rope", "rope-before", "ropepool", "sinespe", "fstripe-pooled")
-
-
-# the files whose tests run on every code path of the CPU's kernels, and on the CUDA kernels; in
-# others they stand behind arguments and modules, for which the best path does
-_EVERY_PATH = {
-    "test_attention",
-    "test_causal_dot",
-    "test_cuda",
-    "test_encodings",
-    "test_errors",
-    "test_noise",
-    "test_numerics",
-    "test_packing",
-    "test_properties",
-    "test_ranges",
-    "test_robustness",
-    "test_spe",
-}
-
-
-def _left_out(item):
-    """Return whether a test would take too long for what it adds, in the interpreter above all."""
-    spec = getattr(item, "callspec", None)
-    params = spec.params if spec else {}
-    name, path = params.get("backend", params.get("kernels", ("", 0)))
-    if name == "cpu" and item.path.stem not in _EVERY_PATH:
-        return path != native.CPU.functions.fastpe_best_isa()
-    if name != "triton":
-        return False
-    dtype = params.get("dtype", torch.float64)
-    distinct = spec.id.startswith("triton") or spec.id.split("-triton")[0] in _DISTINCT
-    if item.originalname in _THOROUGH:
-        # everything in float64 and in one piece, the rest once
-        return not (distinct or (dtype == torch.float64 and not path))
-    narrow = dtype not in (torch.float64, torch.bfloat16)
-    return path or narrow or not distinct or item.originalname not in _INTERPRETED
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    left = [item for item in items if _left_out(item)]
+    left = [item for item in items if selection.left_out(item)]
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if not _left_out(item)]
+    items[:] = [item for item in items if not selection.left_out(item)]
+    selection.mark_slow(items)
 
 
 def _select(request, monkeypatch):
@@ -225,12 +145,22 @@ def _select(request, monkeypatch):
     return name
 
 
-def _cuda_for_host(directory, flags=""):
-    library = directory / "libfastpe_cuda_host.so"
+def _cuda_for_host(tmp_path_factory, name, flags=""):
+    """Return the library, which the first worker builds for all of them."""
+    import fcntl  # not on Windows
+
+    folder = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives each worker a folder in one of the run
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    folder.mkdir(exist_ok=True)
+    library = folder / "libfastpe_cuda_host.so"
     code = "import sys, setup, pathlib; library = pathlib.Path(sys.argv[1]); "
     code += "setup.compile_cuda_for_host(library, library.parent, tuple(sys.argv[2:]))"
     command = [sys.executable, "-c", code, str(library), "-O1", *flags.split()]
-    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
     return native.Library(library, "fastpe_cuda_", ("", ""), True)
 
 
@@ -240,13 +170,13 @@ def cuda_host(request, tmp_path_factory):
     if request.config.getoption("--cuda-host"):
         library = Path(request.config.getoption("--cuda-host"))
         return native.Library(library, "fastpe_cuda_", ("", ""), True)
-    return _cuda_for_host(tmp_path_factory.mktemp("cuda_host"))
+    return _cuda_for_host(tmp_path_factory, "cuda_host")
 
 
 @pytest.fixture(scope="session")
 def cuda_host_backwards(tmp_path_factory):
     """The same with what threads do at one time done in the opposite order."""
-    return _cuda_for_host(tmp_path_factory.mktemp("backwards"), "-DFASTPE_BACKWARDS")
+    return _cuda_for_host(tmp_path_factory, "backwards", "-DFASTPE_BACKWARDS")
 
 
 @pytest.fixture

@@ -136,7 +136,6 @@ for name, x, y, size in (
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "numbers", "rest"), [("none", 16, 0), ("rope", 16, 8), ("sinespe", 16 + 2 * 8, 24)]
 )

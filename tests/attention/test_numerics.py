@@ -112,7 +112,6 @@ def test_steps_keep_their_digits(stepping, make, repeats):
     _check_steps(stepping, tokens, make(4, 1), 6_000)
 
 
-@pytest.mark.slow
 def test_a_hundred_thousand_steps(native_kernels):
     _check_steps(native_kernels, _constant(1, torch.float32), None, 100_000)
 
@@ -142,12 +141,10 @@ def test_what_rounding_took_belongs_to_a_state(native_kernels):
     assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), leaves))
 
 
-@pytest.mark.slow
 def test_a_million_equal_keys(backend):
     _check_constant(backend, 1_000_000)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", encodings("none", "rope"))
 def test_a_million_repeated_keys(backend, make):
     _check_repeats(backend, 1_000_000, make(4, 1))

@@ -66,7 +66,6 @@ def test_one_graph_for_every_length(request, chosen, name):
 
 
 @traced
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Inductor
 def test_compiled_by_inductor(native_kernels):
     torch._dynamo.reset()

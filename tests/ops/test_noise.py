@@ -74,7 +74,7 @@ def test_rows_from_any_on(draw, first):
 
 def test_kernels_are_the_same_to_rounding(kernels):
     for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-7)):
-        key = (2**40 + 17, 12, 3, noise.SINE, (20, 21, 66), dtype)
+        key = (2**40 + 17, 12, 3, noise.SINE, (4, 11, 66), dtype)
         assert _by_kernel(kernels, *key).dtype == dtype
         assert_within(_by_kernel(kernels, *key), _python(*key), tolerance)
 
