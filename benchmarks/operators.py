@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peers import sdpa
+from cases.peers import sdpa
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

@@ -26,11 +26,11 @@ import torch
 from harmonize import default_bars, guarded, load_songs, name_of, windows_of
 from tqdm import tqdm
 
+from fastpe_lab import checks
+
 from music import evaluation, findings
 from music.rows import ROWS
 from music.training import Budget, Trainer
-
-import checks
 
 
 def run(name: str, budget: Budget, data: Path | None) -> dict:

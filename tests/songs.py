@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fastpe_lab import corpus
+
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
-if str(EXAMPLES) not in sys.path:
-    sys.path.insert(0, str(EXAMPLES))
-# the package puts the benchmarks' folder on the path
-importlib.import_module("music")
-corpus = importlib.import_module("corpus")
+EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
+sys.path[:0] = [str(p) for p in (EXAMPLES, BENCHMARKS) if str(p) not in sys.path]
 ACCOMPANIMENT, BAR, BRIDGE, MELODY = (
     getattr(corpus, name) for name in ("ACCOMPANIMENT", "BAR", "BRIDGE", "MELODY")
 )
@@ -23,7 +21,7 @@ _CHORDS = ((0, 0), (9, 1), (5, 0), (7, 0), (2, 1), (4, 1))
 
 
 def example(name):
-    """Return examples/name.py."""
+    """Return examples/name.py or benchmarks/name.py."""
     return importlib.import_module(name)
 
 

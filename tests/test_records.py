@@ -12,7 +12,7 @@ if BENCHMARKS not in sys.path:
 
 import bars  # noqa: E402
 import decode  # noqa: E402
-import turns  # noqa: E402
+from timing import turns  # noqa: E402
 
 MS = {"median": 1.0, "q1": 1.0, "q3": 1.0, "repeats": 3}
 SIZE = ["--batch", "1", "--heads", "1", "--head-dim", "16", "--threads", "1", "--device", "cpu"]

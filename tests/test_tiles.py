@@ -19,9 +19,10 @@ if importlib.util.find_spec("triton") is None:
 
 import smoke  # noqa: E402
 import tiles  # noqa: E402
-from harness import Setup  # noqa: E402
-from isolated import Isolated  # noqa: E402
 from tiles import Group, Tile  # noqa: E402
+from timing.isolated import Isolated  # noqa: E402
+
+from fastpe_lab.records import Setup  # noqa: E402
 
 SETUP = Setup(48, batch=1, heads=1, dtype="float32", backend="triton")
 interpreted = pytest.mark.skipif(

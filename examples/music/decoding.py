@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 import fastpe
+from fastpe_lab import checks, corpus
+from fastpe_lab.corpus import BAR, Song
 
-import checks
-import corpus
 from .model import Config, Model, check_step, saved_config
 from .windows import KEYS, Windows, positions_of
-from corpus import BAR, Song
 
 
 def joined(songs: Sequence[Song], bars: int) -> Song:

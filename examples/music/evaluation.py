@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpe_lab.corpus import BAR
+
 from . import metrics
 from .model import Model, nats
 from .windows import Windows, batched
-from corpus import BAR
 
 # tokens of a batch, which bounds the memory
 _TOKENS = 2048

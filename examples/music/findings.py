@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from report import markdown
 
-import checks
+from fastpe_lab import checks
+from fastpe_lab.records import markdown
+
 from .rows import ROWS
 
 COLOURS = {

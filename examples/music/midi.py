@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import checks
-import corpus
+from fastpe_lab import checks, corpus
+from fastpe_lab.corpus import (
+    ACCOMPANIMENT,
+    BAR,
+    BEATS,
+    BRIDGE,
+    MELODY,
+    MOST_BARS,
+    PITCHES,
+    STEPS,
+    Song,
+)
+
 from .harmony import estimate_chords, estimate_key
 from .optional import need
-from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, MOST_BARS, PITCHES, STEPS, Song
 
 if TYPE_CHECKING:
     from symusic import Score

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastpe
+from fastpe_lab import checks
+from fastpe_lab.baselines import BASELINES
+from fastpe_lab.baselines.ape import LearnedAPE, SinusoidalAPE, StructuralAPE
 
-import checks
 from .attention import BaselineAttention, LinearAttention, SoftmaxAttention
 from .windows import KEYS, input_size, num_levels, split, structural_levels
-from baselines import BASELINES
-from baselines.ape import LearnedAPE, SinusoidalAPE, StructuralAPE
 
 # 64 bars, for what has a parameter for each step
 LONGEST = 1024

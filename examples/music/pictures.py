@@ -14,8 +14,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation, Transform, blended_transform_factory
 
+from fastpe_lab.corpus import BAR, PITCHES, STEPS, Song, notes_of, runs
+
 from .chords import chord_name
-from corpus import BAR, PITCHES, STEPS, Song, notes_of, runs
 
 # hues of like lightness in the order of fifths from F: what is near in key is near in hue
 _FIFTHS = (

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import corpus
+from fastpe_lab import corpus
+from fastpe_lab.corpus import Song
+
 from . import chorales, midi
 from .split import split
-from corpus import Song
 
 
 def songs(

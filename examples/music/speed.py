@@ -13,13 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from harness import TOLERANCE, Setup, alternate, environment, relative_error, spread
 from torch import Tensor
+
+from fastpe_lab.clocks import TOLERANCE, alternate, relative_error, spread
+from fastpe_lab.corpus import BAR, Song
+from fastpe_lab.records import Setup, environment
 
 from .decoding import joined, size_of
 from .model import Config, Model
 from .windows import Windows
-from corpus import BAR, Song
 
 # of a measured call
 STEPS = 32

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checks
+from fastpe_lab import checks
+
 from .evaluation import fit_threshold
 from .model import Config, Model, nats, saved_config
 from .windows import Window, Windows

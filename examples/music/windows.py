@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpus import ACCOMPANIMENT, BAR, MELODY, PRIORS, Song
+from fastpe_lab.corpus import ACCOMPANIMENT, BAR, MELODY, PRIORS, Song
 
 # the keys of a piano
 LOWEST, KEYS = 21, 88

@@ -6,10 +6,13 @@ import math
 import shutil
 
 import torch
-from harness import Case, Model, Setup
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastpe_lab.records import Setup
+
+from .case import Case, Model
 
 EPS = 1e-6
 NUM_SINES, NUM_REALIZATIONS = 10, 64

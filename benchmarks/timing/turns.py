@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import cases
 import torch
-from cases import TABLES
-from harness import Setup, alternate, call, check, environment, find, output_gradient, spread
-from isolated import InProcess
-from memory import measure_memory
 from torch import Tensor
+
+from fastpe_lab.clocks import alternate, spread
+from fastpe_lab.records import Setup, environment
+
+from .command import Lines
+from .isolated import InProcess
+from .measure import call, check, output_gradient
+from .memory import measure_memory
 
 # case and head dim
 Key = tuple[str, int]
 
 
 class Bench:
-    """Measures on one device in this process, and writes every record.
+    """Measures on one device in this process, and writes every record at once.
 
     Args:
-        setup: Sizes but for the length; its head_dim is that of most cases.
-        seconds: For the repeats of what is timed in turn.
-        gate: Tokens of the comparison with float64.
-        path: Gets every record as a line of JSON at once: what is cut short has its times.
+        setup: sizes; its head_dim is the usual one, its length is not used.
+        seconds: time to spend on functions that are timed in turn.
+        gate: number of tokens for the comparison with float64.
+        path: file for the records.
     """
 
     def __init__(self, setup: Setup, seconds: float, gate: int, path: Path) -> None:
-        self.setup, self.seconds, self.gate, self.path = setup, seconds, gate, path
-        self.table = TABLES[setup.device]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        self.setup, self.seconds, self.gate = setup, seconds, gate
+        self.cases, self.lines = cases.of_device(setup.device), Lines(path)
         self.run = InProcess(setup.device)
         self._checked: dict[Key, str | None] = {}
 
-    def record(self, kind: str, **what: object) -> None:
-        """Write a record, with what it was measured on."""
-        self.write({"kind": kind} | asdict(self.setup) | environment(self.setup) | what)
-
-    def write(self, record: dict) -> None:
-        """Append a line to the file."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def record(self, kind: str, **fields: object) -> None:
+        """Write a record with its setup and machine."""
+        self.lines.write({"kind": kind} | asdict(self.setup) | environment(self.setup) | fields)
 
     def wrong(self, name: str, head_dim: int) -> str | None:
-        """Return why a case is not to be timed at this width, or None if it is right."""
+        """Return why a case cannot be timed at this width, or None if it is right."""
         if (name, head_dim) not in self._checked:
             setup = replace(self.setup, head_dim=head_dim, length=self.gate)
-            reason = find(self.table, name).unavailable(setup)
+            reason = self.cases[name].unavailable(setup)
             if not reason:
-                found = self.run(check, self.table, name, setup, self.gate)
+                found = self.run(check, name, setup, self.gate)
                 self.record("check", case=name, head_dim=head_dim, length=self.gate, **found)
                 reason = found.get("error")
             if reason:
@@ -63,35 +60,35 @@ class Bench:
     def turns(
         self, keys: list[Key], length: int, mode: str, host: bool = False
     ) -> dict[Key, float | str]:
-        """Return the median milliseconds of {(case, head dim)} timed in turn, or why there is none.
+        """Return {(case, head dim): median milliseconds, or why there are none}.
 
         Args:
-            keys: What to time.
+            keys: cases and head dims to time in turn.
             length: T.
-            mode: Forward or forward+backward.
-            host: Count the time to launch too.
+            mode: forward or forward+backward.
+            host: whether times on a GPU include the launch.
         """
-        reasons = {key: self.wrong(*key) for key in keys}
+        result: dict[Key, float | str] = {}
         calls: dict[Key, Callable[[], Tensor]] = {}
         inputs: dict[int, tuple[Tensor, ...]] = {}
-        for key in [key for key, reason in reasons.items() if not reason]:
-            found = self.run(self._prepare, key, length, mode, inputs)
-            reasons[key] = found.get("error")
-            if not reasons[key]:
+        for key in keys:
+            found = {"error": self.wrong(*key)}
+            if not found["error"]:
+                found = self.run(self._prepare, key, length, mode, inputs)
+            if "call" in found:
                 calls[key] = found["call"]
+            result[key] = found.get("error", "not timed")
         times = self.run(alternate, calls, self.setup.device, self.seconds, host) if calls else {}
-        if "error" in times:
-            reasons |= dict.fromkeys(calls, times["error"])
-        result: dict[Key, float | str] = {}
-        for key, reason in reasons.items():
-            what = {"case": key[0], "head_dim": key[1], "length": length, "mode": mode}
-            if reason:
-                result[key] = reason
-                self.record("time", **what, host=host, error=reason)
-            else:
+        for key in keys:
+            fields = {"case": key[0], "head_dim": key[1], "length": length, "mode": mode}
+            if key in times:
                 ms = spread(times[key])
                 result[key] = ms["median"]
-                self.record("time", **what, host=host, ms=ms)
+                self.record("time", **fields, host=host, ms=ms)
+            else:
+                if key in calls:
+                    result[key] = times["error"]
+                self.record("time", **fields, host=host, error=result[key])
         text = ", ".join(
             f"{n} {t if isinstance(t, str) else f'{t:.3g}'}" for (n, _), t in result.items()
         )
@@ -103,10 +100,10 @@ class Bench:
         setup = replace(self.setup, head_dim=width, length=length)
         if width not in inputs:
             inputs[width] = gaussian(setup)
-        case = find(self.table, name)
+        case = self.cases[name]
         model = case.build(setup, case.variants[-1])
         measured = call(model, inputs[width][:3], mode, inputs[width][3])
-        # what does not fit in memory, or is not right at this length, fails here, alone
+        # a case that exceeds the memory, or is wrong at this length, fails here, alone
         if not bool(measured().isfinite().all()):
             raise ArithmeticError("the output is not finite")
         return {"call": measured}
@@ -116,9 +113,9 @@ class Bench:
         reason = self.wrong(name, self.setup.head_dim)
         found: dict = {"error": reason}
         if not reason:
+            variant = self.cases[name].variants[-1]
             setup = replace(self.setup, length=length)
-            variant = find(self.table, name).variants[-1]
-            found = self.run(measure_memory, self.table, name, setup, mode, variant)
+            found = self.run(measure_memory, name, setup, mode, variant)
         self.record("memory", case=name, length=length, mode=mode, **found)
         return found.get("error") or found["extra_mb"]
 
@@ -133,7 +130,7 @@ def gaussian(setup: Setup) -> tuple[Tensor, ...]:
 
 
 def ratio(times: dict, slow: Key, fast: Key) -> tuple[float | None, str]:
-    """Return how many times as long one took as the other, and why there is no such number."""
+    """Return how many times as long the first key took as the second, or None and the reason."""
     for key in (slow, fast):
         if isinstance(times[key], str):
             return None, f"{key[0]}: {times[key]}"

@@ -1,9 +1,8 @@
-"""Functions run in fresh processes, so that no measurement meets what another left behind.
+"""Functions run in fresh processes, so that no measurement meets the leftovers of another.
 
-On a GPU they run in this one: its memory is counted by torch and given back in between.
-
-Processes are forked from a server that has imported the slow modules and done nothing with them:
-each starts in milliseconds, with no memory, threads or caches of another.
+A server imports the slow modules and does nothing with them. Each process is forked from it: it
+starts in milliseconds, without memory, threads or caches of another. On a GPU the functions run in
+this process, because torch counts the GPU's memory and gives it back in between.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-import devices
 import torch
 
-# the last one is what the first backward imports, for most of a second
+from .memory import release
+
+# the first backward imports the second one, for most of a second
 PRELOAD = ("torch", "torch.fx.experimental.symbolic_shapes", "numpy", "fastpe")
 _REFERENCE = "fastpe uses its PyTorch reference"
 
@@ -27,8 +27,8 @@ class Isolated:
     """Runs functions in fresh processes, one at a time for each thread that calls.
 
     Args:
-        seconds: After so many a process is ended, and that is its error; None for no end.
-        preload: Further modules for the server to import.
+        seconds: limit after which a process is ended with an error; None for no limit.
+        preload: further modules for the server to import.
     """
 
     def __init__(self, seconds: float | None = None, preload: tuple[str, ...] = ()) -> None:
@@ -41,7 +41,7 @@ class Isolated:
             self._context.set_forkserver_preload([*PRELOAD, *preload])
 
     def __call__(self, function: Callable[..., dict], *args: object) -> dict:
-        """Return what the function returns, or {"error": why} if it raised or its process died."""
+        """Return the function's result, or {"error": why} if it raised or its process died."""
         receive, send = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_child, args=(send, function, args))
         process.start()
@@ -61,38 +61,40 @@ class Isolated:
 
 
 class InProcess:
-    """Runs functions here, where a process of its own would start the GPU anew for each."""
+    """Runs functions here, because a fresh process would start the GPU anew for each."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def __call__(self, function: Callable[..., dict], *args: object) -> dict:
-        """Return what the function returns, or {"error": why} if it raised."""
+        """Return the function's result, or {"error": why} if it raised."""
         try:
-            return function(*args)
-        except torch.OutOfMemoryError as error:
-            return {"error": f"out of memory: {error}".splitlines()[0]}
-        except Exception as error:
-            traceback.print_exc(limit=-4, file=sys.stderr)
-            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            return _result(function, args)
         finally:
-            devices.release(self._device)
+            release(self._device)
 
 
 def runner(device: str) -> Isolated | InProcess:
-    """Return what runs measurements on a device."""
+    """Return the runner for measurements on a device."""
     if device == "cpu":
         return Isolated()
     warnings.filterwarnings("ignore", message=_REFERENCE)
     return InProcess(device)
 
 
+def _result(function: Callable[..., dict], args: tuple) -> dict:
+    try:
+        return function(*args)
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {error}".splitlines()[0]}
+    except Exception as error:
+        traceback.print_exc(limit=-4, file=sys.stderr)
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
 def _child(send: multiprocessing.connection.Connection, function: Callable, args: tuple) -> None:
     warnings.filterwarnings("ignore", message=_REFERENCE)
     try:
-        send.send(function(*args))
-    except Exception as error:
-        traceback.print_exc(limit=-4, file=sys.stderr)
-        send.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        send.send(_result(function, args))
     finally:
         send.close()

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: fastpe's encodings on the music's positions, and the peers."""
+"""fastpe's attention with each encoding, on the music's positions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from baseline_cases import BASELINE_CASES
-from gpu_peers import GPU_PEERS
-from harness import Case, Model, Setup
-from peers import NUM_REALIZATIONS, NUM_SINES, PEERS
 from torch import Tensor, nn
 
 import fastpe
+from fastpe_lab.records import Setup
 
+from .case import Case, Model
+from .peers import NUM_REALIZATIONS, NUM_SINES
+
+# head dim and number of heads to the encoding
 MakeEncoding = Callable[[int, int], nn.Module]
 
 
@@ -23,9 +24,9 @@ def attention(
     """Return the builder of fastpe's attention with an encoding.
 
     Args:
-        make: head_dim, num_heads to the encoding.
-        positions: Field of the piece that holds the positions; default 0, 1, 2, ...
-        favor: FAVOR+ of 128 features instead of elu1.
+        make: function that makes the encoding.
+        positions: field of the piece that holds the positions; None for 0, 1, 2, ...
+        favor: whether the feature map is FAVOR+ with 128 features instead of elu1.
     """
 
     def build(setup: Setup, variant: int | None) -> Model:
@@ -43,20 +44,15 @@ def attention(
             q: Tensor, k: Tensor, v: Tensor, encoding: nn.Module | None, backend: str
         ) -> Tensor:
             here = None if where is None else where[: q.shape[1]]
-            return fastpe.causal_linear_attention(
-                *(q, k, v),
-                pos_encoding=encoding,
-                positions=here,
-                feature_map=psi,
-                backend=backend,
-            )
+            options = {"pos_encoding": encoding, "positions": here, "feature_map": psi}
+            return fastpe.causal_linear_attention(q, k, v, **options, backend=backend)
 
         return Model(
             forward=lambda q, k, v: run(q, k, v, encoding, setup.backend),
             reference=lambda q, k, v: run(q, k, v, wide, "reference"),
             parameters=list(encoding.parameters()) if encoding else [],
             reference_parameters=list(wide.parameters()) if wide else [],
-            # nothing to redraw where there is no noise
+            # an encoding without noise has no such method
             redraw=getattr(encoding, "resample_", lambda: None),
         )
 
@@ -74,26 +70,19 @@ def ropepool(head_dim: int, num_heads: int) -> nn.Module:
 
 
 def sinespe(head_dim: int, num_heads: int) -> nn.Module:
-    """Return gated SineSPE with the noise of the peers."""
-    return fastpe.SineSPE(
-        head_dim, num_heads, num_sines=NUM_SINES, num_realizations=NUM_REALIZATIONS, seed=0
-    )
+    """Return gated SineSPE with as much noise as the peers."""
+    sizes = {"num_sines": NUM_SINES, "num_realizations": NUM_REALIZATIONS}
+    return fastpe.SineSPE(head_dim, num_heads, **sizes, seed=0)
 
 
 def fstripe_sff(head_dim: int, num_heads: int, num_levels: int = 1) -> nn.Module:
-    """Return F-StrIPE:SFF, as many sines and realisations as SineSPE."""
-    return fastpe.FStripe(
-        head_dim,
-        num_heads,
-        num_levels=num_levels,
-        num_sines=NUM_SINES,
-        num_realizations=NUM_REALIZATIONS,
-        seed=0,
-    )
+    """Return F-StrIPE:SFF with as many sines and realisations as SineSPE."""
+    sizes = {"num_sines": NUM_SINES, "num_realizations": NUM_REALIZATIONS}
+    return fastpe.FStripe(head_dim, num_heads, num_levels=num_levels, **sizes, seed=0)
 
 
 def fstripe_chroma(head_dim: int, num_heads: int) -> nn.Module:
-    """Return F-StrIPE:SFF of twelve-component positions."""
+    """Return F-StrIPE:SFF for positions of twelve components."""
     return fstripe_sff(head_dim, num_heads, num_levels=12)
 
 
@@ -103,28 +92,23 @@ def fstripe_pooled(head_dim: int, num_heads: int) -> nn.Module:
 
 
 def fstripe_unpooled(head_dim: int, num_heads: int) -> nn.Module:
-    """Return exact F-StrIPE of one sine, 2 D features."""
+    """Return exact F-StrIPE with one sine, 2 D features."""
     return fastpe.FStripe(head_dim, num_heads, pool=False)
 
 
-OURS: dict[str, Case] = {
-    "fastpe": Case("no encoding", attention(), ours=True),
-    "fastpe-rope": Case("RoPE", attention(rope), ours=True),
-    "fastpe-ropepool": Case("RoPEPool", attention(ropepool), ours=True),
-    "fastpe-sinespe": Case("SineSPE", attention(sinespe), ours=True),
-    "fastpe-favor": Case("FAVOR+", attention(favor=True), ours=True),
-    "fastpe-spe-favor": Case("SineSPE, FAVOR+", attention(sinespe, favor=True), ours=True),
-    "fastpe-fstripe-sff": Case("F-StrIPE:SFF, chords", attention(fstripe_sff, "chord"), ours=True),
-    "fastpe-fstripe-chroma": Case(
-        "F-StrIPE:SFF, chroma", attention(fstripe_chroma, "chroma"), ours=True
-    ),
-    "fastpe-fstripe-pooled": Case("F-StrIPE pooled", attention(fstripe_pooled, "chord"), ours=True),
-    "fastpe-fstripe-unpooled": Case(
-        "F-StrIPE unpooled", attention(fstripe_unpooled, "chord"), ours=True
-    ),
-}
+def _ours(label: str, *arguments: object, **options: object) -> Case:
+    return Case(label, attention(*arguments, **options), ours=True)
 
-CASES: dict[str, Case] = {**PEERS, **OURS, **BASELINE_CASES}
-GPU_CASES: dict[str, Case] = {**PEERS, **GPU_PEERS, **OURS, **BASELINE_CASES}
-# {device: where `harness.find` finds its cases}
-TABLES = {"cpu": "cases.CASES", "cuda": "cases.GPU_CASES"}
+
+OURS: dict[str, Case] = {
+    "fastpe": _ours("no encoding"),
+    "fastpe-rope": _ours("RoPE", rope),
+    "fastpe-ropepool": _ours("RoPEPool", ropepool),
+    "fastpe-sinespe": _ours("SineSPE", sinespe),
+    "fastpe-favor": _ours("FAVOR+", favor=True),
+    "fastpe-spe-favor": _ours("SineSPE, FAVOR+", sinespe, favor=True),
+    "fastpe-fstripe-sff": _ours("F-StrIPE:SFF, chords", fstripe_sff, "chord"),
+    "fastpe-fstripe-chroma": _ours("F-StrIPE:SFF, chroma", fstripe_chroma, "chroma"),
+    "fastpe-fstripe-pooled": _ours("F-StrIPE pooled", fstripe_pooled, "chord"),
+    "fastpe-fstripe-unpooled": _ours("F-StrIPE unpooled", fstripe_unpooled, "chord"),
+}

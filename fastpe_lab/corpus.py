@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-import checks
+from . import checks
 
 # sixteenths a beat, beats a bar: every song is in 4/4
 STEPS, BEATS = 4, 4

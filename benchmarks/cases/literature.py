@@ -1,7 +1,7 @@
-"""The literature's systems (`baselines`) as rows of the benchmark.
+"""The literature's systems (`fastpe_lab.baselines`) as rows.
 
-Softmax attention is not among them: it is the row "sdpa". Each is compared with its own float64
-copy before it is timed; that the copies compute what the papers say is for tests/test_baselines.py.
+The row "sdpa" stands for softmax attention. Each system is compared with its own float64 copy
+before it is timed. tests/test_baselines.py checks that the copies follow the papers.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from harness import Case, Model, Setup
 from torch import Tensor, nn
 
-from baselines import BASELINES, Baseline
+from fastpe_lab.baselines import BASELINES, Baseline
+from fastpe_lab.records import Setup
+
+from .case import Case, Model
 
 
 def build(baseline: Baseline) -> Callable[[Setup, int | None], Model]:
-    """Return the builder of a baseline, which takes the chords of the piece where it needs labels.
+    """Return the builder of a baseline. Structure labels are the chords of the piece.
 
-    A loss besides is part of the backward pass: the output has its gradient, times the sum of its
-    own.
+    The gradient of an auxiliary loss counts too: the output carries it without a change of value.
     """
 
     def made(setup: Setup, variant: int | None) -> Model:
@@ -51,7 +52,7 @@ def build(baseline: Baseline) -> Callable[[Setup, int | None], Model]:
     return made
 
 
-BASELINE_CASES: dict[str, Case] = {
+LITERATURE: dict[str, Case] = {
     name: Case(
         baseline.label if baseline.causal else f"{baseline.label} (bidirectional)",
         build(baseline),

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checks
-import corpus
-from corpus import PITCHES, by_first_appearance, degrees
+from . import checks, corpus
+from .corpus import PITCHES, by_first_appearance, degrees
 
 BACH = Path(__file__).parent / "data" / "bwv846.json"
 _FIGURE = (0, 1, 2, 3, 4, 2, 3, 4)

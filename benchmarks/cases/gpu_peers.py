@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from harness import Case, Model, Setup
-from peers import EPS, elu1, quadratic, sdpa, softmax
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastpe_lab.records import Setup
+
+from .case import Case, Model
+from .peers import EPS, elu1, quadratic, sdpa, softmax
 
 BASE = 10000.0
 
