@@ -1,4 +1,4 @@
-"""fastpe: attention of linear cost with real positional encodings."""
+"""fastpe: linear attention with relative positional encodings."""
 
 from torch.serialization import add_safe_globals
 
@@ -19,7 +19,7 @@ from .integrations.spe import load_spe_state_dict
 from .ops import flops
 
 flops.watch()
-# torch.load with weights_only=True takes states
+# torch.load(..., weights_only=True) accepts states
 add_safe_globals([LinearAttentionState])
 
 __version__ = "0.1.0"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from ._torch import assert_later, in_mode
 
 
 def check_positive(name: str, value: object) -> None:
@@ -45,7 +46,7 @@ def require(condition: Tensor, message: str, wait: bool = True) -> None:
     """
     # compiled code cannot stop to look: it raises RuntimeError where it is run
     blind = not wait and condition.device.type != "cpu"
-    if blind or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        torch._assert_async(condition, message)
+    if blind or in_mode():
+        assert_later(condition, message)
     elif not condition:
         raise ValueError(message)

@@ -1,4 +1,4 @@
-"""How much noise there is in a stochastic encoding, and what its kernel looks like."""
+"""The noise of a stochastic encoding, and pictures of any encoding's kernel."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ def signal_to_noise(
 ) -> Tensor:
     """Return mean / standard deviation of the product of a query's and a key's features.
 
-    With Gaussian noise sqrt(R) c / sqrt(1 + c^2), where c = rho / sqrt(s_q s_k) is the correlation
-    of the codes weighted by content: rho = q^T C k, s_q = sum_d q_d^2 C_d^0, C^0 the mean square of
-    a code (for the codes of arXiv 2105.08399, by Isserlis' theorem). With orthogonal noise of M
-    rows the variance is, for R <= M, that of the projection to a uniform subspace of dimension R,
-    M (M - R) / (R (M + 2) (M - 1)) (s_q s_k + (1 - 2 / M) rho^2), and zero at multiples of M,
-    where the result is infinite.
+    Gaussian noise gives sqrt(R) c / sqrt(1 + c^2) by Isserlis' theorem, for the codes of arXiv
+    2105.08399. Here c = rho / sqrt(s_q s_k) is the correlation of codes weighted by content, with
+    rho = q^T C k, s_q = sum_d q_d^2 C_d^0, s_k alike, and C^0 the mean square of a code.
+
+    Orthogonal noise with M >= R rows projects to a uniform subspace of dimension R; its variance is
+    M (M - R) / (R (M + 2) (M - 1)) (s_q s_k + (1 - 2 / M) rho^2). At multiples of M the variance is
+    zero and the result infinite.
 
     Args:
         encoding: SineSPE, FStripe with num_realizations, or ConvSPE.
-        positions_q: [...] for one level, else [..., L].
-        positions_k: Likewise, broadcast against positions_q; default 0.
+        positions_q: Position of the query, [...] for one level, else [..., L].
+        positions_k: Position of the key, broadcast against positions_q; default 0.
         q: Query, [..., H, D], broadcast against the positions; default ones.
-        k: Key, likewise.
+        k: Key, alike.
     Returns:
-        [..., H], float64; of the sign of the mean.
+        [..., H], float64, with the sign of the mean.
     Raises:
         ValueError: the encoding has no noise.
     """
@@ -52,25 +53,25 @@ def signal_to_noise(
 
 
 def _variance(encoding: PositionalEncoding, squared: Tensor, power: Tensor) -> Tensor:
-    """Return the variance of an estimate of rho, from rho^2 and s_q s_k."""
+    """Return the variance of an estimate of rho; squared is rho^2, power s_q s_k."""
     r = encoding.num_realizations
     if getattr(encoding, "noise", "gaussian") == "gaussian":
         return (power + squared) / r
     m = encoding.head_dim * (2 * encoding.num_sines + encoding.gated)
-    # full blocks are exact, the last one has `rest` columns
+    # full blocks are exact; the last block has `rest` columns
     rest = r % m
     factor = rest * m * (m - rest) / (r**2 * (m + 2) * (m - 1))
     return factor * (power + (1 - 2 / m) * squared)
 
 
 def num_realizations_for(snr: float, correlation: float) -> int:
-    """Return the least R whose products of features have a signal-to-noise ratio.
+    """Return the smallest R that reaches a signal-to-noise ratio with Gaussian noise.
 
-    R >= snr^2 (1 + c^2) / c^2 with Gaussian noise, see `signal_to_noise`.
+    R >= snr^2 (1 + c^2) / c^2, see `signal_to_noise`.
 
     Args:
-        snr: Wanted ratio of mean and standard deviation, positive.
-        correlation: c, of the codes weighted by content, in -1 .. 1 and not 0.
+        snr: Wanted mean / standard deviation, positive.
+        correlation: Correlation c of codes weighted by content, in -1 .. 1 and not 0.
     Raises:
         ValueError, TypeError: an argument is not as above.
     """
@@ -91,19 +92,19 @@ def estimate_kernel(
     positions_k: Tensor | None = None,
     draws: int = 100,
 ) -> Tensor:
-    """Return an estimate of `encoding.kernel` from features, the mean over draws of the noise.
+    """Return an estimate of `encoding.kernel` from features, averaged over draws of the noise.
 
-    Each draw is R realisations. The encoding itself keeps its noise.
+    Each draw has R realisations. Your encoding keeps its noise.
 
     Args:
-        encoding: Any; without noise one draw is as good as many.
-        positions_q: [...] for one level, else [..., L].
-        positions_k: Likewise, broadcast against positions_q; default 0.
-        draws: How often noise is drawn.
+        encoding: Any encoding; without noise one draw suffices.
+        positions_q: Positions of queries, [...] for one level, else [..., L].
+        positions_k: Positions of keys, broadcast against positions_q; default 0.
+        draws: Number of draws.
     Returns:
         [..., H, D, D], float64.
     Raises:
-        ValueError: draws is no positive int.
+        ValueError: draws is not a positive int.
     """
     check_positive("draws", draws)
     positions_q, positions_k = (encoding._levels(x) for x in (positions_q, positions_k))
@@ -119,23 +120,23 @@ def estimate_kernel(
 def content_kernel(
     encoding: PositionalEncoding, positions: Tensor, *, head: int = 0, draws: int | None = None
 ) -> Tensor:
-    """Return what queries see of keys where content is the same everywhere, 1^T C 1 / D.
+    """Return the kernel for content that is the same everywhere, 1^T C 1 / D.
 
     Args:
-        encoding: Any.
-        positions: [T] for one level, else [T, L].
-        head: Which head.
-        draws: None for the closed form, else how many draws of the noise to estimate it from.
+        encoding: Any encoding.
+        positions: Positions, [T] for one level, else [T, L].
+        head: Index of the head.
+        draws: Draws of the noise to estimate the kernel from; None for the closed form.
     Returns:
-        [T, T], float64; queries down, keys across.
+        [T, T], float64; rows are queries, columns keys.
     Raises:
-        ValueError: there is no such head, or draws is no positive int.
+        ValueError: head is out of range, or draws is not a positive int.
     """
     d, heads = encoding.head_dim, encoding.num_heads or 1
     if not 0 <= head < heads:
         raise ValueError(f"head must be in 0..{heads - 1}, got {head}")
     if draws is None:
-        # of different positions alone, and by rows, since all of C is D^2 times as large
+        # unique positions only, row by row: all of C would be D^2 times as large
         places, which = torch.as_tensor(positions).unique(dim=0, return_inverse=True)
         rows = (encoding.kernel(p[None], places).sum((-2, -1)) for p in places)
         rows = torch.stack([row[:, head if row.shape[1] > 1 else 0] for row in rows])
@@ -158,13 +159,13 @@ def plot_kernel(
     head: int = 0,
     draws: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Draw `content_kernel` in closed form, and its estimate from features.
+    """Plot `content_kernel` in closed form and as estimated from features.
 
     Args:
-        encoding: Any.
-        positions: [T] for one level, else [T, L].
-        where: Path of a picture, or two matplotlib axes to draw on.
-        head: Which head.
+        encoding: Any encoding.
+        positions: Positions, [T] for one level, else [T, L].
+        where: Path of the picture to write, or two matplotlib axes.
+        head: Index of the head.
         draws: Draws of the noise for the estimate.
     Returns:
         Closed form and estimate, [T, T] each.
@@ -194,7 +195,7 @@ def plot_kernel(
 
 
 def _drawn(encoding: PositionalEncoding, draws: int) -> Iterator[PositionalEncoding]:
-    """Yield a copy of the encoding, in float64, with other noise each time."""
+    """Yield one float64 copy of the encoding, with new noise each time."""
     twin = copy.deepcopy(encoding).cpu().double()
     for i in range(draws):
         if i and twin.noise_key is not None:
@@ -212,7 +213,7 @@ def _codes(
 
 
 def _scale(encoding: PositionalEncoding) -> float:
-    """Return the factor of products of features over the kernel."""
+    """Return the ratio of products of features to the kernel."""
     if getattr(encoding, "scale", "matched") == "paper":
         return 1.0
     return (encoding.feature_dim / encoding.head_dim) ** 0.5

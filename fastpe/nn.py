@@ -10,15 +10,14 @@ from . import backends, distributed
 from ._checks import check_dense, check_positive
 from .attention.api import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .attention.packing import blank
-from .attention.precision import autocast_dtype
 from .attention.state import LinearAttentionState
-from .attention.validation import check_options, check_order, check_packing
+from .attention.validation import autocast_dtype, check_options, check_order, check_packing
 from .encodings.base import PositionalEncoding
-from .feature_maps.base import FeatureMap, as_feature_map
+from .feature_maps.base import FeatureMap
 
 
 class _Attention(nn.Module):
-    """Projections around multi-head attention, and its options."""
+    """Projections and options of multi-head attention."""
 
     def __init__(
         self,
@@ -56,8 +55,7 @@ class _Attention(nn.Module):
                 "pos_encoding must be a fastpe.PositionalEncoding, "
                 f"got {type(pos_encoding).__name__}"
             )
-        feature_map = as_feature_map(feature_map)
-        check_options(feature_map, normalize, eps, None)
+        feature_map = check_options(feature_map, normalize, eps, None)
         check_order(feature_map, pos_encoding)
         backends.check_name(backend)
         head_dim = embed_dim // num_heads
@@ -73,7 +71,7 @@ class _Attention(nn.Module):
                 raise ValueError(
                     f"feature_map must be for num_heads = {num_heads}, got {feature_map.num_heads}"
                 )
-            # refuses widths that it is not for
+            # raises for a width that it does not take
             feature_map.feature_dim(head_dim if pos_encoding is None else pos_encoding.feature_dim)
         factory = {"bias": bias, "device": device, "dtype": dtype}
         self.embed_dim, self.num_heads, self.value_dim = embed_dim, num_heads, value_dim
@@ -87,7 +85,7 @@ class _Attention(nn.Module):
         self.backend = backend
 
     def __call__(self, *args: object, **options: object) -> object:
-        """Call `forward`, through the hooks of the module."""
+        """Call `forward` through the module's hooks, which must not cast positions."""
         for name in ("positions", "key_positions"):
             if isinstance(options.get(name), Tensor):
                 options[name] = _Wrapped(options[name])
@@ -98,7 +96,7 @@ class _Attention(nn.Module):
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a tensor of floats, got {came}")
         check_dense(name, x)
-        # what takes the place of a projection (an adapter, a quantised one) may have other rules
+        # a replaced projection (an adapter, a quantised one) may take other dtypes
         if type(self.in_proj) is nn.Linear and autocast_dtype(x) is None:
             dtype = self.in_proj.weight.dtype
             if x.dtype != dtype:
@@ -112,7 +110,7 @@ class _Attention(nn.Module):
     def _project(
         self, x: Tensor, ndim: int, padding: Tensor | None = None, mask: str = "key_padding_mask"
     ) -> tuple[Tensor, ...]:
-        """Return q, k and v of x; at padding those of zeros, whatever stands there."""
+        """Return q, k and v of x, with padding set to zero first."""
         self._check(x, ndim)
         if padding is not None:
             check_packing(None, padding, x, mask)
@@ -121,11 +119,11 @@ class _Attention(nn.Module):
         return tuple(y.unflatten(-1, (h, -1)) for y, h in zip(parts, heads, strict=True))
 
     def _join(self, o: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Return the outputs of all heads as one; 0 at padding."""
+        """Project the outputs of all heads to embed_dim; 0 at padding."""
         return blank(self.out_proj(o.flatten(-2)), padding)
 
     def reset_parameters(self) -> None:
-        """Reset the projections, the encoding and the feature map, as each of them does."""
+        """Reset the projections, the encoding and the feature map."""
         for part in (self.in_proj, self.out_proj, self.pos_encoding, self.feature_map):
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
@@ -157,29 +155,29 @@ class _Attention(nn.Module):
 class CausalLinearAttention(_Attention):
     """Multi-head causal linear attention with projections: x [B, T, embed_dim] in and out.
 
-    Takes the place of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called with
-    a causal mask.
+    Use it instead of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` with a causal
+    mask.
 
     Args:
         embed_dim: Width of the model.
         num_heads: H; D = embed_dim / num_heads.
-        num_kv_heads: Hk, a divisor of H: heads of keys and values, which H / Hk heads of queries
-            share; default H.
-        bias: Of the projections.
+        num_kv_heads: Heads Hk of keys and values, a divisor of H; H / Hk heads of queries share
+            one. Default H.
+        bias: True gives the projections a bias.
         value_dim: Width of all heads' outputs together, H E; default embed_dim.
-        pos_encoding: A `fastpe` encoding for (D, H), or None. A random one redraws its noise at
-            each training forward that starts a sequence, as its `resample` says.
+        pos_encoding: A `fastpe` encoding for (D, H), or None. A random one counts each training
+            forward that starts a sequence and redraws its noise as its `resample` says.
         feature_map: Name or module, see `causal_linear_attention`. A random one redraws its noise
-            as the encoding does.
+            like the encoding.
         normalize: True, False or "abs", see `causal_linear_attention`.
-        eps: Of the normaliser.
+        eps: Epsilon of the normaliser.
         backend: "auto", "cpu", "triton", "cuda" or "reference".
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        ValueError, TypeError: an argument is not as above: embed_dim or value_dim is not divisible
-            by num_heads, or this by num_kv_heads, or pos_encoding is for other heads.
+        ValueError, TypeError: an argument is not as above, for instance num_heads does not divide
+            embed_dim or value_dim, or pos_encoding is for other heads.
     """
 
     def forward(
@@ -199,12 +197,12 @@ class CausalLinearAttention(_Attention):
             x: [B, T, embed_dim].
             positions: Structure positions, [T], [B, T], [T, L] or [B, T, L]; default time.
             cu_seqlens: [S + 1], sequences packed in one row, see `causal_linear_attention`.
-            key_padding_mask: [B, T], True at padding: whatever stands there reaches no other
-                token and no gradient, and its outputs are 0.
+            key_padding_mask: [B, T], True at padding. Padding reaches no other token and no
+                gradient, and its outputs are 0.
             initial_state: State after the tokens before these.
-            output_final_state: Return the state after the last token too.
-            group: Ranks that hold consecutive slices of the sequence, x being this one's; see
-                `fastpe.distributed.causal_linear_attention`. Default: x is all of it.
+            output_final_state: True also returns the state after the last token.
+            group: Ranks that hold consecutive slices of the sequence; x is this rank's slice. See
+                `fastpe.distributed.causal_linear_attention`. Default: x is the whole sequence.
         Returns:
             y: [B, T, embed_dim]; with output_final_state a pair of y and the state.
         """
@@ -234,12 +232,12 @@ class CausalLinearAttention(_Attention):
     def step(
         self, x: Tensor, state: LinearAttentionState, *, positions: Tensor | float | None = None
     ) -> tuple[Tensor, LinearAttentionState]:
-        """Attend with one more token, x [B, embed_dim]; return y [B, embed_dim] and the state.
+        """Attend with one more token; return y [B, embed_dim] and the new state.
 
         Args:
             x: [B, embed_dim].
             state: State after the tokens before.
-            positions: As in `causal_linear_attention_step`.
+            positions: Position of the token, see `causal_linear_attention_step`.
         """
         o, state = causal_linear_attention_step(
             *self._project(x, 2), state, positions=positions, **self._options()
@@ -248,27 +246,13 @@ class CausalLinearAttention(_Attention):
 
 
 class LinearAttention(_Attention):
-    """Multi-head linear attention that is not causal: of a sequence to itself or to another.
+    """Multi-head linear attention that is not causal, of a sequence to itself or to another.
 
-    Takes the place of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called
-    without a causal mask, in encoders, and between decoder and encoder.
+    Use it instead of `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` without a
+    causal mask, in encoders and between decoder and encoder.
 
-    Args:
-        embed_dim: Width of the model, of both sequences.
-        num_heads: H; D = embed_dim / num_heads.
-        num_kv_heads: Hk, a divisor of H; default H.
-        bias: Of the projections.
-        value_dim: Width of all heads' outputs together, H E; default embed_dim.
-        pos_encoding: A `fastpe` encoding for (D, H), or None.
-        feature_map: Name or module, see `causal_linear_attention`.
-        normalize: True, False or "abs", see `causal_linear_attention`.
-        eps: Of the normaliser.
-        backend: That makes the features.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Raises:
-        ValueError, TypeError: as `CausalLinearAttention`.
+    Arguments are those of `CausalLinearAttention`, and so are errors. embed_dim is the width of
+    both sequences, and backend computes the features.
     """
 
     def forward(
@@ -285,19 +269,19 @@ class LinearAttention(_Attention):
     ) -> Tensor:
         """Attend from every token of x to every one of context.
 
-        What is said of keys is said of context. Without it, x is both: give what is said of its
-        tokens once, with or without "key", "query".
+        Arguments named key_ describe context. Without context, x is both: give positions,
+        cu_seqlens and the padding mask once, under either name.
 
         Args:
-            x: [B, T, embed_dim]: where queries come from.
-            context: [B, Tc, embed_dim]: where keys and values come from; default x.
-            positions: Of x, [T], [B, T], [T, L] or [B, T, L]; default time, 0, 1, 2, ...
-            key_positions: Of context, likewise; given if, and only if, positions are.
+            x: Source of queries, [B, T, embed_dim].
+            context: Source of keys and values, [B, Tc, embed_dim]; default x.
+            positions: Positions of x, [T], [B, T], [T, L] or [B, T, L]; default time, 0, 1, 2, ...
+            key_positions: Positions of context, alike; give both or neither.
             cu_seqlens: [S + 1], sequences of x packed in one row, see `linear_attention`.
-            key_cu_seqlens: Of context.
+            key_cu_seqlens: Sequences of context, alike.
             query_padding_mask: [B, T], True at padding of x, whose outputs are 0.
-            key_padding_mask: [B, Tc], True at padding of context. Whatever stands at padding
-                reaches no other token and no gradient.
+            key_padding_mask: [B, Tc], True at padding of context. Padding reaches no other token
+                and no gradient.
         Returns:
             y: [B, T, embed_dim].
         """
@@ -311,11 +295,11 @@ class LinearAttention(_Attention):
             q, k, v = self._project(x, 3, padding)
         else:
             self._check(context, 3, "context")
-            # whole projections, of which parts go unused: in_proj may be more than its weight
+            # project in full and drop parts: in_proj may be a wrapper that is more than its weight
             q, _, _ = self._project(x, 3, query_padding_mask, "query_padding_mask")
             _, k, v = self._project(context, 3, key_padding_mask)
             if len(k) != len(q):
-                raise ValueError(f"context must be of x's batch of {len(q)}, got {len(k)}")
+                raise ValueError(f"context must have x's batch of {len(q)}, got {len(k)}")
         o = linear_attention(
             *(q, k, v),
             positions=positions,
@@ -330,7 +314,7 @@ class LinearAttention(_Attention):
 
 
 class _Wrapped:
-    """Positions on their way past hooks that cast every float tensor, as FSDP2's do."""
+    """Positions, hidden from hooks that cast every float tensor, such as FSDP2's."""
 
     def __init__(self, positions: Tensor) -> None:
         self.positions = positions
@@ -342,5 +326,5 @@ def _unwrapped(positions: Tensor | _Wrapped | None) -> Tensor | None:
 
 def _one(name: str, x: Tensor | None, same: Tensor | None) -> Tensor | None:
     if x is not None and same is not None and x is not same:
-        raise ValueError(f"{name} must be given once without context, where x is both")
+        raise ValueError(f"{name} must be given once without context, got it under both names")
     return same if x is None else x

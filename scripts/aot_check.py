@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Compile every GPU kernel, as it is launched, for cards that are not here; no driver is needed.
+"""Compile every GPU kernel that fastpe launches, without a card or a driver.
 
     python scripts/aot_check.py                        sm_80, sm_89, sm_90, sm_100
-    python scripts/aot_check.py --tests                what the GPU tests launch
-    python scripts/aot_check.py --tests --sample       one of each kind of it
+    python scripts/aot_check.py --tests                the launches of the GPU tests
+    python scripts/aot_check.py --tests --sample       one of each kind of them
     python scripts/aot_check.py --arch gfx942          for information
 
-The backend's own launchers run on tensors without memory, or the GPU tests on the CPU; what they
-would launch is compiled (launches.py). Prints registers, spilled bytes, shared memory and
-tensor-core instructions. Fails on what does not compile, on more shared memory than a card has, and
-on spills over a budget.
+launches.py runs the backend's launchers on tensors without memory, or the GPU tests on the CPU, and
+records launches for this script to compile. It prints registers, spilled bytes, shared memory and
+tensor-core instructions. It fails if a kernel does not compile, needs more shared memory than the
+card has, or spills more than its budget.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import torch
 import triton
 from launches import Launch
 
-# Bytes of spills that are accepted: next to none on the architecture that is tuned for, in 16 bits;
-# in float32 products of three parts take more registers than there are. On 100 it is the scan of
-# packed sequences that needs most (88).
+# Accepted bytes of spills by architecture, dtype and D. Tiles are tuned for sm_90 in 16 bits, where
+# almost nothing spills; float32 products of three parts take more registers than there are. On
+# sm_100 the scan of packed sequences spills most (88).
 BUDGET = {
     ("90", "bf16"): {64: 8, 128: 8, 256: 96},
     ("80", "bf16"): {64: 640, 128: 32, 256: 64},
@@ -42,16 +42,16 @@ BUDGET = {
     ("80", "fp32"): {64: 2 << 10, 128: 20 << 10, 256: 32 << 10},
     ("100", "fp32"): {64: 1024, 128: 2 << 10, 256: 32 << 10},
 }
-# of the CUDA kernels: one number of the float32 gradient of keys, which keeps what its sums lose
+# CUDA kernels: the float32 gradient of keys, with its compensated sums, spills one number
 CUDA_BUDGET = {"ScanKernel float": 8}
 ANY = 1 << 20
-# a sample has each combination of these constants once, for each kernel and dtype
+# a sample has each combination of these constants once for each kernel and dtype
 KINDS = ("ENCODE", "PAIRS", "MAP_FIRST", "NORMALIZE", "MIX"), ("PSI",)
 HEAD = f"{'kernel':26}{'case':44}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'s':>6}"
 
 
 def sample(found: list[Launch]) -> list[Launch]:
-    """Return a few launches that stand for all."""
+    """Return one launch for each kernel, dtype and combination of KINDS."""
     chosen = {}
     for launch in found:
         names = [name for name, _ in launch.signature]
@@ -63,7 +63,7 @@ def sample(found: list[Launch]) -> list[Launch]:
 
 
 def recorded(args: argparse.Namespace, arch: str) -> list[Launch]:
-    """Return what is to be compiled for an architecture; with --hits, what was not in the cache."""
+    """Return the launches to compile for an architecture; with --hits, those not in the cache."""
     found = []
     if args.tests:
         found += launches.from_tests(arch, args.hits)
@@ -83,7 +83,7 @@ def recorded(args: argparse.Namespace, arch: str) -> list[Launch]:
 
 @contextlib.contextmanager
 def captured(path: str) -> object:
-    """Send what the process prints, its children's output too, to a file."""
+    """Redirect the output of this process and its children to a file."""
     sys.stdout.flush()
     before = os.dup(1)
     with open(path, "w") as file:
@@ -97,7 +97,7 @@ def captured(path: str) -> object:
 
 
 def build(launch: Launch, arch: str) -> dict:
-    """Compile a launch and return what the compiler says of it."""
+    """Compile a launch and return its registers, spills, shared memory, tensor ops and seconds."""
     start = time.time()
     with tempfile.NamedTemporaryFile() as log:
         with captured(log.name):
@@ -111,7 +111,7 @@ def build(launch: Launch, arch: str) -> dict:
         spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]) * 4
         tensor = len(re.findall(r"v_mfma", code))
     else:
-        # what was in the cache before says nothing
+        # empty for a kernel that was in the cache
         registers = int((re.findall(r"Used (\d+) registers", text) or [0])[-1])
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
         code = kernel.asm.get("ptx", "")
@@ -126,7 +126,7 @@ def build(launch: Launch, arch: str) -> dict:
 
 
 def build_cuda(architectures: list[str]) -> int:
-    """Compile the CUDA library, print the table of its kernels, return how many spill."""
+    """Compile the CUDA library, print a table of its kernels, return how many spill too much."""
     import setup
 
     with tempfile.TemporaryDirectory() as folder:
@@ -157,15 +157,15 @@ def build_cuda(architectures: list[str]) -> int:
 
 
 def budget(launch: Launch, arch: str) -> int:
-    """Return the bytes of spills that a launch may have on an architecture."""
+    """Return the accepted bytes of spills of a launch on an architecture."""
     if launch.group is None:
-        return ANY  # a test: any width and any map
+        return ANY  # a test, with any width and any map
     dtype, width = launch.group
     return BUDGET.get((arch, dtype), {}).get(width, ANY) if dtype else 0
 
 
 def build_all(jobs: list[tuple[Launch, str]], workers: int) -> int:
-    """Compile launches, print a line each, return how many fail."""
+    """Compile launches, print a line for each, return how many fail."""
     failed = 0
     print(HEAD)
     with ProcessPoolExecutor(workers) as pool:
@@ -200,21 +200,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     known = list(launches.ENCODINGS | launches.SINES)
     parser.add_argument("--encodings", nargs="+", default=known, choices=known)
-    parser.add_argument("--tests", action="store_true", help="what the GPU tests launch")
-    parser.add_argument("--sample", action="store_true", help="of that, one of each kind")
-    parser.add_argument("--bars", action="store_true", help="what benchmarks/bars.py launches")
-    parser.add_argument("--only", default="", help="kernels and cases with this in their name")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA library too (needs nvcc)")
-    parser.add_argument("--keep", metavar="FOLDER", help="keep the code, as a card's cache")
-    parser.add_argument("--hits", action="store_true", help="fail if it was not kept before")
+    parser.add_argument("--tests", action="store_true", help="compile launches of the GPU tests")
+    parser.add_argument("--sample", action="store_true", help="only one of each kind of these")
+    parser.add_argument("--bars", action="store_true", help="compile those of benchmarks/bars.py")
+    parser.add_argument("--only", default="", help="only kernels and cases with this in their name")
+    parser.add_argument("--cuda", action="store_true", help="also the CUDA library (needs nvcc)")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the code as a cache for a card")
+    parser.add_argument("--hits", action="store_true", help="fail unless all is in that cache")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args()
 
 
 def main() -> int:
-    """Compile, print the table, and return whether anything is over the budget."""
+    """Compile, print the table, and return 1 if a kernel is over its budget."""
     args = parse()
-    # what is cached prints no log
+    # use a new cache: cached kernels print no log
     os.environ["TRITON_CACHE_DIR"] = args.keep or tempfile.mkdtemp()
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     jobs = [(launch, arch) for arch in args.arch for launch in recorded(args, arch)]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compile everything that the GPU tests and the benchmarks launch, for every card, with both versions
-# of Triton that are supported; about an hour on 16 cores. CI compiles a sample (.ci/run).
+# Compile all kernels of the GPU tests and benchmarks for every card with both supported versions of
+# Triton. Takes about an hour on 16 cores. CI compiles a sample (.ci/run).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 cards=(--arch 80 86 89 90 100 120) failed=0

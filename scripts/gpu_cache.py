@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Say what a carried cache of Triton was made with, and whether this machine took it.
+"""Record how a Triton cache was made, and report whether another machine used it.
 
-    python scripts/gpu_cache.py stamp FOLDER     when it is made (gpu_prepare.sh)
+    python scripts/gpu_cache.py stamp FOLDER     when you make the cache (gpu_prepare.sh)
     python scripts/gpu_cache.py report FOLDER    after a run on the card
 
 Triton finds an entry by its version, the bytes of its library (one for each version of Python), and
-the lines of the kernels: where one differs, it compiles anew without a word.
+the lines of the kernels. If one of these differs, it silently compiles again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ KERNELS = Path(__file__).parent.parent / "fastpe" / "backends" / "triton"
 
 
 def digest(*files: Path) -> str:
-    """Return twelve digits that files of other bytes do not have."""
+    """Return twelve digits of a hash of files."""
     found = hashlib.sha256()
     for file in files:
         found.update(file.read_bytes())
@@ -28,7 +28,7 @@ def digest(*files: Path) -> str:
 
 
 def made_with() -> dict[str, str]:
-    """Return what the entries of a cache depend on, as it is here."""
+    """Return this machine's versions and digests that the entries of a cache depend on."""
     triton = importlib.metadata.distribution("triton")
     library = f"triton/_C/libtriton.{sysconfig.get_config_var('EXT_SUFFIX').split('.')[-1]}"
     return {
@@ -40,12 +40,12 @@ def made_with() -> dict[str, str]:
 
 
 def stamp(folder: Path) -> None:
-    """Write what the cache was made with into it."""
+    """Write `made_with` into the cache."""
     (folder / "made_with.json").write_text(json.dumps(made_with()))
 
 
 def report(folder: Path) -> str:
-    """Return in a few lines what came along, what was compiled here, and what differs."""
+    """Return how many kernels came along, how many were compiled here, and what differs."""
     mark, here = folder / "made_with.json", made_with()
     codes = list(folder.glob("*/*.cubin"))
     if not mark.exists():
@@ -54,7 +54,7 @@ def report(folder: Path) -> str:
     new = [x for x in codes if x.stat().st_mtime > mark.stat().st_mtime]
     other = [f"{n} {there.get(n)} there, {x} here" for n, x in here.items() if there.get(n) != x]
     said = f"cache: {len(codes) - len(new)} kernels came along, {len(new)} compiled here; "
-    return said + ("; ".join(other) or f"made with what is here, {here}")
+    return said + ("; ".join(other) or f"made with the same versions, {here}")
 
 
 def main() -> None:

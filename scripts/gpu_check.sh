@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, offline, with the machine's own python3, in two calls:
-#   scripts/gpu_check.sh first           what matters most, less than 330 seconds
+# Run all checks that need a GPU, offline, with the machine's own python3, in two calls:
+#   scripts/gpu_check.sh first           the most important, less than 330 seconds
 #   scripts/gpu_check.sh second          the rest, less than 330 seconds, on the same machine
 #   scripts/gpu_check.sh [-x N] STEP...  some steps; -x gives each N times its seconds
-#   scripts/gpu_check.sh --plan          the steps and their seconds
-#   scripts/gpu_check.sh --dry first second    no GPU: does every step start and find its work?
-# A step that fails or runs out of time does not stop the next; the exit status is 1 if any did.
-# The log and the records are in $OUT (a new folder if unset) as they are made, eight files at most.
-# Compiled kernels and libraries that scripts/gpu_prepare.sh has put into build/gpu are used.
+#   scripts/gpu_check.sh --plan          print the steps and their seconds
+#   scripts/gpu_check.sh --dry first second    no GPU: check that every step starts and finds work
+# A step that fails or runs out of time does not stop the next; the exit status is then 1.
+# Writes the log and records, at most eight files, to $OUT (a new folder if unset) as it goes.
+# Uses the compiled kernels and libraries that scripts/gpu_prepare.sh put into build/gpu.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-# call, step, seconds, what it does; a step may also use the seconds that those before it left over
+# call, step, seconds, purpose; a step may also use the seconds that earlier steps left over
 plan='
-first   machine      12  versions, the card and its clocks, what was carried here
+first   machine      12  versions, the card and its clocks, carried files
 first   smoke        30  Triton: four encodings, two dtypes, a process each
 first   scan         75  the bars of the scan (benchmarks/bars.py)
 first   tiles        50  tiles of each kernel, compared, then timed (benchmarks/tiles.py)
-first   triton       85  the GPU tests but those of the CUDA library
+first   triton       85  the GPU tests except those of the CUDA library
 first   smoke_cuda   12  the CUDA library: four encodings, two dtypes, a process each
 first   cuda         48  the GPU tests of the CUDA library
-second  again        40  what failed in the first call, each launch waited for
+second  again        40  the failures of the first call, with synchronous launches
 second  sanitize     55  memcheck and racecheck of six small cases
 second  ncu          40  counters of three forward kernels
 second  crossover    70  the other bars: softmax at short lengths, SPE, the widest heads
 second  large        25  tensors of more than 2^31 numbers, alone on the card
-second  host         12  how long a call keeps the host
+second  host         12  host time of a call
 second  decode       32  one token at a time
 second  scaling      38  time and memory as sequences grow
 '
-# column WANTED of the rows whose column GIVEN is VALUE
+# field VALUE GIVEN WANTED: column WANTED of rows whose column GIVEN is VALUE
 field() { awk -v value="$1" -v given="$2" -v wanted="$3" '$given == value { print $wanted }' <<<"$plan"; }
 
 dry='' factor=1
@@ -57,20 +57,20 @@ OUT=${OUT:-$(mktemp -d)}
 log=$OUT/gpu_check.log
 mkdir -p "$OUT" && : >>"$log"
 export PATH=$PATH:/usr/local/cuda/bin:$PWD/build/gpu/ninja/bin PYTHONUNBUFFERED=1
-# ninja, which builds the libraries, comes along (scripts/gpu_prepare.sh)
+# scripts/gpu_prepare.sh carries ninja, which builds the libraries
 export PYTHONPATH=$PWD:$PWD/build/gpu/ninja${PYTHONPATH:+:$PYTHONPATH}
-# the machine's plug-ins of pytest may warn, and warnings are errors
+# the machine's pytest plugins may warn, and warnings are errors
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-# Triton keeps absolute paths: the folder has the same name where the cache is filled
+# Triton keeps absolute paths, so the folder has the same name as in scripts/gpu_prepare.sh
 export TRITON_CACHE_DIR=/tmp/fastpe-triton-cache TORCHINDUCTOR_CACHE_DIR=/tmp/fastpe-inductor-cache
-# what the first call leaves for the second
+# files from the first call for the second
 left=/tmp/fastpe-gpu-check
 if [ -n "$dry" ]; then
   left=$(mktemp -d)
   trap 'rm -rf "$left"' EXIT
   TRITON_CACHE_DIR=$left/triton TORCHINDUCTOR_CACHE_DIR=$left/inductor
   factor=$((factor * 20))
-  one=tests/test_gpu_runtime.py::test_new_memory_is_nan
+  one=tests/gpu/test_gpu_runtime.py::test_new_memory_is_nan
   echo "{\"test\": \"$one\", \"outcome\": \"failed\"}" >"$left/tests.jsonl"
 elif ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "torch finds no GPU here; --dry runs without one" >&2
@@ -80,10 +80,10 @@ mkdir -p "$TRITON_CACHE_DIR" "$left"
 
 have() { python3 -c "import $1" 2>/dev/null; }
 kernels() { find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -l; }
-# what the log has of the step that runs
+# the current step's part of the log
 said() { tail -c "+$((at + 1))" "$log"; }
 
-# run COMMAND...: until the step's deadline
+# run COMMAND...: run it until the step's deadline
 run() {
   local most=$((deadline - SECONDS)) status
   [ "$most" -ge 2 ] || { echo "=== $step, no time for: $*" >>"$log" && return 124; }
@@ -94,7 +94,7 @@ run() {
   return $status
 }
 
-# tests WORKERS ARGUMENT...: pytest; under "${prefix[@]}", without xdist in one process
+# tests WORKERS ARGUMENT...: run pytest under "${prefix[@]}"; without xdist in one process
 prefix=()
 tests() {
   local workers=$1 options=(-o addopts= -q --strict-markers -m gpu --tb=short -rfE)
@@ -102,19 +102,19 @@ tests() {
   if [ "$workers" -gt 0 ] && have xdist; then
     [ -z "$dry" ] || workers=1
     options+=(-p xdist.plugin -n "$workers" --dist load --maxschedchunk 2)
-    # each test may cost one
+    # each test may crash its worker
     options+=(--max-worker-restart 600)
   fi
-  # what hangs costs its worker
+  # a test that hangs kills its worker
   have pytest_timeout && options+=(-p pytest_timeout --timeout 60 --timeout-method thread)
   run "${prefix[@]}" python3 -m pytest "${options[@]}" --record "$OUT/tests.jsonl" "$@" || return
-  # without a GPU that is all they can do
+  # without a GPU all tests are skipped
   [ -n "$dry" ] || said | grep -q '[0-9] passed' || return 6
 }
-mapfile -t files < <(grep -lE 'mark\.gpu|gpu_only' tests/test_*.py)
+mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu|gpu_only' tests | sort)
 apart="(host_time or two_to_the_31)"
 
-# benchmark NAME ARGUMENT...: what --dry gives them is small, for the CPU
+# benchmark NAME ARGUMENT...: run it; --dry uses small sizes on the CPU
 size=(--device cuda --dtype bfloat16 --batch 4 --heads 16)
 [ -z "$dry" ] || size=(--device cpu --dtype float32 --batch 1 --heads 1 --threads 1)
 benchmark() { run "${prefix[@]}" python3 "benchmarks/$1.py" "${@:2}"; }
@@ -133,7 +133,7 @@ libraries() {
   done 2>/dev/null
   echo "libraries: carried: ${carried[*]:-none}; being built: ${missing[*]:-none}" | tee -a "$log"
   [ ${#missing[@]} -gt 0 ] || return
-  # beside the first steps
+  # build while the first steps run
   timeout 270 python3 - "$sources" "${missing[@]}" >>"$log" 2>&1 <<'PY' &
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -153,7 +153,7 @@ def build(name):
         getattr(setup, f"compile_{name}")(target, Path("build/gpu_objects") / name, **options)
     except Exception as error:
         return f"=== build, {name}: {error}"
-    # whole at once: other processes load it
+    # replace the file at once: other processes load it
     part = Path("fastpe") / f"{target.name}.part"
     part.write_bytes(target.read_bytes())
     part.replace(part.with_suffix(""))
@@ -171,7 +171,7 @@ PY
   build=$!
 }
 
-# wait for the libraries
+# built: wait for the libraries
 built() {
   while [ -n "$build" ] && kill -0 "$build" 2>/dev/null; do
     [ $SECONDS -lt $((deadline - 2)) ] || { echo "=== $step: no library yet" >>"$log" && return 124; }
@@ -218,7 +218,7 @@ print(", ".join(f"{name} {version(name)}" for name in PACKAGES), "|", os.cpu_cou
 for name, why in (("xdist", "tests run in one process"), ("pytest_timeout", "a test may hang")):
     if importlib.util.find_spec(name) is None:
         print(f"no {name}: {why}")
-# kernels that another Triton compiled are not found in the cache
+# the cache finds only kernels from the same Triton library
 triton = importlib.util.find_spec("triton")
 for path in sorted(Path(triton.origin).parent.glob("_C/libtriton*.so")) if triton else ():
     print(f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}")
@@ -239,7 +239,7 @@ bars() {
     --seconds 0.01 --gate 32 --copy 0.001)
   benchmark bars "${size[@]}" --parts "$@" "${arguments[@]}" --out "$OUT"
   local status=$?
-  # no bar is met at the sizes of --dry
+  # --dry sizes meet no bar
   [ -z "$dry" ] || [ $status -ne 3 ] || status=0
   return $status
 }
@@ -257,7 +257,7 @@ tiles() {
   benchmark tiles "${size[@]}" "${arguments[@]}" --out "$OUT"
 }
 
-# tests_of WHICH: both calls need to know what fails
+# tests_of WHICH: record failures for step `again` too
 tests_of() { tests 12 --record "$left/tests.jsonl" -k "$1 and not $apart" --maxfail 60 "${files[@]}"; }
 
 triton() { tests_of "not cuda"; }
@@ -289,10 +289,10 @@ sanitize() {
   local tool job jobs=() status=0 prefix=()
   local six="((none and bfloat16) or (rope and not ropepool and float32) or (sinespe and bfloat16))"
   built
-  # both at a time: nothing is timed
+  # both tools at once, since nothing is timed
   for tool in memcheck racecheck; do
     [ -n "$dry" ] || prefix=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20)
-    # each allocation is one of the driver's, so what is out of bounds is nobody else's
+    # one driver allocation for each tensor, so out-of-bounds accesses hit no other tensor
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 tests 0 -k "sanitize and $six" "${files[@]}" &
     jobs+=($!)
   done
@@ -365,10 +365,10 @@ for step in "${steps[@]}"; do
   [ $compiled -eq 0 ] || note="$note; $compiled Triton kernels were compiled"
   summary+=("$(printf '%-11s %4d s  %s' "$step" $((SECONDS - start)) "$note")")
   echo "--- ${summary[-1]}"
-  # the lines that say most
+  # print the most telling lines
   said | grep -aE -e '^(\||- |no |copy:|card:|versions:|sha256|FAILED|ERROR|host time|.*error: )' \
     -e 'SUMMARY|cases are right|(passed|failed|skipped).* in |candidates failed' | cut -c1-240 | tail -n 40
-  # no step fills the file
+  # limit each step's part of the log
   [ "$(stat -c %s "$log")" -le $((at + 1900000)) ] || truncate -s $((at + 1900000)) "$log"
 done
 [ -z "$build" ] || kill "$build" 2>/dev/null

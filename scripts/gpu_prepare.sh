@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Prepare a run on a rented card (sm_90), where there is none:
+# Prepare a run on a rented card (sm_90) on a machine without one:
 #   scripts/gpu_prepare.sh [PYTHON]
-# makes build/gpu/triton-cache.tar.xz, the code of every kernel that the GPU tests and bars.py launch,
-# build/gpu/libfastpe_cuda.so, and build/gpu/ninja, which builds what is missing there. Triton's cache holds absolute paths: unpack it at /, which fills
-# /tmp/fastpe-triton-cache, and set TRITON_CACHE_DIR to that.
+# It writes to build/gpu: triton-cache.tar.xz with every kernel of the GPU tests and bars.py,
+# libfastpe_cuda.so, and ninja, which builds missing libraries there. Triton's cache holds absolute
+# paths: unpack it at /, which fills /tmp/fastpe-triton-cache, and set TRITON_CACHE_DIR to that.
 # PYTHON must have the card's versions: Python 3.12, torch 2.11 and Triton 3.6, pytest, hypothesis.
-# Without it an environment is made once, in build/gpu/python (5 GB).
+# Without PYTHON the first call makes an environment in build/gpu/python (5 GB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 arch=90 cache=/tmp/fastpe-triton-cache out=$PWD/build/gpu
@@ -29,12 +29,12 @@ status=0
 "$python" scripts/aot_check.py "${kernels[@]}" >"$out/kernels.txt" || status=$?
 grep FAILED "$out/kernels.txt" || tail -1 "$out/kernels.txt"
 [ $status -eq 0 ]
-# what Triton reads of an entry
+# Triton reads only these files of an entry
 find $cache -type f ! -name '*.json' ! -name '*.cubin' -delete
 "$python" scripts/gpu_cache.py stamp $cache
 tar -C / -c "${cache#/}" | xz -6 -T0 >"$out/triton-cache.tar.xz"
 
-# as the card will find it: unpacked, and in a process that has compiled nothing
+# check as on the card: unpacked, in a process that has compiled nothing
 rm -rf $cache
 tar -C / -xJf "$out/triton-cache.tar.xz"
 "$python" scripts/aot_check.py "${kernels[@]}" --hits | tail -3
@@ -50,7 +50,7 @@ import setup
 out = Path(sys.argv[1])
 setup.compile_cuda(out / "libfastpe_cuda.so", out / "objects", architectures=(sys.argv[2],))
 PY
-# of these the library was built (scripts/gpu_check.sh compares it)
+# a digest of the library's sources, which scripts/gpu_check.sh compares
 cat csrc/*.h csrc/*/* setup.py | sha256sum | cut -c1-16 >"$out/sources"
 ls -l "$out/triton-cache.tar.xz" "$out/libfastpe_cuda.so"
 echo "$(find $cache -name '*.cubin' | wc -l) kernels in $SECONDS s"

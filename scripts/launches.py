@@ -1,8 +1,8 @@
-"""Record what Triton would compile for a launch: kernel, signature, constants, alignment.
+"""Record the kernel, signature, constants and alignment that Triton would compile for a launch.
 
-`recording` stands in the place of every launch; Triton itself says how it takes the arguments, so
-that it compiles to the very entry of Triton's cache that a launch on a card looks for. Two sources:
-`traces` runs the launchers on tensors without memory, record_gpu_tests.py runs the GPU tests.
+`recording` replaces every launch. Triton itself specialises the arguments, so compiling a record
+gives the entry of Triton's cache that a launch on a card looks for. There are two sources: `traces`
+runs the launchers on tensors without memory, record_gpu_tests.py runs the GPU tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# the compiler must be seen, whatever the tests have set
+# kernels must be compiled, even if the tests set the interpreter
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,7 +34,7 @@ from fastpe.backends.specs import ScanOptions
 from fastpe.backends.triton import common
 
 ROOT = Path(__file__).parent.parent
-# shared memory that one program can have, in bytes
+# bytes of shared memory for one program
 SHARED = {
     "80": 163 << 10,
     "86": 99 << 10,
@@ -49,14 +49,14 @@ ENCODINGS = {
     "rope": fastpe.RoPE,
     "rope-half": lambda d, h: fastpe.RoPE(d, h, interleaved=False),
     "ropepool": fastpe.RoPEPool,
-    "rope-packed": fastpe.RoPE,  # sequences by ranges, four heads for one of the keys and values
+    "rope-packed": fastpe.RoPE,  # packed sequences, four heads of q for one of k and v
 }
 SINES = {
     "sinespe": lambda d, h: fastpe.SineSPE(d, h, num_realizations=64, seed=0),
     "fstripe-pooled": fastpe.FStripe,
     "fstripe-unpooled": lambda d, h: fastpe.FStripe(d, h, pool=False),
 }
-# batch, tokens and heads of a trace, and of what benchmarks/bars.py times
+# batch, tokens and heads of a trace, and of benchmarks/bars.py
 SHAPE, BARS = (1, 4096, 8), ((4, 256, 16), (4, 8192, 16))
 SHORT = {
     torch.bfloat16: "bf16",
@@ -68,33 +68,33 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Name:
-    """A device function by its name, since functions do not travel to other processes."""
+    """The name of a device function, since functions cannot be pickled."""
 
     module: str
     name: str
 
     @classmethod
     def of(cls, value: object) -> object:
-        """Return a function's name, anything else as it is."""
+        """Return a function's name, anything else unchanged."""
         return cls(value.__module__, value.__name__) if isinstance(value, JITFunction) else value
 
     @staticmethod
     def resolve(value: object) -> object:
-        """Return what `of` was given."""
+        """Return the function of a name; the inverse of `of`."""
         return getattr(sys.modules[value.module], value.name) if isinstance(value, Name) else value
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it is compiled: the same for every length and batch.
+    """A kernel to compile; the same for every length and batch.
 
     Args:
-        kernel: Which one.
+        kernel: The kernel's name.
         signature: Types of the arguments by name.
-        constants: Values of constants, by place.
-        attrs: What is known of arguments, by place.
+        constants: Values of constants by index.
+        attrs: Attributes of arguments, such as alignment, by index.
         options: Warps and stages.
-        case: Who launches it first.
+        case: The first trace or test that launches it.
         group: Dtype and D of a trace, for its budget.
     """
 
@@ -107,7 +107,7 @@ class Launch:
     group: tuple[str, int] | None = field(compare=False, default=None)
 
     def source(self) -> triton.compiler.ASTSource:
-        """Return what Triton compiles."""
+        """Return the source for triton.compile."""
         return triton.compiler.ASTSource(
             Name.resolve(self.kernel),
             dict(self.signature),
@@ -117,7 +117,7 @@ class Launch:
 
 
 class PretendedDriver:
-    """A driver of a card that is not here: Triton asks it for the target alone."""
+    """A driver without a card, which tells Triton the target."""
 
     _devices = itertools.count(1)
 
@@ -125,32 +125,32 @@ class PretendedDriver:
         self.arch, self.device = arch, next(self._devices)
 
     def get_current_target(self) -> GPUTarget:
-        """Return what is compiled for."""
+        """Return the target of compilation."""
         return target(self.arch)
 
     def get_current_device(self) -> int:
-        """Return an index of its own, so that Triton looks for nothing that another compiled."""
+        """Return an index unique to this driver, so that drivers share no compiled kernels."""
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        """Return what no launch is given."""
+        """Return the default stream; nothing is launched."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Return where the tensors are."""
+        """Return the device of the tensors."""
         return torch.device("cpu")
 
 
 def target(arch: str) -> GPUTarget:
-    """Return Triton's name of an architecture."""
+    """Return Triton's target for an architecture."""
     return GPUTarget("hip", arch, 64) if arch[0] == "g" else GPUTarget("cuda", int(arch), 32)
 
 
 class Recorder:
-    """Launches in the order of their first, by `case` and `group` as they are set.
+    """Unique launches in order; set `case` and `group` before each launch.
 
     Args:
-        missed: Note only what is not in Triton's cache; it then is compiled.
+        missed: True records only launches that are not in Triton's cache, and compiles them.
     """
 
     def __init__(self, missed: bool = False) -> None:
@@ -159,7 +159,7 @@ class Recorder:
         self.case, self.group = "", None
 
     def compile(self, source: object, target: GPUTarget, options: dict[str, object]) -> object:
-        """Stand in the place of triton.compile."""
+        """Replace triton.compile."""
         if self.missed and _in_cache(source, target, options):
             self.hits += 1
             return source
@@ -176,7 +176,7 @@ class Recorder:
         return launch
 
     def launch(self, kernel: common.Kernel, grid: tuple, tensors: tuple, numbers: tuple) -> None:
-        """Stand in the place of `Kernel.__call__`."""
+        """Replace `Kernel.__call__`."""
         self.count += 1
         if 0 in grid or max(grid[1:]) > 65535:
             raise ValueError(f"{self.case} launches {kernel.function.__name__} on a grid of {grid}")
@@ -198,7 +198,7 @@ def _in_cache(source: object, target: GPUTarget, options: dict[str, object]) -> 
 
 @contextlib.contextmanager
 def recording(arch: str, missed: bool = False) -> Iterator[Recorder]:
-    """Record every launch as for a card of an architecture; nothing is compiled or run."""
+    """Record every launch as on a card of an architecture, without running it."""
     recorder = Recorder(missed)
     card = common.Card(PROCESSORS, SHARED.get(arch, 64 << 10))
     kept = common.Kernel.__call__, common.card, triton.compiler.compile
@@ -217,7 +217,7 @@ def traces(
     names: Iterable[str] = tuple(ENCODINGS | SINES), shape: tuple[int, int, int] = SHAPE,
     missed: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """Return what the launchers compile for these dtypes, D and E, on tensors without memory."""
+    """Return the launches for these dtypes, D and E, from tensors without memory."""
     with recording(arch, missed) as recorder:
         recorder.case, recorder.group = "noise", ("", 0)
         key = torch.empty((), dtype=torch.int64, device="meta")
@@ -228,7 +228,7 @@ def traces(
                     continue
                 for name in names:
                     if name == "rope-packed" and d > 128:
-                        continue  # its forward_kernel spills 48 bytes on sm_90, in 16 bits
+                        continue  # forward_kernel spills 48 bytes on sm_90 in 16 bits
                     recorder.case = f"{name} {SHORT[dtype]} D={d} E={e}"
                     recorder.group = SHORT[dtype], d
                     trace(name, dtype, d, e, shape)
@@ -285,14 +285,14 @@ def trace(name: str, dtype: torch.dtype, d: int, e: int, shape: tuple[int, int, 
 
 
 def from_tests(arch: str, missed: bool = False) -> list[Launch]:
-    """Return what the GPU tests launch: they run in a process of their own, on the CPU."""
+    """Return the launches of the GPU tests, which run in another process on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "launches"
         environment = os.environ | {
             "FASTPE_RECORD": f"{arch}:{int(missed)}:{file}",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         }
-        tests = [str(x) for x in sorted((ROOT / "tests").glob("test_gpu*.py"))]
+        tests = [str(x) for x in sorted((ROOT / "tests" / "gpu").glob("test_gpu*.py"))]
         # in one process, and without plugins that may warn
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu"]
         command += ["-p", "record_gpu_tests", *tests]

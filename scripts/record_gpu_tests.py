@@ -1,9 +1,9 @@
-"""A pytest plugin: run the GPU tests without a card, and record what they launch (launches.py).
+"""A pytest plugin: run the GPU tests without a card and record their launches (launches.py).
 
-    FASTPE_RECORD=90:0:FILE python -m pytest -o addopts= -p record_gpu_tests tests/test_gpu*.py
+    FASTPE_RECORD=90:0:FILE python -m pytest -o addopts= -p record_gpu_tests tests/gpu/test_gpu*.py
 
-Tensors are on the CPU and kernels write nothing: what a test would compare is not compared. Loaded
-with -p, before tests/conftest.py, which then finds a card.
+Tensors are on the CPU and kernels write nothing, so the tests compare nothing. -p loads the plugin
+before tests/conftest.py, which then finds a card.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import gpu
 import helpers
@@ -29,7 +29,7 @@ ARCH, MISSED, FILE = os.environ["FASTPE_RECORD"].split(":")
 
 
 class _Stream:
-    """A stream on which everything is done at once."""
+    """A stream whose work is always done."""
 
     def synchronize(self):
         pass
@@ -57,7 +57,7 @@ def _pretend_torch():
     cuda.get_sync_debug_mode, cuda.mem_get_info = _nothing, lambda *args: (0, 0)
     cuda.Stream, cuda.current_stream = _Stream, _Stream
     cuda.stream = lambda stream: contextlib.nullcontext()
-    # it would make the same launches, and take long to find out
+    # compiling takes long and launches the same kernels
     torch.compile = lambda module, **options: module
 
 
@@ -77,12 +77,12 @@ _pretend_backend()
 
 
 def _few(*bounds):
-    """Stand for `range`: what is repeated launches nothing new."""
+    """Replace `range`: repetitions launch nothing new."""
     return range(2) if len(bounds) == 1 and bounds[0] >= 20 else range(*bounds)
 
 
 def pytest_collection_modifyitems(items):
-    """Let nothing be compared by what the test files themselves have for it."""
+    """Disable the comparisons and loops that the test files define themselves."""
     for module in {item.module for item in items}:
         module.range = _few
         for name in ("_check", "_equal"):
@@ -94,14 +94,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    """Record the self-check of the backend and all tests."""
+    """Record the backend's self-check and all tests."""
     with launches.recording(ARCH, MISSED == "1") as recorder:
         launch = recorder.launch
 
         def finite(kernel, grid, tensors, numbers):
             recorder.case = os.environ.get("PYTEST_CURRENT_TEST", "self-check").partition(" ")[0]
             launch(kernel, grid, tensors, numbers)
-            # what was not written is NaN (conftest.py), and tests go on with numbers alone
+            # conftest.py fills new memory with NaN, on which tests cannot go on
             for x in tensors:
                 x.data.nan_to_num_()
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Run a Python script with another version of Triton than the environment has.
+"""Run a Python script with another version of Triton than the environment's.
 
     python scripts/with_triton.py 3.6.0 scripts/aot_check.py --tests --sample
 
-The version is installed once, without what it needs, in build/triton-VERSION-pyMAJOR.MINOR.
+The first call installs the version, without dependencies, in build/triton-VERSION-pyMAJOR.MINOR.
 """
 
 import os
@@ -16,14 +16,14 @@ BUILD = Path(__file__).parent.parent / "build"
 
 
 def install(version: str) -> Path:
-    """Return the folder of a version, which pip fills where it is not there."""
+    """Return the folder of a version; pip fills it if it is missing."""
     folder = BUILD / f"triton-{version}-py{sys.version_info[0]}.{sys.version_info[1]}"
     if not folder.exists():
         BUILD.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as made:
             target = Path(made) / "packages"
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-            # constraints of the environment are on its own Triton
+            # the environment's constraints name its own Triton
             alone = {k: x for k, x in os.environ.items() if k != "PIP_CONSTRAINT"}
             command = [*pip, "--target", str(target), f"triton=={version}"]
             subprocess.run(command, check=True, env=alone)
@@ -32,7 +32,7 @@ def install(version: str) -> Path:
 
 
 def main() -> None:
-    """Replace this process by the script's."""
+    """Replace this process by the script."""
     version, *command = sys.argv[1:]
     paths = [str(install(version)), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

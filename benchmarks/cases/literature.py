@@ -1,7 +1,7 @@
 """The literature's systems (`fastpe_lab.baselines`) as rows.
 
 The row "sdpa" stands for softmax attention. Each system is compared with its own float64 copy
-before it is timed. tests/test_baselines.py checks that the copies follow the papers.
+before it is timed. tests/benchmarks/test_baselines.py checks that the copies follow the papers.
 """
 
 from __future__ import annotations

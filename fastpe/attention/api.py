@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from .. import backends
 from .._checks import shape
 from ..encodings.base import PositionalEncoding
-from ..feature_maps.base import FeatureMap, as_feature_map
-from ..feature_maps.favor import Favor
-from . import linear as scan
-from . import packing
-from .call import Setting, config, kernel_dtype, kernel_widths, noise_in_use
-from .precision import follow_autocast, full_precision
+from ..feature_maps.base import FeatureMap
+from . import banded, favor, linear, packing
+from .aligned import attend_aligned
+from .call import Setting, Sums, config, noise_in_use, per_head
+from .packing import ROWS
 from .state import LinearAttentionState, check_state
 from .validation import (
     check_align,
     check_band,
     check_encoding,
     check_feature_map,
-    check_inputs,
     check_options,
     check_packing,
     check_positions,
     check_step_positions,
+    take_inputs,
 )
+
+_ROUTES = {"linear": linear, "favor": favor, "banded": banded}
 
 
 def causal_linear_attention(
@@ -91,47 +94,57 @@ def causal_linear_attention(
         ValueError, TypeError: an argument is not as above.
         RuntimeError: the backend asked for cannot run here.
     """
-    q, k, v = follow_autocast(q, k, v)
-    check_inputs(q, k, v)
-    feature_map = as_feature_map(feature_map)
-    check_options(feature_map, normalize, eps, chunk_size)
+    q, k, v, context = take_inputs(q, k, v)
+    feature_map = check_options(feature_map, normalize, eps, chunk_size)
     check_encoding(pos_encoding, q)
-    check_feature_map(feature_map, pos_encoding, q)
-    check_band(pos_encoding, feature_map, positions)
-    check_align(align, q, k, cu_seqlens)
-    tokens = check_packing(cu_seqlens, key_padding_mask, k)
-    made_with = config(pos_encoding, feature_map, normalize)
-    noise = noise_in_use(pos_encoding, feature_map)
-    (b, t, h, _), tk, state, start = q.shape, k.shape[1], None, 0
-    widths = kernel_widths(q, v, pos_encoding, feature_map)
+    route = choose(pos_encoding, feature_map)
+    if route is banded:
+        check_band(feature_map, positions)
+    elif not isinstance(feature_map, str):
+        check_feature_map(feature_map, pos_encoding, q)
+    (b, t, h, _), tk, tokens = q.shape, k.shape[1], ROWS
+    if t != tk or align is not None:
+        check_align(align, q, k, cu_seqlens)
+    if cu_seqlens is not None or key_padding_mask is not None:
+        tokens = check_packing(cu_seqlens, key_padding_mask, k)
+    dtype, widths = route.kernel_sizes(q, v, pos_encoding, feature_map)
     # a bool where T is a symbol too
     one_token = bool(initial_state is not None and t == 1)
-    dtype = kernel_dtype(q, feature_map)
     backend = backends.resolve(backend, q.device, dtype, widths, one_token)
-    setting = Setting(pos_encoding, feature_map, normalize, eps, chunk_size, backend)
+    state, start = None, 0
+    if initial_state is not None or output_final_state:
+        made_with = config(pos_encoding, feature_map, normalize)
+        noise = noise_in_use(pos_encoding, feature_map)
     if initial_state is not None:
-        sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        sizes = sequences, h if setting.per_head else k.shape[2]
-        check_state(initial_state, q, v, sizes, setting, made_with, noise)
-        s, z, start, *_, c, lost = initial_state
-        more = lost if c is None else c
-        state = (s, z) if more is None else (s, z, more)
+        heads = h if per_head(pos_encoding, feature_map) else k.shape[2]
+        sizes = b if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads
+        features = pos_encoding, feature_map, normalize
+        check_state(initial_state, q, v, sizes, features, made_with, noise)
+        s, z, start, _, _, c, lost = initial_state
+        state = Sums(s, z, c, lost)
     counted = tokens if t == tk else tokens.along(max(t, tk), align)
     positions = check_positions(positions, pos_encoding, q, max(t, tk), start, counted)
-    with full_precision(q):
-        setting = setting.prepared(q.device)
-        if t == tk:
-            o, s, z, *more = scan.attend(q, k, v, positions, state, setting, tokens)
-        else:
-            inputs = q, k, v, positions, state, setting, tokens
-            o, s, z, *more = scan.attend_aligned(*inputs, align)
+    with context:
+        maps = None if pos_encoding is None else pos_encoding.make_maps(q.device)
+        how = pos_encoding, feature_map, normalize, eps, chunk_size, backend, route, maps
+        inputs = q, k, v, positions, state, Setting(*how), tokens
+        o, state = route.attend(*inputs) if t == tk else attend_aligned(*inputs, align)
     if not output_final_state:
         return o
     # positions go on behind the last token, also of queries that stand before all keys
-    length = counted.lengths(t) if align == "end" and t > tk else tokens.lengths(tk)
-    if not isinstance(feature_map, Favor):
-        more = None, *more
-    return o, LinearAttentionState(s, z, start + length, made_with, noise, *more)
+    if counted is ROWS:
+        length = t if align == "end" and t > tk else tk
+    else:
+        length = counted.lengths(t) if align == "end" and t > tk else tokens.lengths(tk)
+    s, z, c, lost = state
+    return o, LinearAttentionState(s, z, start + length, made_with, noise, c, lost)
+
+
+def choose(encoding: PositionalEncoding | None, feature_map: str | FeatureMap) -> ModuleType:
+    """Return the route of a call: the module of this folder that attends."""
+    if encoding is not None and encoding.route != "linear":
+        return _ROUTES[encoding.route]
+    return linear if isinstance(feature_map, str) else _ROUTES[feature_map.route]
 
 
 def linear_attention(
@@ -177,12 +190,11 @@ def linear_attention(
         ValueError, TypeError: an argument is not as above.
         RuntimeError: the backend asked for cannot run here.
     """
-    q, k, v = follow_autocast(q, k, v)
-    check_inputs(q, k, v)
-    feature_map = as_feature_map(feature_map)
-    check_options(feature_map, normalize, eps, None)
+    q, k, v, context = take_inputs(q, k, v)
+    feature_map = check_options(feature_map, normalize, eps, None)
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
+    route = choose(pos_encoding, feature_map)
     if key_cu_seqlens is None:
         key_cu_seqlens = cu_seqlens
     of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
@@ -198,20 +210,20 @@ def linear_attention(
         )
     at_q = check_positions(positions, pos_encoding, q, q.shape[1], 0, of_q)
     at_k = check_positions(key_positions, pos_encoding, q, k.shape[1], 0, of_k, "key_positions")
-    widths = kernel_widths(q, v, pos_encoding, feature_map)
-    backend = backends.resolve(backend, q.device, kernel_dtype(q, feature_map), widths)
-    setting = Setting(pos_encoding, feature_map, normalize, eps, None, backend)
-    heads = q.shape[2]
-    with full_precision(q):
-        setting = setting.prepared(q.device)
-        if cu_seqlens is None:
-            state = scan.absorb(k, v, at_k, None, setting, key_padding_mask, heads)
-            return scan.readout(q, at_q, state, setting, query_padding_mask).to(v.dtype)
-        pad_q, pad_k = packing.Padded(cu_seqlens), packing.Padded(key_cu_seqlens)
-        k, v, at_k = (None if x is None else pad_k.split(x) for x in (k, v, at_k))
-        q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
-        state = scan.absorb(k, v, at_k, None, setting, pad_k.padding, heads)
-        return pad_q.join(scan.readout(q, at_q, state, setting, pad_q.padding)).to(v.dtype)
+    dtype, widths = route.kernel_sizes(q, v, pos_encoding, feature_map)
+    backend, heads = backends.resolve(backend, q.device, dtype, widths), q.shape[2]
+    with context:
+        maps = None if pos_encoding is None else pos_encoding.make_maps(q.device)
+        how = pos_encoding, feature_map, normalize, eps, None, backend, route, maps
+        setting, padding = Setting(*how), (query_padding_mask, key_padding_mask)
+        if cu_seqlens is not None:
+            pad_q, pad_k = packing.Padded(cu_seqlens), packing.Padded(key_cu_seqlens)
+            k, v, at_k = (None if x is None else pad_k.split(x) for x in (k, v, at_k))
+            q, at_q = (None if x is None else pad_q.split(x) for x in (q, at_q))
+            padding = pad_q.padding, pad_k.padding
+        state = route.absorb(k, v, at_k, None, setting, padding[1], heads)
+        o = route.readout(q, at_q, state, setting, padding[0]).to(v.dtype)
+        return o if cu_seqlens is None else pad_q.join(o)
 
 
 def causal_linear_attention_step(

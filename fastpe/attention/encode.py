@@ -1,19 +1,19 @@
-"""Features of queries and keys, by encoding and feature map."""
+"""Features of queries or keys, by encoding and feature map."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from .._checks import shape
+from .._torch import observed
 from ..backends import reference
 from ..backends.specs import Rotation, SineMap, compute_dtype
 from ..feature_maps.base import FeatureMap
 from ..ops.position_map import encoded
-from ..ops.register import observed
 from .call import Setting
 from .packing import Packing, blank
 
@@ -21,53 +21,47 @@ from .packing import Packing, blank
 def features(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting
 ) -> tuple[Tensor, Tensor]:
-    """Return the features of queries or keys ("q", "k") for numerator and normaliser.
+    """Return the features of queries or keys for the numerator and for the normaliser.
 
-    [B, T, H, R] in the dtype of arithmetic, and [B, T, H or Hk, Rz]; keys of Hk heads keep them
-    unless each head makes features in its own way.
+    Both are in the dtype of arithmetic: [B, T, H, R] and [B, T, H or Hk, Rz]. Keys of Hk heads keep
+    them unless each head makes features in its own way.
+
+    Args:
+        x: Queries or keys, [B, T, H or Hk, D].
+        positions: [B or 1, T, L], or None without an encoding.
+        side: "q" or "k".
+        setting: How to attend.
     """
     psi = setting.feature_map
-    if setting.backend == "reference" or isinstance(psi, FeatureMap):
+    if backends.load(setting.backend).IN_PYTORCH or isinstance(psi, FeatureMap):
         x = x.to(compute_dtype(x))
-    x, position_map = _custom(x, positions, side, setting)
+    x, position_map = custom(x, positions, side, setting)
     if isinstance(psi, FeatureMap):
-        x = _mapped(psi, encoded(x, positions, position_map, setting.backend))
+        x = encoded(x, positions, position_map, setting.backend)
+        if psi.num_heads is not None:
+            x = reference.spread(x, psi.num_heads)
+        x = _checked(psi(x), x, psi.feature_dim(x.shape[-1]), "feature_map")
         return x, x
     if isinstance(position_map, SineMap):
         x, position_map = encoded(x, positions, position_map, setting.backend), None
     return reference.features(x.to(compute_dtype(x)), positions, position_map, psi)
 
 
-def log_features(
-    x: Tensor, positions: Tensor | None, side: str, setting: Setting
-) -> tuple[Tensor, Tensor]:
-    """Return the logarithms of Favor's features in two parts, see `Favor.exponents`."""
-    x, position_map = _custom(x, positions, side, setting)
-    return setting.feature_map.exponents(x, positions, position_map, setting.backend)
-
-
-def before_map(x: Tensor, positions: Tensor | None, side: str, setting: Setting) -> Tensor:
-    """Return queries or keys encoded in x's dtype, before the feature map, for the kernels."""
-    x, position_map = _custom(x, positions, side, setting)
-    return encoded(x, positions, position_map, setting.backend)
-
-
-def by_sequence(
-    make: Callable[[Tensor, Tensor | None], Tensor],
-    x: Tensor,
-    positions: Tensor | None,
-    packing: Packing,
+def before_scan(
+    x: Tensor, positions: Tensor | None, side: str, setting: Setting, packing: Packing
 ) -> Tensor:
-    """Return features of x, made as if each sequence was alone, to the last bit.
+    """Return what the scan takes of queries or keys that are encoded before it, zeros at padding.
 
-    On the CPU the tokens of a call decide how their sines are rounded, by what they share of them.
-
-    Args:
-        make: Returns the features of tokens from these and their positions.
-        x: [B, T, H, D].
-        positions: [B or 1, T, L] or None.
-        packing: Which tokens are of which sequence; padding becomes zeros.
+    On the CPU the tokens of a call decide how their sines are rounded. So packed sequences are
+    encoded one by one there: each gets the bits that it has alone.
     """
+
+    def make(x: Tensor, positions: Tensor | None) -> Tensor:
+        if isinstance(setting.feature_map, FeatureMap):
+            return features(x, positions, side, setting)[0]
+        x, position_map = custom(x, positions, side, setting)
+        return encoded(x, positions, position_map, setting.backend)
+
     x, bounds = blank(x, packing.padding), packing.cu_seqlens
     if bounds is None or x.device.type != "cpu" or observed() or len(bounds) <= 2:
         return make(x, positions)
@@ -76,30 +70,20 @@ def by_sequence(
     return torch.cat([make(*each) for each in zip(x.split(lengths, 1), at, strict=False)], 1)
 
 
-def _custom(
+def custom(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting
 ) -> tuple[Tensor, Rotation | SineMap | None]:
-    """Return x and the map that is still to be applied; an encoding without one is."""
+    """Return x and its position map, or None.
+
+    An encoding that overrides `features` has no map: it is applied here, and checked.
+    """
     encoding, maps = setting.encoding, setting.maps
-    if encoding is not None and encoding.banded:
-        raise ValueError(
-            "pos_encoding must have features here, to attend both ways or to other tokens, got "
-            f"{encoding.signature}"
-        )
     if encoding is None or maps is not None:
         return x, None if maps is None else maps["qk".index(side)]
-    # features of an encoding that is not ours: what the kernels rely on is checked
     if encoding.per_head and encoding.num_heads is not None:
         x = reference.spread(x, encoding.num_heads)
     y = encoding.features(x, positions, side)
     return _checked(y, x, encoding.feature_dim, "pos_encoding.features"), None
-
-
-def _mapped(feature_map: FeatureMap, x: Tensor) -> Tensor:
-    # features of a map that may not be ours
-    if feature_map.num_heads is not None:
-        x = reference.spread(x, feature_map.num_heads)
-    return _checked(feature_map(x), x, feature_map.feature_dim(x.shape[-1]), "feature_map")
 
 
 def _checked(y: Tensor, x: Tensor, width: int, name: str) -> Tensor:

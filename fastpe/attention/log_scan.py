@@ -1,15 +1,15 @@
-"""Causal linear attention of features given by their logarithms, of any size, in plain PyTorch.
+"""Causal linear attention from the logarithms of features, of any size, in plain PyTorch.
 
-o_m = sum_{n<=m} W_mn v_n / sum_{n<=m} W_mn,  W_mn = sum_j exp(a_mj + b_nj),
+o_m = sum_{n<=m} W_mn v_n / sum_{n<=m} W_mn,  W_mn = sum_j exp(a_mj + b_nj)
 
-for logarithms a of the queries' features and b of the keys'. Everything is measured from references
-that are known at token m: c_j(m) = max_{n<=m} b_nj of a feature, top_m = max_j (a_mj + c_j(m)) of a
-query (MATH section 7). A weight is a product of exp(a_mj + c_j(i) - top_m) and exp(b_nj - c_j(i))
-for a token i between n and m, so that both are at most 1: nothing overflows, what underflows is
-zero beside a denominator of at least 1, and no token depends on a later one. The references cancel
-in o, so they are constants to the gradient.
+with logarithms a of queries' features and b of keys'. Feature j is measured from
+c_j(m) = max_{n<=m} b_nj, and query m from top_m = max_j (a_mj + c_j(m)) (docs/math.md, "Feature
+maps"). Each weight is a product of exp(a_mj + c_j(i) - top_m) and exp(b_nj - c_j(i)) for a token i
+between n and m. Both factors are at most 1, so nothing overflows, and an underflow vanishes beside
+a denominator of at least 1. No token depends on a later one. c and top cancel in o, so they are
+constants to the gradient.
 
-The features of a key that is masked have the logarithm -inf; a query that sees no key gives 0.
+A masked key has logarithms of -inf; a query that sees no key outputs 0.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ State = tuple[Tensor, Tensor, Tensor]
 def log_scan(
     a: Tensor, b: Tensor, v: Tensor, state: State | None = None, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor, State]:
-    """Return numerators, denominators and the final state: see `divided`.
+    """Return numerators, denominators and the final state; `divided` takes the first two.
 
-    Quadratic inside chunks, the state between them.
+    Quadratic inside chunks, with a state between them.
 
     Args:
         a: Logarithms of the queries' features, [B, T, H, R].
         b: Logarithms of the keys' features, [B, T, H, R].
         v: Values, [B, T, H, E].
-        state: s [B, H, R, E], z [B, H, R] and c [B, H, R] of the tokens before; the sums over them
-            are s exp(c) and z exp(c).
-        chunk_size: Tokens that are handled together, rounded up to a power of two.
+        state: s [B, H, R, E], z [B, H, R] and c [B, H, R] of the tokens before, whose sums are
+            s exp(c) and z exp(c).
+        chunk_size: Tokens of a chunk, rounded up to a power of two.
     Returns:
         num: [B, T, H, E].
-        den: [B, T, H], at least 1, or 0 where no key is seen.
-        state: After the last token.
+        den: [B, T, H], at least 1, or 0 for a query that sees no key.
+        state: The state after the last token.
     """
     length, e = v.shape[1], v.shape[-1]
     size = _power_of_two(min(chunk_size or 64, max(length, 1)))
-    # a column of ones: the denominator is one value more
+    # one more value of 1 adds up the denominator
     a, b, v = (x.transpose(1, 2) for x in (a, b, F.pad(v, (0, 1), value=1.0)))
     if state is None:
         before = v.new_zeros(*b.shape[:2], b.shape[-1], e + 1)
@@ -66,22 +66,22 @@ def log_scan(
 
 
 def divided(num: Tensor, den: Tensor) -> Tensor:
-    """Return num / den, 0 where no key was seen."""
+    """Return num / den, 0 for a query that saw no key."""
     return num / den.masked_fill(den == 0, 1.0)[..., None]
 
 
 def running_max(b: Tensor, c0: Tensor) -> Tensor:
-    """Return max(c0, max_{n<=m} b_n) at each m, [B, H, T, R] as b is, without gradient."""
+    """Return max(c0, max_{n<=m} b_n) for each m, without gradient; b is [B, H, T, R]."""
     b = b.detach()
     return torch.maximum(b.cummax(2).values if b.shape[2] else b, c0[:, :, None])
 
 
 def _states(b: Tensor, v: Tensor, c: Tensor, before: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the N + 1 states between chunks, [B, H, N + 1, R, E], and the c of each."""
+    """Return the N + 1 states around N chunks, [B, H, N + 1, R, E], and their c."""
     c_s = torch.cat((c0[:, :, None], c[..., -1, :]), 2)
     sums = (b - _finite(c[..., -1:, :])).exp().mT @ v
     s = torch.cat((before[:, :, None], sums), 2)
-    # sums over 1, 2, 4, ... chunks, each relative to its last one
+    # sums over 1, 2, 4, ... chunks, measured from the c of the last chunk
     span = 1
     while span < s.shape[2]:
         decay = (c_s[:, :, :-span] - _finite(c_s[:, :, span:])).exp()
@@ -91,7 +91,7 @@ def _states(b: Tensor, v: Tensor, c: Tensor, before: Tensor, c0: Tensor) -> tupl
 
 
 def _within(a: Tensor, b: Tensor, v: Tensor, c: Tensor, top: Tensor) -> Tensor:
-    """Return what tokens see inside their chunk: themselves, then the other half of each block."""
+    """Return sums inside chunks: tokens by themselves, then block halves of 1, 2, 4, ... tokens."""
     top, size = _finite(top), a.shape[-2]
     out = (a + b - top).exp().sum(-1, keepdim=True) * v
     half = 1
@@ -99,7 +99,7 @@ def _within(a: Tensor, b: Tensor, v: Tensor, c: Tensor, top: Tensor) -> Tensor:
         blocks = size // (2 * half), 2, half
         b0, v0, c0 = (x.unflatten(-2, blocks).select(-3, 0) for x in (b, v, c))
         a1, top1 = (x.unflatten(-2, blocks).select(-3, 1) for x in (a, top))
-        # queries of the right half and keys of the left one, measured where that ends
+        # queries of the right half, keys of the left half, measured from the left half's end
         middle = c0[..., -1:, :]
         weights = (a1 + middle - top1).exp() @ (b0 - _finite(middle)).exp().mT
         seen = weights @ v0
@@ -109,7 +109,7 @@ def _within(a: Tensor, b: Tensor, v: Tensor, c: Tensor, top: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    # what is subtracted: -inf less -inf would be nan, where exp(-inf) = 0 is meant
+    # for subtraction: -inf - -inf would be nan, but exp(-inf) = 0 is meant
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
@@ -118,13 +118,7 @@ def _power_of_two(n: int) -> int:
 
 
 def absorb(b: Tensor, v: Tensor, state: State | None = None) -> State:
-    """Return the state after keys alone: s [B, H, R, E], z and c [B, H, R].
-
-    Args:
-        b: Logarithms of the keys' features, [B, T, H, R].
-        v: Values, [B, T, H, E].
-        state: Before these keys.
-    """
+    """Return the state after keys alone; arguments and state as in `log_scan`."""
     top = b.detach().amax(1) if b.shape[1] else torch.full_like(b.sum(1), -torch.inf)
     psi = (b - _finite(top)[:, None]).exp()
     new = torch.einsum("bthr,bthe->bhre", psi, v), psi.sum(1), top
@@ -132,7 +126,7 @@ def absorb(b: Tensor, v: Tensor, state: State | None = None) -> State:
 
 
 def combine(first: State, second: State) -> State:
-    """Return the state of the tokens of both."""
+    """Return the state after the tokens of both states."""
     c = torch.maximum(first[2], second[2]).detach()
     decays = [(x[2].detach() - _finite(c)).exp() for x in (first, second)]
     pairs = list(zip((first, second), decays, strict=True))
@@ -140,7 +134,7 @@ def combine(first: State, second: State) -> State:
 
 
 def readout(a: Tensor, state: State) -> Tensor:
-    """Return what queries see of a state, [B, T, H, E]; a as in `log_scan`."""
+    """Return the outputs [B, T, H, E] of queries that see a state alone; a as in `log_scan`."""
     s, z, c = state
     a = a + c.detach()[:, None]
     phi = (a - _finite(a.detach().amax(-1, keepdim=True))).exp()

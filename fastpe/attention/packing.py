@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.register import refuse_transforms
+from .call import Setting, Sums
 
 
 class Packing(NamedTuple):
@@ -61,6 +64,10 @@ class Packing(NamedTuple):
         else:
             count = torch.arange(start, start + tokens, dtype=torch.float64, device=device)[None]
         return count.to(torch.float64).unsqueeze(-1)
+
+
+# each row of a batch is a sequence
+ROWS = Packing()
 
 
 class _Reorder(torch.autograd.Function):
@@ -139,3 +146,30 @@ class Padded:
     def join(self, x: Tensor) -> Tensor:
         """Return [S, longest, ...] as [1, N, ...]."""
         return x[~self.padding].unsqueeze(0)
+
+
+def one_by_one(
+    attend: Callable[..., tuple[Tensor, Sums]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    state: Sums | None,
+    setting: Setting,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Sums]:
+    """Return the result of `attend` for packed sequences, one at a time; it reads cu_seqlens."""
+    lengths, none = cu_seqlens.diff().tolist(), itertools.repeat(None)
+    parts = [x.split(lengths, 1) for x in (q, k, v)]
+    at = none if positions is None else positions.split(lengths, 1)
+    before = none
+    if state is not None:
+        rows = range(len(lengths))
+        before = (Sums(*(None if x is None else x[i : i + 1] for x in state)) for i in rows)
+    results = [attend(*each, setting, Packing()) for each in zip(*parts, at, before, strict=False)]
+    if not results:  # no sequence has a state too, of no rows
+        o, sums = attend(q, k, v, positions, None, setting, Packing())
+        return o, Sums(*(None if x is None else x[:0] for x in sums))
+    o, sums = zip(*results, strict=True)
+    joined = (None if x[0] is None else torch.cat(x) for x in zip(*sums, strict=True))
+    return torch.cat(o, 1), Sums(*joined)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._checks import require, shape
 from ..backends.specs import compute_dtype
-from ..feature_maps.favor import Favor
-from .call import Setting, feature_widths
+from ..encodings.base import PositionalEncoding
+from ..feature_maps.base import FeatureMap
 
 
 class LinearAttentionState(NamedTuple):
@@ -41,25 +41,40 @@ class LinearAttentionState(NamedTuple):
     lost: Tensor | None = None
 
 
+def _widths(
+    q: Tensor,
+    encoding: PositionalEncoding | None,
+    feature_map: str | FeatureMap,
+    normalize: bool | str,
+) -> tuple[int, int]:
+    """Return R and Rz, the features of the numerator and of the normaliser, of a state."""
+    d = q.shape[-1]
+    if not isinstance(feature_map, str):
+        r = feature_map.feature_dim(d if encoding is None else encoding.feature_dim)
+        return r, r if normalize else 0
+    return (d, d if normalize else 0) if encoding is None else encoding.state_widths(normalize)
+
+
 def check_state(
     state: LinearAttentionState,
     q: Tensor,
     v: Tensor,
     sizes: tuple[int, int],
-    setting: Setting,
+    features: tuple[PositionalEncoding | None, str | FeatureMap, bool | str],
     expected: str,
     noise: Tensor | None,
 ) -> None:
     """Check that a state comes from the configuration `expected`, with this noise key.
 
-    sizes: numbers of sequences and of heads.
+    Args:
+        sizes: Numbers of sequences and of heads.
+        features: The encoding, the feature map and `normalize`.
     """
     if not isinstance(state, LinearAttentionState):
         raise TypeError(f"initial_state must be a LinearAttentionState, got {type(state).__name__}")
     if state.config != expected:
         raise ValueError(f"initial_state was made with {state.config}; this call has {expected}")
-    length, of_setting = state.length, (setting.encoding, setting.feature_map, setting.normalize)
-    (r, rz), e = feature_widths(q, *of_setting), v.shape[-1]
+    length, (r, rz), e = state.length, _widths(q, *features), v.shape[-1]
     if isinstance(length, Tensor):
         if length.dtype != torch.int64 or length.shape != sizes[:1] or length.device != q.device:
             raise ValueError(
@@ -71,19 +86,19 @@ def check_state(
             f"initial_state.length must be an int or a tensor, got {type(length).__name__}"
         )
     tensors = [("s", state.s, (*sizes, r, e)), ("z", state.z, (*sizes, rz))]
-    if isinstance(setting.feature_map, Favor):
+    if not isinstance(features[1], str) and features[1].route == "favor":
         tensors.append(("c", state.c, (*sizes, r)))
     elif state.c is not None:
         raise ValueError(f"initial_state.c must be None without Favor, got {shape(state.c)}")
     if state.lost is not None:
         tensors.append(("lost", state.lost, (*sizes, r * e + rz)))
+    dtype = compute_dtype(q)
     for name, x, size in tensors:
         if not isinstance(x, Tensor) or tuple(x.shape) != size:
             raise ValueError(f"initial_state.{name} must be of shape {size}, got {shape(x)}")
-        if x.device != q.device or x.dtype != compute_dtype(q):
+        if x.device != q.device or x.dtype != dtype:
             raise ValueError(
-                f"initial_state.{name} must be {compute_dtype(q)} on {q.device}, "
-                f"got {x.dtype} on {x.device}"
+                f"initial_state.{name} must be {dtype} on {q.device}, got {x.dtype} on {x.device}"
             )
     if noise is state.noise:
         return
@@ -99,3 +114,7 @@ def check_state(
         "noise stays for a whole sequence, in training too; layers that have one encoding in "
         "common need its share(), and each a feature map of its own",
     )
+
+
+# states that were saved before this module moved here name it so
+LinearAttentionState.__module__ = "fastpe"

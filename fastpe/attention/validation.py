@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_dense, check_position_dtype, require, shape
+from .._torch import observed
 from ..backends.reference.elementwise import FEATURE_MAPS
 from ..encodings.base import PositionalEncoding
 from ..feature_maps.base import WIDE_MAPS, FeatureMap
-from ..feature_maps.favor import Favor
-from ..ops.register import observed
-from .packing import Packing
+from .packing import ROWS, Packing
 
 # up to here float64 holds every integer
 _LARGEST_POSITION = 2.0**53
@@ -25,12 +25,47 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SHAPES = {"q": "[B, T, H, D]", "k": "[B, T, Hk, D]", "v": "[B, T, Hk, E]"}
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def autocast_dtype(x: object) -> torch.dtype | None:
+    """Return the dtype autocast uses on the device of x, or None if autocast is off."""
+    if not isinstance(x, Tensor):
+        return None
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _lowered(x: object, dtype: torch.dtype) -> object:
+    is_float = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if is_float else x
+
+
+def take_inputs(
+    q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, contextlib.AbstractContextManager]:
+    """Return q, k and v, checked, and the context to compute in.
+
+    Under autocast they get its dtype, as `F.scaled_dot_product_attention` takes them, unless they
+    are float64; the context then turns autocast off, so that our own products keep their dtype.
+    """
+    dtype, context = autocast_dtype(q), _NOTHING
+    if dtype is not None:
+        q, k, v = (_lowered(x, dtype) for x in (q, k, v))
+        context = torch.autocast(q.device.type, enabled=False)
+    check_inputs(q, k, v)
+    return q, k, v, context
+
+
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check that q is [B, T, H, D], k [B, Tk, Hk, D], v [B, Tk, Hk, E], of one dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        check_dense(name, x)
+        if x.is_nested:
+            check_dense(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must be {_SHAPES[name]}, got {shape(x)}")
         if x.dtype not in _DTYPES:
@@ -58,14 +93,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_options(
     feature_map: str | FeatureMap, normalize: bool | str, eps: float, chunk_size: int | None
-) -> None:
-    """Check the arguments that are no tensors."""
-    is_module = isinstance(feature_map, FeatureMap)
-    if not is_module and feature_map not in (*FEATURE_MAPS, *WIDE_MAPS):
-        choices = ", ".join(map(repr, (*FEATURE_MAPS, *WIDE_MAPS)))
-        raise ValueError(
-            f"feature_map must be one of {choices} or a fastpe.FeatureMap, got {feature_map!r}"
-        )
+) -> str | FeatureMap:
+    """Check the arguments that are no tensors; return the feature map, a module if it is wide."""
+    if isinstance(feature_map, str):
+        if feature_map in WIDE_MAPS:
+            feature_map = WIDE_MAPS[feature_map]()
+        elif feature_map not in FEATURE_MAPS:
+            _refuse_map(feature_map)
+    elif not isinstance(feature_map, FeatureMap):
+        _refuse_map(feature_map)
     if normalize not in (True, False, "abs") or not isinstance(normalize, (bool, str)):
         raise ValueError(f"normalize must be True, False or 'abs', got {normalize!r}")
     if feature_map == "identity" and normalize is True:
@@ -73,11 +109,8 @@ def check_options(
             "normalize must be 'abs' or False with feature_map='identity', whose weights may add "
             "up to zero, got True"
         )
-    if isinstance(feature_map, Favor) and normalize is not True:
-        raise ValueError(
-            "normalize must be True with Favor, whose features are known up to a factor, got "
-            f"{normalize!r}"
-        )
+    if normalize is not True and not isinstance(feature_map, str):
+        feature_map.check_normalize(normalize)
     is_number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
     if not (is_number and eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
@@ -85,6 +118,14 @@ def check_options(
         isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
     ):
         raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
+    return feature_map
+
+
+def _refuse_map(feature_map: object) -> None:
+    choices = ", ".join(map(repr, (*FEATURE_MAPS, *WIDE_MAPS)))
+    raise ValueError(
+        f"feature_map must be one of {choices} or a fastpe.FeatureMap, got {feature_map!r}"
+    )
 
 
 def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
@@ -121,10 +162,6 @@ def check_align(align: str | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | No
         raise ValueError(f"k must have as many tokens as q with cu_seqlens, got {lengths}")
 
 
-# each row of a batch is a sequence
-_ROWS = Packing()
-
-
 def check_packing(
     cu_seqlens: Tensor | None,
     padding: Tensor | None,
@@ -134,7 +171,7 @@ def check_packing(
 ) -> Packing:
     """Return which tokens of x [B, T, ., .] are of which sequence."""
     if padding is None and cu_seqlens is None:
-        return _ROWS
+        return ROWS
     b, t = x.shape[:2]
     if padding is not None:
         if cu_seqlens is not None:
@@ -197,12 +234,8 @@ def check_feature_map(
             raise ValueError(f"q must be on feature_map's {x.device}, got {q.device}")
 
 
-def check_band(
-    encoding: PositionalEncoding | None, feature_map: object, positions: Tensor | float | None
-) -> None:
+def check_band(feature_map: object, positions: Tensor | float | None) -> None:
     """Check what attention by a band of lags needs: the linear kernel, and positions in a row."""
-    if encoding is None or not encoding.banded:
-        return
     if feature_map != "identity":
         raise ValueError(
             "feature_map must be 'identity' with ConvSPE(num_realizations=None), which has no "
@@ -237,6 +270,10 @@ def check_positions(
     if positions is None:
         if levels > 1:
             raise ValueError(f"{name} must be given for a pos_encoding of {levels} levels")
+        if packing is ROWS and isinstance(start, int):
+            end = start + t
+            count = torch.arange(start, end, dtype=torch.float64, device=q.device)
+            return count.view(1, t, 1)
         return packing.default_positions(start, t, q.device)
     if type(positions) in (int, float) and t == 1:
         if not abs(positions) <= _LARGEST_POSITION:

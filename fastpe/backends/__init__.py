@@ -1,6 +1,8 @@
 """Which backends there are, which can run here, and which one `auto` takes.
 
-"reference" is plain PyTorch and needs no module; the others have the functions of native/.
+Each is a module with the same functions: `causal_dot` and `sine_features`, each with a `_backward`
+unless the backend is plain PyTorch (`IN_PYTORCH`); `unavailable`, `unsupported` and `describe`.
+Some have `step` and `philox_normal` too.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from types import ModuleType
 
 import torch
 
+from .._torch import constant_in_graphs
 from .native import forks as forks  # before a process can fork
 
-_MODULES = {"cpu": "native", "triton": "triton", "cuda": "native.cuda"}
+_MODULES = {"cpu": "native", "triton": "triton", "cuda": "native.cuda", "reference": "reference"}
 # what "auto" tries, by type of device
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-NAMES = ("auto", *_MODULES, "reference")
+NAMES = ("auto", *_MODULES)
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def unavailable(name: str, device: torch.device | None = None) -> str | None:
     key = name, device
     if key not in _reasons:
         try:
-            _reasons[key] = None if name == "reference" else load(name).unavailable(device)
+            _reasons[key] = load(name).unavailable(device)
         except ImportError as error:
             _reasons[key] = str(error)
     return _reasons[key]
@@ -61,7 +64,7 @@ def current_device() -> torch.device:
 
 def describe(name: str) -> str:
     """Return in a few words how an available backend runs here."""
-    return "plain PyTorch, every device" if name == "reference" else load(name).describe()
+    return load(name).describe()
 
 
 def available_backends() -> dict[str, str | None]:
@@ -82,6 +85,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
 
 
+@constant_in_graphs
 def resolve(
     name: str,
     device: torch.device,
@@ -106,14 +110,10 @@ def resolve(
     reason = unavailable(name, device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
-    reason = None if name == "reference" else load(name).unsupported(device, dtype, widths)
+    reason = load(name).unsupported(device, dtype, widths)
     if reason is not None:
         raise ValueError(f"backend {name!r} {reason}")
     return name
-
-
-# what torch.compiler.assume_constant_result does, without its import of the compiler
-resolve._dynamo_marked_constant = True
 
 
 def _choose(

@@ -85,27 +85,17 @@ class Band(NamedTuple):
 
 
 class ScanOptions(NamedTuple):
-    """How `causal_dot` makes features and weights; see `maps.Rotation` for the middle four."""
+    """How `causal_dot` makes features and weights; see `Rotation` for the middle four."""
 
-    feature_map: str
-    normalize: str  # "none", "sum" or "abs"
-    eps: float
-    interleaved: bool
-    pool: bool
-    map_first: bool
-    scale: float
-    chunk: int  # 0: the backend's choice
-    backend: str
-
-    @staticmethod
-    def of_features(
-        normalize: str, eps: float, chunk_size: int | None, backend: str
-    ) -> ScanOptions:
-        """Return options for features that are made already."""
-        made = {"interleaved": False, "pool": False, "map_first": True, "scale": 1.0}
-        return ScanOptions(
-            "identity", normalize, eps, chunk=chunk_size or 0, backend=backend, **made
-        )
+    feature_map: str = "identity"
+    normalize: str = "none"  # or "sum" or "abs"
+    eps: float = 0.0
+    interleaved: bool = False
+    pool: bool = False
+    map_first: bool = True
+    scale: float = 1.0
+    chunk: int = 0  # the backend's choice
+    backend: str = "reference"
 
     @property
     def relative(self) -> bool:
@@ -129,10 +119,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def state_heads(q: Tensor, k: Tensor, v: Tensor, freq: Tensor | None) -> int:
-    """Return how many states the heads of q have: they share one if they share keys and values.
+def state_heads(q: int, k: int, v: int, freq: int) -> int:
+    """Return how many states there are, from the numbers of heads of q, k, v and freq (0 without).
 
-    Not if each rotates the keys by frequencies of its own.
+    Heads of q share a state if they share keys and values, unless each rotates the keys by
+    frequencies of its own.
     """
-    heads = max(k.shape[2], v.shape[2])
-    return heads if freq is None or freq.shape[0] == 1 else q.shape[2]
+    return q if freq > 1 else max(k, v)

@@ -1,4 +1,4 @@
-"""Positional encodings of linear cost, as modules."""
+"""Positional encodings for linear attention, as modules."""
 
 from .base import PositionalEncoding
 from .convspe import ConvSPE

@@ -1,17 +1,13 @@
-"""What a positional encoding is to the attention."""
+"""The base class of positional encodings."""
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._checks import check_position_dtype, check_positive
 from ..backends import reference
 from ..backends.specs import Rotation, SineMap
-from ..ops.register import observed
 
 
 class PositionalEncoding(nn.Module):
@@ -19,29 +15,27 @@ class PositionalEncoding(nn.Module):
 
     The arguments are fixed at construction; parameters and buffers may change at any time.
 
-    A new encoding overrides `features` (works on every backend at once), or `make_maps`, which the
-    fused kernels read; and `kernel`.
+    Your own encoding overrides `kernel` and one of two methods: `features`, which works on every
+    backend, or `make_maps`, which the fused kernels read.
 
     Args:
         head_dim: Size D of queries and keys.
-        num_heads: H, or None where the encoding is the same for every head.
+        num_heads: H, or None if all heads are encoded alike.
         num_levels: Components L of a position.
 
     Raises:
-        ValueError: an argument is no positive int.
+        ValueError: an argument is not a positive int.
     """
 
-    # whether positions other than integers are refused
+    # True: positions must be integers
     integer_positions = False
-    # whether its features are all rows of its sines, as they are
+    # True: every row of the sines is a feature, neither projected nor summed
     exact = False
-    # whether it is attention to a band of lags, without features
-    banded = False
-    # random encodings have noise to redraw and a key that a state must match
+    # the module of fastpe/attention that attends with it
+    route = "linear"
+    # (seed, step) of a random encoding; a state must have the same
     noise_key: Tensor | None = None
     _signature: str | None = None
-    # what `position_maps` was made of, and what it was
-    _known: tuple = (None, None)
 
     def __init__(self, head_dim: int, num_heads: int | None = None, num_levels: int = 1) -> None:
         super().__init__()
@@ -55,76 +49,47 @@ class PositionalEncoding(nn.Module):
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.num_levels = num_levels
-        # whether heads encode in ways of their own: they can then share keys, but no state
+        # True: each head encodes in its own way, so heads can share keys but no state
         self.per_head = num_heads is not None
 
     @property
     def feature_dim(self) -> int:
-        """R, the number of features of a query or key."""
+        """R, the features of a query or key."""
         raise NotImplementedError
 
     @property
     def norm_dim(self) -> int:
-        """Number of features that the normaliser sees."""
+        """Rz, the features that the normaliser sees."""
         return self.feature_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz of a state, unless a feature map changes them.
-
-        Args:
-            normalize: As in `causal_linear_attention`; False leaves Rz = 0.
-        """
+        """Return R and Rz of a state, before a feature map; normalize=False gives Rz = 0."""
         return self.feature_dim, self.norm_dim if normalize else 0
 
     def make_maps(
         self, device: torch.device | None = None
     ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return the maps of queries and of keys; None if `features` is overridden.
+        """Return the position maps of queries and keys, or None if you override `features`.
 
-        Args:
-            device: Of the queries and keys, for an encoding that has no tensor there; else unused.
+        Encodings that have no tensor on the device of queries and keys use `device`.
         """
         return None
 
     def map_inputs(self) -> list[Tensor]:
-        """Return the tensors that `make_maps` is made of, besides the noise."""
+        """Return the tensors that `make_maps` reads, apart from the noise."""
         return [*self.parameters(), *self.buffers()]
 
-    def position_maps(
-        self, device: torch.device | None = None
-    ) -> tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | None:
-        """Return what `make_maps` makes, made anew where it would be recorded or has changed.
-
-        Args:
-            device: As in `make_maps`.
-        """
-        if type(self).make_maps is PositionalEncoding.make_maps:
-            return None
-        inputs, noise = self.map_inputs(), self.noise_key
-        if torch.is_grad_enabled() or observed() or not all(map(_readable, inputs)):
-            return self.make_maps(device)
-        # decoding asks for the same maps at every token; contents, as `.data` leaves no other trace
-        contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
-        key = device, id(noise), [x.dtype for x in inputs], contents
-        # read and written in one piece: another thread may put its own there
-        known = self._known
-        if known[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                # the noise is kept, so that its id remains its own
-                self._known = known = key, self.make_maps(device), noise
-        return known[1]
-
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
-        """Return the encoded queries or keys in plain PyTorch, before any feature map.
+        """Return encoded queries or keys, before any feature map, in plain PyTorch.
 
         Args:
-            x: [B, T, H, D].
-            positions: [B or 1, T, L], float64.
+            x: Queries or keys, [B, T, H, D].
+            positions: Their positions, [B or 1, T, L], float64.
             side: "q" or "k".
         Returns:
             [B, T, H, R].
         """
-        position_map = self.position_maps(x.device)["qk".index(side)]
+        position_map = self.make_maps(x.device)["qk".index(side)]
         if isinstance(position_map, Rotation):
             return reference.rotate(x, positions, position_map)
         return reference.sine_features(x, positions, position_map)
@@ -133,12 +98,12 @@ class PositionalEncoding(nn.Module):
         """Return C with E[features(q) . features(k)] = sqrt(R / D) q^T C k, in closed form.
 
         The factor sqrt(R / D) gives a feature map of temperature 1 / sqrt(R) the usual logits
-        divided by sqrt(D); with scale="paper" it is 1.
+        divided by sqrt(D). With scale="paper" it is 1.
 
         Args:
-            positions_q: [...] for one level, else [..., L].
-            positions_k: Likewise, broadcast against positions_q; default 0, so that a
-                shift-invariant encoding takes lags alone.
+            positions_q: Positions of queries, [...] for one level, else [..., L].
+            positions_k: Positions of keys, broadcast against positions_q; default 0, so you can
+                give lags to a shift-invariant encoding.
         Returns:
             [..., H or 1, D, D], float64.
         """
@@ -153,28 +118,15 @@ class PositionalEncoding(nn.Module):
         return positions[..., None] if self.num_levels == 1 else positions
 
     def maybe_resample_(self) -> None:
-        """Redraw the noise where a training forward is due to; called by the layer."""
+        """Count a training forward and redraw the noise if it is due; layers call this."""
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what is copied and pickled: not what can be made again."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_signature")}
+        """Leave caches out of copies and pickles."""
+        return {k: v for k, v in self.__dict__.items() if k != "_signature"}
 
     @property
     def signature(self) -> str:
-        """The configuration as text: a state made with another one is refused."""
+        """The configuration as text; attention refuses a state made with another one."""
         if self._signature is None:
             self._signature = f"{type(self).__name__}({self.extra_repr()})"
         return self._signature
-
-
-def gate_roots(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(1 - g) and sqrt(g) of g = sigmoid(gate), float64.
-
-    Through logarithms: their slopes stay finite when g saturates.
-    """
-    gate = gate.double()
-    return (F.logsigmoid(-gate) / 2).exp(), (F.logsigmoid(gate) / 2).exp()
-
-
-def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.is_contiguous() and not x.is_neg()

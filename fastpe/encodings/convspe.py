@@ -10,32 +10,35 @@ from .._checks import check_positive
 from ..backends.specs import Band
 from ..ops.conv_features import Filter, KeptNoise, conv_features
 from ..ops.noise import GATE, philox_normal
-from .base import PositionalEncoding, gate_roots
+from .base import PositionalEncoding
 from .redraw import Resampled
+from .sines import gate_roots
 
 
 class ConvSPE(Resampled, PositionalEncoding):
     """Convolutional stochastic positional encoding (Liutkus et al. 2021, arXiv 2105.08399).
 
-    The code of a position is noise around it, through a filter of its own for queries and for keys,
-    weight_q and weight_k [H, D, kappa]. R random features have the expected products
-    q^T diag(C(lag)) k / sqrt(D) up to sqrt(R), C_d(lag) = (1 - g_d) P_d(lag) + g_d with
-    P_d(lag) = sum_j weight_q[d, j] weight_k[d, j + lag], zero from kappa on. The gate [H, D] has
-    the PyTorch package's sign: g = 1 switches position off. Positions are integers, which are
-    looked at: on a GPU features wait for it. They have no second derivative. Noise is drawn for
-    64 positions at a time, which decoding keeps (25 MB with D H = 512, R = 64, kappa = 128).
+    The code of a position is the noise around it, filtered by weight_q for queries and weight_k for
+    keys, [H, D, kappa]. The R random features have expected products sqrt(R / D) q^T diag(C(lag)) k
+    with C_d(lag) = (1 - g_d) P_d(lag) + g_d and
+    P_d(lag) = sum_j weight_q[d, j] weight_k[d, j + lag], zero for |lag| >= kappa. The gate [H, D]
+    has the PyTorch package's sign: g = 1 switches position off.
+
+    Positions must be integers; checking them synchronises with the GPU. Features have no second
+    derivative. Noise is drawn for 64 positions at a time and kept while decoding (25 MB with
+    D H = 512, R = 64, kappa = 128).
 
     Args:
         head_dim: Size D of queries and keys.
         num_heads: H.
         kernel_size: kappa.
-        num_realizations: R; None takes the expectation itself for the weight of a key, without
-            noise, in time proportional to kappa for each token: for causal attention with
-            feature_map="identity" and the default positions.
-        gated: A learned part of each component ignores position.
-        resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
-        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
-            until its `reseed_()` is called.
+        num_realizations: R; None weights keys by the expectation itself, without noise, in time
+            proportional to kappa for each token. This needs causal attention,
+            feature_map="identity" and default positions.
+        gated: True lets a learned part of each component ignore position.
+        resample: When training redraws the noise: "forward", "never", or n for every n-th forward.
+        seed: Seed of the noise; default drawn from torch's generator. A copy of the module has the
+            same noise until you call its `reseed_()`.
 
     Raises:
         ValueError: an argument is not as above.
@@ -73,14 +76,10 @@ class ConvSPE(Resampled, PositionalEncoding):
         self.reset_parameters()
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what is copied and pickled: not what can be made again."""
         return super().__getstate__() | {"_kept": KeptNoise()}
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as SPE's code does, and the seed if none was given.
-
-        What belongs to the source of a share is left to the source.
-        """
+        """Draw this module's parameters as SPE's code does, and the seed if you gave none."""
         self._reset_noise()
         with torch.no_grad():
             for name in ("weight_q", "weight_k"):
@@ -91,47 +90,46 @@ class ConvSPE(Resampled, PositionalEncoding):
 
     @property
     def feature_dim(self) -> int:
-        """R; without noise the rows of a state: those of the gate and the last values."""
+        """R; without noise the rows of a state, D for a gate and kappa - 1 last values."""
         if self.num_realizations is not None:
             return self.num_realizations
         return self.kernel_size - 1 + self.gated * self.head_dim
 
     @property
     def norm_dim(self) -> int:
-        """R; without noise the numbers beside them in a state: sums for the gate, last keys."""
+        """R; without noise the size of z in a state: sums for the gate, last keys."""
         if self.num_realizations is not None:
             return self.num_realizations
         return (self.kernel_size - 1 + self.gated) * self.head_dim
 
     def state_widths(self, normalize: bool | str) -> tuple[int, int]:
-        """Return R and Rz; without noise keys are kept whatever normalize says."""
+        """Return R and Rz; without noise a state keeps keys whatever normalize says."""
         if self.num_realizations is not None:
             return super().state_widths(normalize)
         return self.feature_dim, self.norm_dim
 
     @property
-    def banded(self) -> bool:
-        """Whether it is exact, attention to a band of lags, and has no features."""
-        return self.num_realizations is None
+    def route(self) -> str:
+        """Without noise attention is to a band of lags, exact and without features."""
+        return "banded" if self.num_realizations is None else "linear"
 
     def _filters(self) -> ConvSPE:
-        # the module that holds filters and noise; another one where they are shared
+        # the module that holds filters and noise; a share returns its source
         return self
 
     def _noise_source(self) -> ConvSPE:
         return self._filters()
 
     def map_inputs(self) -> list[Tensor]:
-        """Return the parameters, those of the source where they are shared."""
+        """Return the parameters; a share returns its source's filters."""
         source = self._filters()
         return [source.weight_q, source.weight_k, *([self.gate] if self.gated else [])]
 
     def _roots(self) -> tuple[Tensor | float, Tensor | None]:
-        # of 1 - g and of g
         return gate_roots(self.gate) if self.gated else (1.0, None)
 
     def features(self, x: Tensor, positions: Tensor, side: str) -> Tensor:
-        """Return the products of queries or keys with the codes of their positions."""
+        """Return products of queries or keys with codes, [B, T, H, R]."""
         if self.num_realizations is None:
             raise ValueError("num_realizations must be given for features, got None")
         source, (root, gate_root) = self._filters(), self._roots()
@@ -146,15 +144,16 @@ class ConvSPE(Resampled, PositionalEncoding):
         fir = Filter(weight, constant, seed, step, source.module_id, self.num_realizations)
         return conv_features(x, positions, fir, source._kept)
 
-    def _draw(self, dtype: torch.dtype) -> Tensor:  # of the gate, [H, D, R]
+    def _draw(self, dtype: torch.dtype) -> Tensor:  # the gate's noise, [H, D, R]
         seed, step = self.noise_key
         h, d, r = self.num_heads, self.head_dim, self.num_realizations
         return philox_normal(seed, step, self.module_id, GATE, (h * d, 1, r), dtype).view(h, d, r)
 
     def make_maps(self, device: torch.device | None = None) -> tuple[Band, Band] | None:
-        """Return the kernel of the lags of a causal sequence, without noise; else None."""
-        if self.num_realizations is not None:
-            return None
+        """Return the weights of lags 0 .. kappa - 1 without noise, else None."""
+        return None if self.num_realizations is not None else self._lasting(self._bands, device)
+
+    def _bands(self) -> tuple[Band, Band]:
         root, gate_root = self._roots()
         kernel = self._correlation((0, self.kernel_size - 1))
         band = Band(kernel if gate_root is None else root[..., None] ** 2 * kernel, gate_root)
@@ -168,11 +167,7 @@ class ConvSPE(Resampled, PositionalEncoding):
         return p.unflatten(0, (self.num_heads, self.head_dim))
 
     def power(self, side: str) -> Tensor:
-        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64.
-
-        Args:
-            side: "q" or "k".
-        """
+        """Return the mean square of codes in units of C, [H, D], float64; side is "q" or "k"."""
         source = self._filters()
         weight = source.weight_q if side == "q" else source.weight_k
         p = weight.detach().cpu().double().square().sum(-1)
@@ -182,7 +177,7 @@ class ConvSPE(Resampled, PositionalEncoding):
         return p
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
-        """Return C, [..., H, D, D], diagonal; positions are integers."""
+        """Return C, [..., H, D, D], diagonal; positions must be integers."""
         lag = (self._levels(positions_q) - self._levels(positions_k))[..., 0]
         if not torch.equal(lag, lag.round()):
             raise ValueError("positions must be integers with ConvSPE, got others")
@@ -195,10 +190,10 @@ class ConvSPE(Resampled, PositionalEncoding):
         return torch.diag_embed(c)
 
     def share(self) -> SharedConvSPE:
-        """Return an encoding for a further layer: the same codes, a gate of its own.
+        """Return an encoding for another layer: the same codes, its own gate.
 
-        Give this module to the first layer and shares to the others: the first redraws the noise
-        at each training forward and all use it.
+        Give this module to the first layer and shares to the others. The first layer redraws the
+        noise at each training forward, and all layers use it.
         """
         self._num_shares += 1
         return SharedConvSPE(self, self._num_shares)
@@ -213,12 +208,7 @@ class ConvSPE(Resampled, PositionalEncoding):
 
 
 class SharedConvSPE(ConvSPE):
-    """A share of a ConvSPE's filters and noise, with its own gate.
-
-    Args:
-        source: The ConvSPE that holds them.
-        module_id: Tells the noise of this gate from the others'.
-    """
+    """The filters and noise of a ConvSPE with another gate, whose noise has this module_id."""
 
     def __init__(self, source: ConvSPE, module_id: int) -> None:
         super().__init__(
@@ -240,7 +230,7 @@ class SharedConvSPE(ConvSPE):
         return self.source
 
     def share(self) -> SharedConvSPE:
-        """Return a further share of the same source."""
+        """Return another share of the same source."""
         return self.source.share()
 
     def extra_repr(self) -> str:

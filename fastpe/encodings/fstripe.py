@@ -10,39 +10,39 @@ from .sines import SineEncoding
 class FStripe(SineEncoding):
     """F-StrIPE (arXiv 2502.10491): SPE's sines of structural positions, such as chords or phrases.
 
-    Positions are numbers or vectors, may repeat and come in any order. Three kinds of features:
+    Positions are numbers or vectors; they may repeat and come in any order. Choose the features:
 
-    * pooled (default, the published method, eqs. 7 and 9): 2 K features, sums over D. A learned map
-      that is NOT a function of position differences, for sums over D mix the components.
+    * pooled (default, the published method, eqs. 7 and 9): 2 K features, sums over D. These sums
+      mix components, so products are NOT a function of position differences.
     * pool=False (eq. 5): all 2 K D features; products are exactly sum_d q_d k_d P_d(s_m - s_n),
       P_d = sum_k lambda_dk^2 cos(2 pi f_dk . (s_m - s_n) + theta_dk) / K.
     * num_realizations=R: F-StrIPE:SFF, SPE's noise (eqs. 3, 4, 6), with mean P_d / 2.
 
-    Parameters are those of `SineSPE`, freqs for each of L levels: f = sigmoid(freqs) / 2 cycles per
-    unit of position.
+    The parameters are those of `SineSPE`, with freqs for each of L levels: f = sigmoid(freqs) / 2
+    cycles per unit of position.
 
     Args:
         head_dim: Size D of queries and keys.
         num_heads: H.
         num_levels: Components L of a position, e.g. 12 for a chroma vector.
         num_sines: K; default 32 pooled, 1 unpooled, 10 with noise.
-        pool: Sum the features over D.
-        num_realizations: R, the number of noisy features of F-StrIPE:SFF.
-        gated: A learned part of each component ignores position; not for pooled features.
-        unit_gains: lambda = 1 and theta = 0, not learned; with num_sines=1, pool=False this is
+        pool: True sums the features over D.
+        num_realizations: R, the noisy features of F-StrIPE:SFF.
+        gated: True lets a learned part of each component ignore position; not for pooled features.
+        unit_gains: True fixes lambda = 1 and theta = 0. With num_sines=1 and pool=False this is
             F-StrIPE_1 (arXiv 2504.05364, eq. 15).
         resample: When training redraws the noise: "forward", "never", or n for every n-th forward.
-        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
-            until its `reseed_()` is called.
+        seed: Seed of the noise; default drawn from torch's generator. A copy of the module has the
+            same noise until you call its `reseed_()`.
         noise: "gaussian", or "orthogonal" with less variance, see `SineSPE`.
         scale: "matched" or "paper", see `PositionalEncoding.kernel`.
-        frequency: Median of the frequencies at the start, in cycles per unit of position, between 0
-            and 1/2, one or one for each level. The default 0.009 is SPE's, for time; labels that
-            differ by one or a few all look the same to it, and learn faster from about 0.13.
+        frequency: Median initial frequency in cycles per unit of position, between 0 and 1/2; one
+            number, or one for each level. The default 0.009 is SPE's, for time. Labels that differ
+            by one or a few look alike to it and learn faster from about 0.13.
 
     Raises:
-        ValueError: an argument is not as above: pool=False together with num_realizations, gated
-            pooled features, orthogonal noise without num_realizations.
+        ValueError: an argument is not as above, pool=False with num_realizations, gated pooled
+            features, or orthogonal noise without num_realizations.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FStripe(SineEncoding):
         noisy = num_realizations is not None
         if noisy and not pool:
             raise ValueError(
-                "pool=False keeps features that num_realizations would project: give one"
+                "pool must be True with num_realizations, which projects the features, got False"
             )
         if gated and pool and not noisy:
             raise ValueError("gated must be False for pooled features, got True")

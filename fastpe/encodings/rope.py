@@ -9,38 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
+from .._torch import observed
 from ..backends.specs import Rotation
-from ..ops.register import observed
 from .base import PositionalEncoding
 from .sharded import put
 
 
 class RoPE(PositionalEncoding):
-    """Rotary position embedding (Su et al. 2021), for linear attention.
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) for linear attention.
 
     Pair i of a query or key turns by theta_i times the position, theta_i = base^(-2i/rotary_dim).
-    With apply="after" psi(q) and psi(k) are rotated in the numerator only, as in RoFormer: the
-    normaliser stays positive, the weights may be negative and do not sum to 1. With apply="before"
-    psi sees the rotated vectors: the weights are positive and sum to 1, but relative only in so far
-    as psi's kernel depends on inner products.
+    apply="after" rotates psi(q) and psi(k) in the numerator only (eq. 19): the normaliser stays
+    positive, but weights may be negative and do not sum to 1. apply="before" rotates q and k before
+    psi: weights are positive and sum to 1, but they are relative only if psi's kernel depends on
+    inner products alone.
 
     Args:
         head_dim: Size D of queries and keys, even.
         num_heads: H; needed with per_head.
-        base: Of the geometric frequencies.
-        rotary_dim: Rotate only the first so many components (even); default all.
-        interleaved: Pairs (2i, 2i + 1) as in RoFormer, else halves (i, i + rotary_dim / 2) as in
-            GPT-NeoX; the two differ by a permutation of the components.
-        learned: theta is a parameter, [H or 1, rotary_dim / 2, L], radians per unit of position.
-        per_head: Each head has frequencies of its own, base^(-2(i + h/H)/rotary_dim) at first.
-        num_levels: Components L of a position; the angle is theta_i . position, each
-            theta_i / L at first. More than one needs learned=True: equal frequencies at every
-            level see the sum of the components only.
+        base: Base of the geometric frequencies.
+        rotary_dim: Number of leading components to rotate, even; default all.
+        interleaved: True pairs (2i, 2i + 1) as in RoFormer, False (i, i + rotary_dim / 2) as in
+            GPT-NeoX. The two differ by a permutation of the components.
+        learned: True makes theta a parameter, [H or 1, rotary_dim / 2, L], radians per unit of
+            position.
+        per_head: True gives each head its own frequencies, initially
+            base^(-2(i + h/H)/rotary_dim).
+        num_levels: Components L of a position. The angle is theta_i . position, with theta_i / L
+            for each level initially. L > 1 needs learned=True: with equal frequencies only the
+            sum of the components would matter.
         apply: "after" or "before" the feature map.
 
     Raises:
-        ValueError: an odd head_dim or rotary_dim, per_head without num_heads, or num_levels > 1
-            without learned.
+        ValueError: an odd head_dim or rotary_dim, per_head without num_heads, num_levels > 1
+            without learned, or another argument that is not as above.
     """
 
     _pool, _scale = False, 1.0
@@ -67,13 +69,13 @@ class RoPE(PositionalEncoding):
             raise ValueError(f"rotary_dim must be even and in 2..{head_dim}, got {rotary_dim}")
         if per_head and num_heads is None:
             raise ValueError(
-                "num_heads must be given for heads with frequencies of their own (else say "
-                "per_head=False), got None"
+                "num_heads must be given with per_head=True, got None: give it, or set "
+                "per_head=False to share frequencies"
             )
         if num_levels > 1 and not learned:
             raise ValueError(
-                f"learned must be True with num_levels = {num_levels}: fixed frequencies are the "
-                "same at every level"
+                f"learned must be True with num_levels = {num_levels}, as fixed frequencies are "
+                "the same at every level, got False"
             )
         if apply not in ("after", "before"):
             raise ValueError(f"apply must be 'after' or 'before', got {apply!r}")
@@ -81,7 +83,7 @@ class RoPE(PositionalEncoding):
             raise ValueError(f"base must be a positive number, got {base!r}")
         self.base, self.rotary_dim, self.interleaved = base, rotary_dim, interleaved
         self.learned, self.per_head, self.apply_order = learned, per_head, apply
-        # fixed frequencies by device; no buffer: `module.bfloat16()` must not round them
+        # fixed frequencies by device; not a buffer, since `module.bfloat16()` would round them
         self._cycles: dict[torch.device, Tensor] = {}
         if learned:
             heads = num_heads if per_head else 1
@@ -90,7 +92,7 @@ class RoPE(PositionalEncoding):
         self._fill()
 
     def reset_parameters(self) -> None:
-        """Set learned frequencies to the geometric ones; fixed ones always are."""
+        """Set learned frequencies to the geometric ones."""
         if self.learned:
             put(self.theta, self._geometric())
 
@@ -100,12 +102,12 @@ class RoPE(PositionalEncoding):
         return self
 
     def _fill(self, device: torch.device | None = None) -> None:
-        # before the module is compiled: its graph would make the table at each call
+        # before compilation, whose graph would otherwise compute the table at each call
         if not self.learned:
             self.frequencies(device)
 
     def _geometric(self) -> Tensor:
-        # theta at first, [H or 1, rotary_dim / 2, L], float64 on the CPU
+        # initial theta, [H or 1, rotary_dim / 2, L], float64 on the CPU
         heads = self.num_heads if self.per_head else 1
         pair = torch.arange(self.rotary_dim // 2, dtype=torch.float64, device="cpu")
         shift = torch.arange(heads, dtype=torch.float64, device="cpu")[:, None] / heads
@@ -113,11 +115,9 @@ class RoPE(PositionalEncoding):
         return theta[..., None].repeat(1, 1, self.num_levels)
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what is copied and pickled: not what can be made again."""
         return super().__getstate__() | {"_cycles": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Take what was copied or pickled."""
         super().__setstate__(state)
         self._fill()
 
@@ -128,18 +128,18 @@ class RoPE(PositionalEncoding):
 
     @property
     def norm_dim(self) -> int:
-        """D: psi(q) and psi(k) as they are; with apply="before" the rotated features."""
+        """D for unrotated features; with apply="before" feature_dim."""
         return self.head_dim if self.apply_order == "after" else self.feature_dim
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """Return theta / 2 pi on a device: cycles, [H or 1, rotary_dim / 2, L], float64."""
+        """Return theta / 2 pi in cycles, [H or 1, rotary_dim / 2, L], float64, on a device."""
         if self.learned:
             return self.theta.double() / (2 * math.pi)
         device = torch.device("cpu") if device is None else device
         table = self._cycles.get(device)
         if table is not None:
             return table
-        # kept without the mode of this call: an inference tensor cannot be saved for a backward
+        # leave inference mode: an inference tensor cannot be saved for a backward
         if observed():
             table = self._cycles_on(device)
             kept = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
@@ -155,11 +155,11 @@ class RoPE(PositionalEncoding):
         return (self._geometric() / (2 * math.pi) if table is None else table).to(device)
 
     def map_inputs(self) -> list[Tensor]:
-        """Return theta, if it is a parameter."""
+        """Return theta if it is learned."""
         return [self.theta] if self.learned else []
 
     def make_maps(self, device: torch.device | None = None) -> tuple[Rotation, Rotation]:
-        """Return the rotation, the same for both sides."""
+        """Return the rotation for both sides."""
         rotation = Rotation(
             freq=self.frequencies(device),
             interleaved=self.interleaved,
@@ -170,7 +170,7 @@ class RoPE(PositionalEncoding):
         return rotation, rotation
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
-        """Return the rotation by the lag (2504.05364, eq. 14), [..., H or 1, D, D]; R = D."""
+        """Return the rotation by the lag (arXiv 2504.05364, eq. 14), [..., H or 1, D, D]."""
         freq = self.frequencies().cpu()
         lag = self._levels(positions_q) - self._levels(positions_k)
         angle = 2 * math.pi * torch.tensordot(lag, freq, dims=([-1], [-1]))
@@ -178,7 +178,7 @@ class RoPE(PositionalEncoding):
         return self._blocks(cos, sin, -sin, cos)
 
     def _blocks(self, c11: Tensor, c12: Tensor, c21: Tensor, c22: Tensor) -> Tensor:
-        # [..., H, W] entries of each pair's 2 x 2 block into [..., H, D, D]
+        # from entries [..., H, W] of each pair's 2 x 2 block to [..., H, D, D]
         width = self.rotary_dim // 2
         i = torch.arange(width)
         first, second = (2 * i, 2 * i + 1) if self.interleaved else (i, i + width)
@@ -199,26 +199,19 @@ class RoPE(PositionalEncoding):
 
 
 class RoPEPool(RoPE):
-    """RoPE with the two rotated components of each pair added (arXiv 2504.05364, section III.D).
+    """RoPE that adds the two rotated components of each pair (arXiv 2504.05364, section III.D).
 
-    Half the features, hence half the state and the cost of RoPE. Not shift invariant: products of
-    features depend on the sum of two positions too (eq. 23), so a packed or resumed sequence must
-    carry its positions exactly.
+    It has half the features of RoPE, so half the state and half the cost. It is not shift
+    invariant: products of features also depend on the sum of two positions (eq. 23), so give a
+    packed or resumed sequence its exact positions.
+
+    Arguments are those of `RoPE` without rotary_dim, and so are errors. By default each head learns
+    its own theta.
 
     Args:
-        head_dim: Size D of queries and keys, even; R = D / 2.
-        num_heads: H; needed with per_head.
-        base: Of the geometric frequencies.
-        interleaved: Pairs (2i, 2i + 1), else (i, i + D / 2).
-        learned: theta is a parameter, [H or 1, D / 2, L], radians per unit of position.
-        per_head: Each head has frequencies of its own.
-        num_levels: Components L of a position.
-        apply: "after" or "before" the feature map.
         scale: "matched" multiplies the features by (R / D)^(1/4) (`PositionalEncoding.kernel`),
-            "paper" does not. With apply="after" this scales the output: the normaliser has none.
-
-    Raises:
-        ValueError: an argument is not as above; see `RoPE`.
+            "paper" does not. With apply="after" the factor scales the output, because the
+            normaliser lacks it.
     """
 
     _pool = True
@@ -260,7 +253,7 @@ class RoPEPool(RoPE):
         return self.head_dim // 2
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
-        """Return eq. (23) as a form of q and k, [..., H or 1, D, D]."""
+        """Return C with q^T C k equal to arXiv 2504.05364, eq. 23, [..., H or 1, D, D]."""
         freq = self.frequencies().cpu()
         positions_q, positions_k = self._levels(positions_q), self._levels(positions_k)
         turn = 2 * math.pi

@@ -1,4 +1,4 @@
-"""Numbers for parameters that may be in shards."""
+"""Initial values for parameters that may be sharded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def put(p: Tensor, x: Tensor) -> None:
-    """Copy x, the same on every rank, into a parameter; into a rank's shard of it (a DTensor)."""
+    """Copy x, equal on every rank, into a parameter or into a rank's shard of it (a DTensor)."""
     with torch.no_grad():
         if hasattr(p, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor

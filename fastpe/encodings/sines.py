@@ -1,4 +1,4 @@
-"""What SineSPE and F-StrIPE share: sines with learned frequencies, offsets, gains, and noise."""
+"""The base of SineSPE and F-StrIPE: sines with learned frequencies, offsets, gains, and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .._checks import check_positive
 from ..backends.specs import SineMap
 from ..ops.noise import GATE, SINE, frames, philox_normal
-from .base import PositionalEncoding, gate_roots
+from .base import PositionalEncoding
 from .redraw import Resampled
 from .sharded import put
 
@@ -20,27 +20,16 @@ from .sharded import put
 class SineEncoding(Resampled, PositionalEncoding):
     """K sines per component, f = sigmoid(freqs)/2 cycles per unit, lambda = softplus(gains).
 
-    With num_realizations the sines are projected by noise to R features, Gaussian or with columns
-    that are orthogonal, in blocks of as many as there are rows, M = D (2 K + gate). The noise is a
-    function of (seed, step), both in the state dict: fixed in evaluation, and in training redrawn
-    by the layer at every `resample`-th forward.
+    With num_realizations, noise projects the sines to R features. The noise has M = D (2 K + gate)
+    rows; it is Gaussian, or its columns are orthogonal in blocks of M. `Resampled` says when it is
+    redrawn.
+
+    `SineSPE` and `FStripe` describe the other arguments.
 
     Args:
-        head_dim: Size D of queries and keys.
-        num_heads: H.
-        num_levels: Components L of a position.
-        num_sines: K.
-        num_realizations: R, or None for features without noise.
-        pool: Without noise: sum the features over D (2 K remain), else keep all.
-        gated: A learned part of each component ignores position.
         mean_over: Denominator of the sum over sines, 2 K in SPE, K in F-StrIPE.
-        resample: "forward", "never", or n for every n-th training forward.
-        seed: Of the noise; default drawn from torch's generator.
-        noise: "gaussian" or "orthogonal".
-        scale: "matched" or "paper", see `PositionalEncoding.kernel`.
-        unit_gains: lambda = 1 and offsets 0, not learned.
-        frequency: Median of the frequencies at the start, in cycles per unit of position, one or L
-            of them; default SPE's, sigmoid(-4) / 2.
+        frequency: Median initial frequency in cycles per unit of position, one number or L of
+            them; default SPE's, sigmoid(-4) / 2.
     """
 
     def __init__(
@@ -92,10 +81,7 @@ class SineEncoding(Resampled, PositionalEncoding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as SPE's code does, and the seed if none was given.
-
-        What belongs to the source of a share is left to the source.
-        """
+        """Draw this module's parameters as SPE's code does, and the seed if you gave none."""
         self._reset_noise()
         with torch.no_grad():
             if "freqs" in self._parameters:
@@ -112,7 +98,7 @@ class SineEncoding(Resampled, PositionalEncoding):
 
     @property
     def exact(self) -> bool:
-        """Whether all D (2 K + gate) rows are features, without noise or sums."""
+        """True if all D (2 K + gate) rows are features, without noise or sums."""
         return self.num_realizations is None and not self.pool
 
     @property
@@ -124,11 +110,11 @@ class SineEncoding(Resampled, PositionalEncoding):
         return rows if self.pool else rows * self.head_dim
 
     def _sines(self) -> SineEncoding:
-        # the module that holds frequencies and noise; another one where they are shared
+        # the module that holds frequencies and noise; a share returns its source
         return self
 
     def map_inputs(self) -> list[Tensor]:
-        """Return the parameters, those of the source where they are shared."""
+        """Return the parameters; a share returns its source's sines."""
         source = self._sines()
         shared = [] if source.unit_gains else [source.offsets, source.gains]
         return [source.freqs, *shared, *([self.gate] if self.gated else [])]
@@ -140,7 +126,12 @@ class SineEncoding(Resampled, PositionalEncoding):
         return F.softplus(source.gains.double()), source.offsets.double() / (2 * math.pi)
 
     def make_maps(self, device: torch.device | None = None) -> tuple[SineMap, SineMap]:
-        """Return the sines; queries alone have the offsets."""
+        """Return the maps of queries, with offsets, and of keys, without."""
+        if torch.is_grad_enabled():
+            return self._make_maps()
+        return self._lasting(self._make_maps, device)
+
+    def _make_maps(self) -> tuple[SineMap, SineMap]:
         d, r = self.head_dim, self.feature_dim
         gain, offset = self._lambda_offset()
         gain = gain * self._mean_over**-0.5
@@ -155,7 +146,7 @@ class SineEncoding(Resampled, PositionalEncoding):
             root, gate = gate_roots(self.gate)
             gate, gain = gate * scale, gain * root[..., None]
         for_k = SineMap(
-            # in float64: at position 10^6 its last float32 digit would be 4 % of a turn
+            # float64: at position 10^6 rounding to float32 would move the phase by 4 % of a turn
             freq=self._sines().freqs.double().sigmoid() / 2,
             offset=None,
             gain=gain * scale,
@@ -164,8 +155,6 @@ class SineEncoding(Resampled, PositionalEncoding):
             pool=self.pool,
         )
         return for_k._replace(offset=offset), for_k
-
-    # noise
 
     def _noise_source(self) -> SineEncoding:
         return self._sines()
@@ -181,19 +170,13 @@ class SineEncoding(Resampled, PositionalEncoding):
         source, orthogonal = self._sines(), self.noise == "orthogonal"
         z = draw(source.module_id, SINE, 2 * self.num_sines)
         if self.gated:
-            # columns are orthogonal with the gate's part, so codes in common need it in common
+            # columns are orthogonal over rows and gate together, so shares use one gate noise
             gate = draw((source if orthogonal else self).module_id, GATE, 1)
             z = torch.cat((z, gate), dim=2)
         return _orthogonal(z) if orthogonal else z
 
-    # closed form
-
     def power(self, side: str) -> Tensor:
-        """Return the mean square of codes by component, in units of `kernel`, [H, D], float64.
-
-        Args:
-            side: "q" or "k".
-        """
+        """Return the mean square of codes in units of C, [H, D], float64; side is "q" or "k"."""
         gain = self._lambda_offset()[0].detach().cpu()
         p = (gain**2).sum(-1) / self._mean_over
         if self.gated:
@@ -202,11 +185,11 @@ class SineEncoding(Resampled, PositionalEncoding):
         return p
 
     def kernel(self, positions_q: Tensor, positions_k: Tensor | None = None) -> Tensor:
-        """Return C, [..., H, D, D]: diagonal but for pooled features.
+        """Return C, [..., H, D, D], diagonal unless features are pooled.
 
-        C_d = (1 - g_d) sum_k lambda^2 cos(2 pi f . (s_m - s_n) + theta) / N + g_d, N = 2K in SPE,
-        K in F-StrIPE without noise. Pooled features have the products of different components too:
-        entry (d, e) is sum_k lambda_dk lambda_ek cos(phase_dk(s_m) - phase_ek(s_n)) / K.
+        C_d = (1 - g_d) sum_k lambda^2 cos(2 pi f . (s_m - s_n) + theta) / N + g_d, with N = 2K in
+        SPE and K in F-StrIPE without noise. Pooled features mix components: entry (d, e) is
+        sum_k lambda_dk lambda_ek cos(phase_dk(s_m) - phase_ek(s_n)) / K.
         """
         gain, offset = (None if x is None else x.detach().cpu() for x in self._lambda_offset())
         freq = self._sines().freqs.detach().cpu().double().sigmoid() / 2
@@ -236,12 +219,21 @@ class SineEncoding(Resampled, PositionalEncoding):
         )
 
 
+def gate_roots(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(1 - g) and sqrt(g) of g = sigmoid(gate), float64.
+
+    Through logarithms: their slopes stay finite when g saturates.
+    """
+    gate = gate.double()
+    return (F.logsigmoid(-gate) / 2).exp(), (F.logsigmoid(gate) / 2).exp()
+
+
 def _is_frequency(f: object) -> bool:
     return isinstance(f, (int, float)) and 0 < f < 0.5
 
 
 def _raw_frequencies(frequency: float | Sequence[float] | None, num_levels: int) -> list[float]:
-    # the mean of freqs at each level: sigmoid's inverse of twice the frequency
+    # the mean of freqs at each level: the logit of twice the frequency
     if frequency is None:
         return [-4.0] * num_levels
     each = [frequency] * num_levels if isinstance(frequency, (int, float)) else list(frequency)
@@ -253,6 +245,6 @@ def _raw_frequencies(frequency: float | Sequence[float] | None, num_levels: int)
     return [-math.log(0.5 / f - 1) for f in each]
 
 
-def _orthogonal(z: Tensor) -> Tensor:  # of Gaussian [H, D, J, R], the same shape
+def _orthogonal(z: Tensor) -> Tensor:  # from Gaussian [H, D, J, R], the same shape
     rows = z.flatten(1, 2).double()
     return (rows.shape[1] ** 0.5 * frames(rows)).to(z.dtype).view_as(z)

@@ -8,26 +8,27 @@ from .sines import SineEncoding
 class SineSPE(SineEncoding):
     """Sinusoidal stochastic positional encoding (Liutkus et al. 2021, arXiv 2105.08399).
 
-    R random features whose expected products are q^T diag(C(lag)) k / sqrt(D) up to sqrt(R):
-    C_d(lag) = (1 - g_d) sum_k lambda_dk^2 cos(2 pi f_dk lag + theta_dk) / (2 K) + g_d. The gate has
-    the PyTorch package's sign: g = 1 switches position off; negate a gate of the JAX package.
-    Parameters are the published ones, all [H, D, K(, 1)]: freqs, f = sigmoid(freqs) / 2 cycles per
-    unit of position; offsets, theta in radians; gains, lambda = softplus(gains). And gate [H, D],
-    g = sigmoid(gate).
+    The R random features have expected products sqrt(R / D) q^T diag(C(lag)) k with
+    C_d(lag) = (1 - g_d) sum_k lambda_dk^2 cos(2 pi f_dk lag + theta_dk) / (2 K) + g_d.
+
+    The parameters are the published ones: freqs [H, D, K, 1], f = sigmoid(freqs) / 2 cycles per
+    unit of position; offsets [H, D, K], theta in radians; gains [H, D, K],
+    lambda = softplus(gains); gate [H, D], g = sigmoid(gate). The gate has the PyTorch package's
+    sign: g = 1 switches position off. Negate a gate of the JAX package.
 
     Args:
         head_dim: Size D of queries and keys.
         num_heads: H.
         num_sines: K.
-        num_realizations: R; None gives the D (2 K + gate) features whose products are the
-            expectation itself, exact and without noise.
-        gated: A learned part of each component ignores position.
-        resample: When training redraws the noise: "forward", "never", or n: at every n-th forward.
-        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
-            until its `reseed_()` is called.
-        noise: "gaussian" as published; "orthogonal" makes its columns orthogonal, for M = D (2 K +
-            gate) >= R times the variance about 1 - R / M, none at R = M. The products of features
-            are then no longer sums of independent ones.
+        num_realizations: R; None gives D (2 K + gate) features without noise, whose products are
+            exactly the expectation.
+        gated: True lets a learned part of each component ignore position.
+        resample: When training redraws the noise: "forward", "never", or n for every n-th forward.
+        seed: Seed of the noise; default drawn from torch's generator. A copy of the module has the
+            same noise until you call its `reseed_()`.
+        noise: "gaussian" as published, or "orthogonal" columns. For R <= M = D (2 K + gate),
+            orthogonal noise has about 1 - R / M of the variance, none at R = M. Its features are
+            no longer independent.
 
     Raises:
         ValueError: an argument is not as above, or orthogonal noise without num_realizations.
@@ -62,23 +63,18 @@ class SineSPE(SineEncoding):
         self._num_shares = 0
 
     def share(self) -> SharedSineSPE:
-        """Return an encoding for a further layer: the same codes, a gate of its own.
+        """Return an encoding for another layer: the same codes, its own gate.
 
-        Orthogonal noise is the gate's too, so there all layers have the same; else it is its own.
-        Give this module to the first layer and shares to the others: the first redraws the noise
-        at each training forward and all use it.
+        Give this module to the first layer and shares to the others. The first layer redraws the
+        noise at each training forward, and all layers use it. Each gate has its own Gaussian noise;
+        orthogonal noise is the same for all gates.
         """
         self._num_shares += 1
         return SharedSineSPE(self, self._num_shares)
 
 
 class SharedSineSPE(SineSPE):
-    """A share of a SineSPE's frequencies, offsets, gains and noise, with its own gate.
-
-    Args:
-        source: The SineSPE that holds them.
-        module_id: Tells the noise of this gate from the others'.
-    """
+    """The sines and noise of a SineSPE with another gate, whose noise has this module_id."""
 
     def __init__(self, source: SineSPE, module_id: int) -> None:
         super().__init__(
@@ -101,7 +97,7 @@ class SharedSineSPE(SineSPE):
         return self.source
 
     def share(self) -> SharedSineSPE:
-        """Return a further share of the same source."""
+        """Return another share of the same source."""
         return self.source.share()
 
     def extra_repr(self) -> str:

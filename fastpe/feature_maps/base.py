@@ -1,4 +1,4 @@
-"""Feature maps that are modules: they change the number of features or have parameters."""
+"""Feature maps as modules."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
+from .._torch import observed
 from ..encodings.sharded import put
-from ..ops.register import observed
 
 
 class FeatureMap(nn.Module):
     """A feature map that is a module: it may change the number of features, or have parameters.
 
-    The arguments are fixed at construction. A new map overrides `feature_dim` and `forward`, and
-    `extra_repr`, which tells its configuration: a state that was made with another one is refused.
-    Its products should be >= 0 where the attention is normalised by their sum.
+    The arguments are fixed at construction. Your own map overrides `feature_dim`, `forward` and
+    `extra_repr`, which names its configuration; attention refuses a state made with another one.
+    Products of its features should be >= 0 if attention normalises by their sum.
     """
 
-    # of a map with parameters for each head
+    # H, if the map has parameters for each head
     num_heads: int | None = None
-    # random maps have noise to redraw and a key that a state must match
+    # the module of fastpe/attention that attends with it
+    route = "linear"
+    # (seed, step) of a random map; a state must have the same
     noise_key: Tensor | None = None
     _joined: tuple = (None, None, None)
 
     def feature_dim(self, width: int) -> int:
-        """Return R, the number of features of a vector of `width` components.
+        """Return R, the features of a vector of `width` components.
 
         Raises:
             ValueError: the map takes vectors of another width.
@@ -38,14 +40,22 @@ class FeatureMap(nn.Module):
         """Return the features of encoded queries or keys.
 
         Args:
-            x: [..., H, width], float32, or float64 for float64 inputs.
+            x: Encoded vectors, [..., H, width], float32, or float64 for float64 inputs.
         Returns:
             [..., H, R].
         """
         raise NotImplementedError
 
     def maybe_resample_(self) -> None:
-        """Redraw the noise where a training forward is due to; called by the layer."""
+        """Count a training forward and redraw the noise if it is due; layers call this."""
+
+    @property
+    def per_head_state(self) -> bool:
+        """Whether each head of queries needs a state of its own, also if heads share keys."""
+        return self.num_heads is not None
+
+    def check_normalize(self, normalize: bool | str) -> None:
+        """Raise ValueError if attention with this map cannot be normalised in this way."""
 
     @property
     def signature(self) -> str:
@@ -53,13 +63,13 @@ class FeatureMap(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def state_noise(self, key: Tensor | None) -> Tensor | None:
-        """Return the noise key of a state: that of the encoding, and this map's behind it."""
+        """Return a state's noise key: the encoding's key, then this map's."""
         mine = self.noise_key
         if mine is None or key is None:
             return key if mine is None else mine
         if observed():
             return torch.cat((key, mine))
-        # one tensor as long as the noise lasts: a state that has it needs no look at its values
+        # return the same tensor until the noise changes: states are then compared by identity
         joined = self._joined
         if joined[0] is not key or joined[1] is not mine:
             with torch.inference_mode(False):
@@ -67,7 +77,6 @@ class FeatureMap(nn.Module):
         return joined[2]
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what is copied and pickled: not what can be made again."""
         return {name: value for name, value in self.__dict__.items() if name != "_joined"}
 
 
@@ -80,7 +89,7 @@ class DPFP(FeatureMap):
         nu: Number of rolled copies; R = 2 D nu.
 
     Raises:
-        ValueError: nu is no positive int, or not less than 2 D.
+        ValueError: nu is not a positive int, or is not less than 2 D.
     """
 
     def __init__(self, nu: int = 1) -> None:
@@ -107,9 +116,8 @@ class DPFP(FeatureMap):
 class Taylor2(FeatureMap):
     """Second-order Taylor features of exp (Arora et al. 2024, Based, arXiv 2402.18668).
 
-    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(D), at least 1/2. Of the products
-    x_i x_j only those with i <= j are kept, weighted so that the kernel is the same:
-    R = 1 + D + D (D + 1) / 2.
+    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(D), at least 1/2. Only products x_i x_j
+    with i <= j are features, weighted to give the same kernel: R = 1 + D + D (D + 1) / 2.
     """
 
     def feature_dim(self, width: int) -> int:
@@ -121,7 +129,7 @@ class Taylor2(FeatureMap):
         d = x.shape[-1]
         x = x * d**-0.25
         i, j = torch.triu_indices(d, d, device=x.device)
-        # each pair stands for two products, a square for one, and s^2 is halved
+        # a pair i < j stands for two products, a square for one; the kernel has s^2 / 2
         weight = torch.ones_like(i, dtype=x.dtype).masked_fill(i == j, math.sqrt(0.5))
         return torch.cat((torch.ones_like(x[..., :1]), x, weight * x[..., i] * x[..., j]), -1)
 
@@ -129,14 +137,14 @@ class Taylor2(FeatureMap):
 class Hedgehog(FeatureMap):
     """Learned spiky features (Zhang et al. 2024, arXiv 2402.04347): softmax([y, -y]), y = W x + b.
 
-    Each head has a W, the identity at first, and a b; queries and keys share them.
+    Each head has its own W, initially the identity, and b, initially 0, for queries and keys.
 
     Args:
-        head_dim: Width of what the map sees: D, or the encoding's feature_dim.
+        head_dim: Width of the map's input: D, or the encoding's feature_dim.
         num_heads: H.
 
     Raises:
-        ValueError: an argument is no positive int.
+        ValueError: an argument is not a positive int.
     """
 
     def __init__(self, head_dim: int, num_heads: int) -> None:
@@ -170,11 +178,5 @@ class Hedgehog(FeatureMap):
         return f"{self.head_dim}, {self.num_heads}"
 
 
-# maps that change the number of features, by name
+# modules that stand behind names
 WIDE_MAPS: dict[str, type[FeatureMap]] = {"dpfp": DPFP, "taylor2": Taylor2}
-
-
-def as_feature_map(feature_map: str | FeatureMap) -> str | FeatureMap:
-    """Return the module that a name of WIDE_MAPS stands for; anything else as it is."""
-    made = WIDE_MAPS.get(feature_map) if isinstance(feature_map, str) else None
-    return feature_map if made is None else made()

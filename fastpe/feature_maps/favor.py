@@ -16,29 +16,32 @@ from .base import FeatureMap
 class Favor(Resampled, FeatureMap):
     """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794), with E phi(q) . phi(k) = e^(q.k/sqrt(F)).
 
-    phi_j(x) = exp(w_j . y - |y|^2 / 2) / sqrt(R) with y = x F^(-1/4), where F is the width of what
-    the map sees: D, or the encoding's feature_dim. An encoding with scale="matched" then gives the
-    usual exp(sum_d q_d k_d C_d / sqrt(D)). Of SineSPE(num_realizations=None) and
-    FStripe(pool=False) the F features are never made: w_j . y is a projection of D (one stage).
+    phi_j(x) = exp(w_j . y - |y|^2 / 2) / sqrt(R) with y = x F^(-1/4), where F is the width of the
+    map's input: D, or the encoding's feature_dim. An encoding with scale="matched" then gives the
+    usual exp(sum_d q_d k_d C_d / sqrt(D)). With SineSPE(num_realizations=None) and
+    FStripe(pool=False) the F features are never formed: one kernel projects q and k to w_j . y.
 
-    Attention measures features from the running maximum of each, so that nothing overflows and no
-    output depends on a later key but for its rounding; the sum of weights is at least 1. Hence
-    normalize=True without eps, which is ignored. Features are made in PyTorch on every backend; its
-    scan adds them up where they grow by less than e^40 within a call, else PyTorch (`log_scan`).
-    There is a state for each head of queries, also where these share keys.
+    Attention measures each feature from its running maximum, so nothing overflows and the sum of
+    weights is at least 1. A later key changes no output by more than rounding. Use normalize=True;
+    eps is ignored. PyTorch forms the features on every backend. On a CPU the backend's scan adds
+    them up if none grows by e^40 within a call; otherwise PyTorch does (`log_scan`). Every head of
+    queries has its own state, even if heads share keys.
 
     Args:
         num_features: R, even with signs; default 2 F with signs, else F.
-        orthogonal: The w of a head are orthogonal in blocks of F, with independent lengths.
-        signs: Use w and -w, R / 2 of them.
-        per_head: Each head has w of its own, else all heads have the same.
-        resample: When training redraws w: "forward", "never", or n: at every n-th forward.
-        seed: Of the noise; default drawn from torch's generator. A copy of the module has the same
-            until its `reseed_()` is called.
+        orthogonal: True makes the w of a head orthogonal in blocks of F, with independent lengths.
+        signs: True uses R / 2 vectors w and their negatives.
+        per_head: True draws w for each head, False once for all heads.
+        resample: When training redraws w: "forward", "never", or n for every n-th forward.
+        seed: Seed of the noise; default drawn from torch's generator. A copy of the module has the
+            same noise until you call its `reseed_()`.
 
     Raises:
         ValueError: an argument is not as above.
     """
+
+    route = "favor"
+    per_head_state = True
 
     def __init__(
         self,
@@ -64,21 +67,23 @@ class Favor(Resampled, FeatureMap):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Take the seed that was given, or a new one, and begin to count again."""
+        """Take the seed you gave, or draw one, and restart the step at 0."""
         self._reset_noise()
+
+    def check_normalize(self, normalize: bool | str) -> None:
+        """Raise ValueError unless normalize is True."""
+        if normalize is not True:
+            raise ValueError(
+                "normalize must be True with Favor, whose features are known up to a factor, got "
+                f"{normalize!r}"
+            )
 
     def feature_dim(self, width: int) -> int:
         """R = num_features; by default 2 F with signs, else F."""
         return self.num_features or width * (1 + self.signs)
 
     def omega(self, num_heads: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the columns w in use, [H, F, M]: M = R / 2 with signs, else R.
-
-        Args:
-            num_heads: H.
-            width: F.
-            dtype: Of the columns.
-        """
+        """Return the w in use, [num_heads, width, M], in a dtype: M = R / 2 with signs, else R."""
         columns = self.feature_dim(width) // (1 + self.signs)
         drawn = self._noise(num_heads if self.per_head else 1, width, columns, dtype)
         return drawn.expand(num_heads, -1, -1)
@@ -89,7 +94,7 @@ class Favor(Resampled, FeatureMap):
         return orthogonalized(z) if self.orthogonal else z
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features, [..., H, R], which overflow where attention does not."""
+        """Return the features, [..., H, R]; unlike attention, they can overflow."""
         exponent, half_square = self.exponents(x)
         return (exponent - half_square).exp() * exponent.shape[-1] ** -0.5
 
@@ -103,17 +108,17 @@ class Favor(Resampled, FeatureMap):
         """Return +-w . y, [..., H, R], and |y|^2 / 2, [..., H, 1], of encoded x.
 
         Args:
-            x: [..., H, D], with a position_map [B, T, H, D].
-            positions: [B or 1, T, L], float64.
-            position_map: That makes the features y F^(1/4).
-            backend: That runs it.
+            x: Queries or keys, [..., H, D]; with a position_map [B, T, H, D].
+            positions: Their positions, [B or 1, T, L], float64.
+            position_map: The map from x to y F^(1/4), or None if x is encoded already.
+            backend: The backend that runs the map.
         """
         heads, d = x.shape[-2:]
         if isinstance(position_map, SineMap) and position_map.exact:
             width = position_map.feature_dim
             omega = self.omega(heads, width, x.dtype)
             projected = position_map._replace(noise=omega.unflatten(1, (d, position_map.rows)))
-            # sines and cosines of one phase: |y|^2 is the same at every position
+            # cos^2 + sin^2 = 1: |y|^2 is the same at every position
             weight = position_map.gain.square().sum(-1)
             if position_map.gate is not None:
                 weight = weight + position_map.gate.square()

@@ -1,1 +1,1 @@
-"""fastpe inside other packages, one module each; fastpe itself imports none of them."""
+"""fastpe inside other packages, one module for each; fastpe itself never imports those packages."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..encodings.convspe import ConvSPE
 from ..encodings.spe import SineSPE
 
-# what a parameter is called there: the PyTorch package makes the codes of queries by conv_k
+# the packages' names of parameters; in the PyTorch package conv_k makes the codes of queries
 _NAMES = {
     "pytorch": {"weight_q": "conv_k.weight", "weight_k": "conv_q.weight"},
     "jax": {"weight_q": "conv_q.kernel", "weight_k": "conv_k.kernel"},
@@ -22,18 +22,19 @@ def load_spe_state_dict(
 ) -> None:
     """Copy the parameters of a published SPE package into a module of the same sizes.
 
-    The PyTorch package makes the codes of queries by `conv_k` and of keys by `conv_q`, which are
-    swapped here; the gate of the JAX package has the opposite sign, and is negated.
+    This swaps `conv_q` and `conv_k` of the PyTorch package, where `conv_k` makes the codes of
+    queries. It negates the gate of the JAX package, which has the opposite sign.
 
     Args:
-        module: A SineSPE or ConvSPE, or a share of one, which has a gate alone.
-        state_dict: By name: freqs, offsets and gains [H, D, K], or conv_q and conv_k (PyTorch's
-            "conv_q.weight" [H D, 1, kappa], JAX's {"conv_q": {"kernel": [kappa, 1, H D]}}); and
-            the gate [H, D] of SPEFilter or SPEGate if the module has one. Arrays or tensors.
+        module: A SineSPE or ConvSPE, or a share of one, which has only a gate.
+        state_dict: Arrays or tensors by name: freqs, offsets and gains [H, D, K] for SineSPE,
+            conv_q and conv_k for ConvSPE (PyTorch's "conv_q.weight" [H D, 1, kappa], JAX's
+            {"conv_q": {"kernel": [kappa, 1, H D]}}); and the gate [H, D] of SPEFilter or SPEGate
+            if the module has one.
         package: "pytorch" or "jax".
     Raises:
-        TypeError: module is of another kind.
-        ValueError: a name is missing or too many, or a shape is not the module's.
+        TypeError: module is of another type.
+        ValueError: a name is missing or unknown, or a shape is not the module's.
     """
     if not isinstance(module, (SineSPE, ConvSPE)):
         raise TypeError(f"module must be a SineSPE or ConvSPE, got {type(module).__name__}")
@@ -59,7 +60,7 @@ def load_spe_state_dict(
         elif name == "gate" and package == "jax":
             value = -value
         values[name] = value
-    # nothing is changed unless everything fits
+    # change nothing unless everything fits
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value.reshape(own[name].shape))

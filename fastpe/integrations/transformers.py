@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_config(config, attn_implementation="fastpe")
     model.generate(**inputs, cache=StateCache())  # before transformers 5.24: past_key_values=
 
-The model keeps its projections and its own rotary encoding, whose queries and keys the feature map
-sees. Weights that were trained with softmax need training again. `save_pretrained` writes the
+The model keeps its projections and its rotary encoding; the feature map applies to the rotated
+queries and keys. Weights trained with softmax must be trained again. `save_pretrained` writes the
 arguments of `register` into the configuration, and `from_pretrained` compares them
 (`transformers_config`).
 """
@@ -25,7 +25,7 @@ from .. import backends
 from ..attention.api import causal_linear_attention, linear_attention
 from ..attention.state import LinearAttentionState
 from ..attention.validation import check_options
-from ..feature_maps.base import FeatureMap, as_feature_map
+from ..feature_maps.base import FeatureMap
 from . import transformers_config
 
 try:
@@ -45,7 +45,7 @@ except ImportError as error:
 
 __all__ = ["StateCache", "register"]
 
-# what other implementations do to logits, of which linear attention has none, and how to do without
+# options of other implementations that change logits, and how to do without them
 _OF_LOGITS = {
     "softcap": "set attn_logit_softcapping=None in the model's config",
     "s_aux": "the model has sinks, which no setting of its config removes: use another model",
@@ -55,7 +55,7 @@ _OF_LOGITS = {
     ),
     "sliding_window": "set sliding_window=None in the model's config",
 }
-# names by which configurations call the dropout of attention weights
+# the names that configurations give to the dropout of attention weights
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _NO_KEYS = (
     "StateCache holds no keys: it is for models with the attn_implementation of "
@@ -71,40 +71,38 @@ def register(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> None:
-    """Make fastpe's attention known to transformers as attn_implementation=name.
+    """Register fastpe's attention with transformers as attn_implementation=name.
 
-    o_m = sum_{n<=m} (phi(q_m) . phi(k_n)) v_n / (sum_{n<=m} phi(q_m) . phi(k_n) + eps), over all n
-    in modules that are not causal. Without logits there is nothing for the model's `scaling` to
-    scale, so it is not used, and no weights to return or to drop out.
+    o_m = sum_{n<=m} (phi(q_m) . phi(k_n)) v_n / (sum_{n<=m} phi(q_m) . phi(k_n) + eps); the sums
+    run over all n in modules that are not causal. There are no logits, so the model's `scaling` is
+    unused, and no weights to return or to drop out.
 
-    Models are refused, by ValueError in their forward, if they ask for what this cannot do:
-    attention dropout in training, sliding windows, soft caps, sinks or biases of logits, packed
-    sequences, masks per query, static caches. The error says what to set in the configuration.
-    When transformers is compiled it takes batches that come without attention_mask and without
-    cache for packed: give it the mask.
+    A model's forward raises ValueError if it asks for attention dropout in training, sliding
+    windows, soft caps, sinks or biases of logits, packed sequences, masks per query or static
+    caches. The error says what to set in the configuration. Compiled transformers treats batches
+    without attention_mask and without cache as packed: give it the mask.
 
     `save_pretrained` writes the name and these arguments into config.json. `from_pretrained`
-    refuses the model where `register` was called with others (the backend may differ) or not at
-    all.
+    refuses the model if you called `register` with other arguments (the backend may differ) or not
+    at all.
 
     Args:
-        name: The attn_implementation that models ask for. It is saved with them.
-        feature_map: phi, as in `causal_linear_attention`. All layers of all models share a module,
-            and you move it between devices, train it and redraw its noise. `save_pretrained` writes
-            a digest of its state only: save its state_dict yourself, and load it before `register`.
-        normalize: As in `causal_linear_attention`.
-        eps: Of the normaliser.
-        backend: As in `causal_linear_attention`.
+        name: The attn_implementation that models ask for; it is saved with them.
+        feature_map: phi, see `causal_linear_attention`. All layers of all models share a module;
+            you move it between devices, train it and redraw its noise. `save_pretrained` writes
+            only a digest of its state: save its state_dict yourself, and load it before `register`.
+        normalize: True, False or "abs", see `causal_linear_attention`.
+        eps: Epsilon of the normaliser.
+        backend: Backend, see `causal_linear_attention`.
 
     Raises:
-        ValueError, TypeError: an argument is not as there.
+        ValueError, TypeError: an argument is not as above.
 
     Warns:
         UserWarning: the feature map has parameters to train, or the name had other arguments.
     """
     _check_name(name)
-    feature_map = as_feature_map(feature_map)
-    check_options(feature_map, normalize, eps, None)
+    feature_map = check_options(feature_map, normalize, eps, None)
     backends.check_name(backend)
     options = {
         "feature_map": feature_map,
@@ -122,34 +120,34 @@ def _warn_of(name: str, options: dict[str, object]) -> None:
     learned = feature_map.parameters() if isinstance(feature_map, FeatureMap) else ()
     if any(x.requires_grad for x in learned):
         warnings.warn(
-            f"feature_map {feature_map.signature} has parameters that belong to no model: "
-            "model.parameters() and save_pretrained leave them out. Train them and save "
+            f"feature_map {feature_map.signature} has parameters that belong to no model, so "
+            "model.parameters() and save_pretrained omit them. Train them and save "
             "feature_map.state_dict() yourself, or freeze them (feature_map.requires_grad_(False))",
             stacklevel=3,
         )
     described = transformers_config.described
     if before is not None and described(before) != described(options):
         warnings.warn(
-            f"name {name!r} was registered with other arguments: the models that were made with it "
-            "now compute with the new ones. Register each set of arguments under a name of its own",
+            f"name {name!r} was registered with other arguments: models made with it now use the "
+            "new ones. Register each set of arguments under its own name",
             stacklevel=3,
         )
 
 
 def _options_of(name: str) -> dict[str, object] | None:
-    """Return the arguments of `register` under that name; None for other implementations."""
+    """Return the arguments of `register` for a name; None for other implementations."""
     function = AttentionInterface().get(name)
     ours = isinstance(function, partial) and function.func is _attention
     return function.keywords["options"] if ours else None
 
 
 def _check_name(name: str) -> None:
-    # transformers reads more out of these: hub repositories, its own implementations
+    # transformers reads other names as hub repositories or as its own implementations
     taken = re.compile(r"eager|sdpa|flash|flex_attention|paged")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or taken.search(name):
         raise ValueError(
-            "name must be of letters, digits, '_', '-' and '.', without eager, sdpa, flash, "
-            f"flex_attention and paged, which are transformers' own, got {name!r}"
+            "name must be of letters, digits, '_', '-' and '.', without transformers' own eager, "
+            f"sdpa, flash, flex_attention and paged, got {name!r}"
         )
 
 
@@ -157,8 +155,8 @@ class StateCache(Cache):
     """A cache for `generate` that keeps the sums of linear attention instead of keys and values.
 
     Its size and the time of a token do not depend on the number of tokens before. Sums cannot
-    forget: a key stays masked or not as it was when it came, and what takes tokens back (assisted
-    generation) is refused by ValueError.
+    forget: you cannot mask a key later, and removing tokens, as assisted generation does, raises
+    ValueError.
     """
 
     def __init__(self) -> None:
@@ -179,7 +177,7 @@ class _StateLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[_NewKeys, Tensor]:
-        # the output needs the queries, which only the attention function is given
+        # only the attention function gets the queries, so it updates the state
         self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
         return _NewKeys(key_states, self), value_states
@@ -224,9 +222,9 @@ class _StateLayer(CacheLayerMixin):
 
 
 class _NewKeys:
-    """Keys on their way from `update` to `_attention`, [B, Hk, T, D], with the state before them.
+    """New keys [B, Hk, T, D] that `update` hands to `_attention`, with the layer's state.
 
-    No tensor, so that attention over these keys alone is an error in every other implementation.
+    This is not a tensor, so every other implementation raises instead of attending to these alone.
     """
 
     def __init__(self, keys: Tensor, layer: _StateLayer) -> None:
@@ -251,7 +249,7 @@ def _mask(
     config: PreTrainedConfig | None = None,
     **kwargs: object,
 ) -> Tensor | _Refused | None:
-    """Return which keys are not padding, [B, kv_length], or None for all of them."""
+    """Return True at keys that are not padding, [B, kv_length], or None if no key is padding."""
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         return _Refused(
             "attn_implementation of fastpe takes causal masks and padding only, but the model asks "
@@ -269,13 +267,13 @@ def _mask(
     if attention_mask.shape[1] != kv_length:
         raise ValueError(
             f"attention_mask must cover the {kv_offset + kv_length} tokens so far, "
-            f"got {kv_offset + attention_mask.shape[1]}: add the columns of those in the cache"
+            f"got {kv_offset + attention_mask.shape[1]}: add the columns of tokens in the cache"
         )
     return attention_mask
 
 
 class _Refused:
-    """A mask that cannot be had; an error where a layer uses it, as Gemma makes masks for none."""
+    """An unsupported mask; raises only if a layer uses it, since Gemma also makes unused masks."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -293,7 +291,7 @@ def _remedy_of_mask(config: PreTrainedConfig | None) -> str:
     elif getattr(config, "sliding_window", None) is not None:
         return f"sliding_window of its config is {config.sliding_window}; set it to None"
     return (
-        "packed sequences (position_ids that begin again), a mask per query or a block; give each "
+        "packed sequences (position_ids that restart), a mask per query or a block; give each "
         "sequence a row of its own, padded, with attention_mask [B, T]"
     )
 
@@ -310,21 +308,14 @@ def _attention(
     options: dict[str, object],
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attend, with the arguments that transformers gives; return o [B, Tq, H, E] and no weights.
+    """Return o [B, Tq, H, E] and None for the weights; transformers calls this.
 
-    Args:
-        module: The attention module.
-        query: [B, H, Tq, D].
-        key: [B, Hk, Tk, D], or the new ones of a StateCache.
-        value: [B, Hk, Tk, E].
-        attention_mask: From `_mask`.
-        dropout: Refused unless 0.
-        is_causal: Default: the module's.
-        options: Of `register`.
+    query is [B, H, Tq, D], key [B, Hk, Tk, D], value [B, Hk, Tk, E]. attention_mask comes from
+    `_mask`, and options are the arguments of `register`.
     """
     if dropout:
         raise ValueError(
-            f"attention dropout must be 0, as linear attention drops no weights, got {dropout}: "
+            f"attention dropout must be 0, as linear attention has no weights, got {dropout}: "
             f"build the model with {_dropout_of(module)}=0 in its config"
         )
     if isinstance(attention_mask, _Refused):
@@ -338,7 +329,7 @@ def _attention(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask must be [B, Tk], true where a key is no padding, got shape "
-            f"{tuple(attention_mask.shape)}: masks per query are softmax's alone"
+            f"{tuple(attention_mask.shape)}: only softmax takes masks per query"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = key.layer if isinstance(key, _NewKeys) else None
@@ -349,7 +340,7 @@ def _attention(
     if not causal:
         if layer is not None:
             raise ValueError(
-                "past_key_values must not be a StateCache in a module that is not causal: it keeps "
+                "past_key_values must not be a StateCache in a module that is not causal: it holds "
                 "sums up to a token"
             )
         return linear_attention(q, k, v, **options), None
@@ -362,7 +353,7 @@ def _attention(
 
 
 def _dropout_of(module: nn.Module) -> str:
-    """Return how the model's configuration calls its attention dropout."""
+    """Return the name of attention dropout in the model's configuration."""
     config = getattr(module, "config", None)
     named = [name for name in _DROPOUTS if getattr(config, name, 0)]
     return named[0] if named else "attention_dropout (or attn_pdrop)"

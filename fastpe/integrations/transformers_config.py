@@ -1,8 +1,8 @@
-"""The entry `fastpe` of a transformers configuration: how the attention was trained.
+"""The entry `fastpe` of a transformers configuration: the attention used in training.
 
-transformers saves neither the name of an attention implementation nor its options. `install` makes
-every configuration write both, and every model compare them with what `register` was called with.
-Without fastpe the name alone makes transformers refuse the model.
+transformers saves neither the name of an attention implementation nor its options. After `install`
+every configuration saves both, and every model compares them with the arguments of `register`.
+Without fastpe, transformers refuses the model because of the unknown name.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..feature_maps.base import FeatureMap
 
-# what does not decide about outputs
+# options that do not change outputs
 _NOT_COMPARED = {"name", "backend"}
 _TRAIN_ANEW = (
-    "to train the weights anew, pass fastpe=None to from_pretrained, or set config.fastpe to None, "
-    "in sub-configs too"
+    "to train the weights again, pass fastpe=None to from_pretrained, or set config.fastpe to "
+    "None, in sub-configs too"
 )
 
 Options = dict[str, object]
 
 
 def install(options_of: Callable[[str], Options | None]) -> None:
-    """Make configurations carry their entry, and models check it.
+    """Patch transformers: configurations carry their entry, and models check it.
 
-    Args:
-        options_of: Returns the options of `register` by name, None for other implementations.
+    options_of returns the options of `register` for a name, None for other implementations.
     """
     to_dict = PreTrainedConfig.to_dict
     choose = PreTrainedModel.get_correct_attn_implementation
@@ -63,14 +62,14 @@ def install(options_of: Callable[[str], Options | None]) -> None:
 
 
 def _entry(config: PreTrainedConfig, options_of: Callable) -> Options | None:
-    # of the attention in use; where that is not ours, of the one that the weights came with
+    # describe our attention if it is in use, else keep the entry that the weights came with
     name = getattr(config, "_attn_implementation", None)
     options = options_of(name)
     return vars(config).get("fastpe") if options is None else {"name": name, **described(options)}
 
 
 def _implementation(config: PreTrainedConfig, options_of: Callable) -> str | dict | None:
-    """Return the attn_implementation to save: a dict by part where the parts of a model differ."""
+    """Return the attn_implementation to save: a dict by part if the model's parts differ."""
     entry = _entry(config, options_of)
     own = None if entry is None else entry["name"]
     configs = {key: getattr(config, key, None) for key in config.sub_configs}
@@ -82,18 +81,18 @@ def _implementation(config: PreTrainedConfig, options_of: Callable) -> str | dic
     if all(part == own for part in parts.values()):
         return own
     if own is not None:
-        # transformers gives `own` to every part that is not named
+        # transformers gives `own` to every part that the dict lacks
         parts = {key: part or configs[key]._attn_implementation for key, part in parts.items()}
     return {key: part for key, part in {"": own, **parts}.items() if part is not None}
 
 
 def described(options: Options) -> Options:
-    """Return options of `register` as JSON has them; a module by its signature and state."""
+    """Return options of `register` for JSON; a module becomes its signature and state."""
     feature_map = options["feature_map"]
     if not isinstance(feature_map, FeatureMap):
         return dict(options)
     state = {name: _digest(x) for name, x in feature_map.state_dict().items()}
-    if feature_map.noise_key is not None:  # as the user knows them, not as buffers hold them
+    if feature_map.noise_key is not None:  # plain numbers instead of their codes
         codes = "seed_code", "step_code"
         state = {name: x for name, x in state.items() if name not in codes}
         state |= {"seed": feature_map.seed, "step": feature_map.step}
@@ -112,7 +111,7 @@ def _digest(x: object) -> int | float | str:
 def _checked(
     model: PreTrainedModel, requested: str | None, is_init_check: bool, options_of: Callable
 ) -> str | None:
-    """Return the implementation to use: the one asked for, else that of the entry."""
+    """Return the implementation to use: the requested one, else the entry's."""
     config = model.config
     entry = _read_entry(config)
     if requested is None and entry is not None:
@@ -122,14 +121,13 @@ def _checked(
         _check_interface(model, requested)
         if entry is not None:
             _compare(requested, described(options), entry)
-        # from_pretrained makes models on "meta" before it loads them
+        # from_pretrained builds models on "meta" before it loads weights
         loaded = not is_init_check or torch.get_default_device().type == "meta"
         if config.name_or_path and loaded and "fastpe" not in vars(config):
             warnings.warn(
                 f"attn_implementation is {requested!r}, but the config of {config.name_or_path!r} "
-                "has no entry `fastpe` that says that its weights were trained with it: weights "
-                "that were trained with softmax must be trained again (save_pretrained then adds "
-                "the entry)",
+                "has no entry `fastpe` to say that its weights were trained with it: weights "
+                "trained with softmax must be trained again (save_pretrained then adds the entry)",
                 stacklevel=4,
             )
     elif entry is not None and requested == entry["name"]:
@@ -140,7 +138,7 @@ def _checked(
     elif entry is not None:
         warnings.warn(
             f"attn_implementation is {requested!r}, but the weights were trained with fastpe's "
-            f"attention (config.fastpe): the outputs are not those of the trained model. Call "
+            f"attention (config.fastpe), so outputs differ from the trained model's. Call "
             f"{_call(entry)} and pass attn_implementation={entry['name']!r}; {_TRAIN_ANEW}",
             stacklevel=4,
         )
@@ -159,13 +157,13 @@ def _read_entry(config: PreTrainedConfig) -> Options | None:
 
 
 def _check_interface(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model with attention of its own, which takes the lack of a mask for no mask."""
+    """Refuse a model with its own attention, which would attend without a causal mask."""
     if not (model._supports_attention_backend or model._can_set_attn_implementation()):
         raise ValueError(
             f"attn_implementation {name!r} must be for models whose attention goes through "
             f"transformers' AttentionInterface, got {type(model).__name__}, which would ignore it: "
             "use another model, or name the parts that it is for, as attn_implementation="
-            f"{{'text_config': {name!r}}}. If this model does go through it, set "
+            f"{{'text_config': {name!r}}}. If this model does use the interface, set "
             "_supports_attention_backend = True on its class"
         )
 
@@ -181,9 +179,9 @@ def _compare(name: str, here: Options, entry: Options) -> None:
 
 
 def _call(entry: Options) -> str:
-    """Return the call of `register` that the entry stands for."""
+    """Return the call of `register` that matches the entry."""
     state = entry.get("feature_map_state")
-    # a module is written as its constructor is called
+    # a module's signature is a constructor call
     feature_map = repr(entry["feature_map"]) if state is None else entry["feature_map"]
     call = (
         f"fastpe.integrations.transformers.register({entry['name']!r}, feature_map={feature_map}, "

@@ -1,23 +1,24 @@
-"""Attention to the last keys only, by content and lag.
+"""Attention to the last kappa keys, by content and lag.
 
-Time is proportional to T kappa, memory to T: weights exist for a few queries at a time.
+Time grows as T kappa and memory as T, because weights exist for a few queries at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .register import first_order, operator
+from .register import differentiable, direct
 
-# numbers of a temporary, so that it stays in a cache
+# numbers in a temporary, few enough for a CPU's cache
 _ROOM = 2**18
 
 
 def _windows(x: Tensor, tile: slice, size: int) -> Tensor:  # [B, n, size, H, .]
-    # a view: the windows of the queries of a tile overlap
+    # a view: windows overlap
     return x[:, tile.start : tile.stop + size - 1].unfold(1, size, 1).movedim(-1, 2)
 
 
@@ -56,7 +57,7 @@ def _backward(
         dp += (dweight * product).sum((0, 1))
         part = dweight * p
         dq[:, tile] = (part * keys).sum(2)
-        # windows overlap: one query after the other
+        # windows overlap: add one query at a time
         by_k, by_v = part * query, weight * grad
         for i in range(tile.stop - tile.start):
             window = slice(tile.start + i, tile.start + i + taps)
@@ -66,42 +67,33 @@ def _backward(
     return tuple(g if need else q.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
-@operator(
-    "banded(Tensor q, Tensor k, Tensor v, Tensor kernel) -> Tensor",
-    lambda q, k, v, kernel: q.new_empty((*q.shape[:-1], v.shape[-1])),
+class NoOptions(NamedTuple):
+    """No arguments but tensors."""
+
+
+#: o_m = sum_{n=m..m+kappa-1} (sum_d q_md k_nd kernel_d[m + kappa - 1 - n]) v_n, [B, T, H, E]; keys
+#: and values begin kappa - 1 tokens before the queries. The gradient computes weights again.
+Banded = differentiable(
+    "banded",
+    tensors="q k v kernel",
+    options=NoOptions,
+    outputs="o",
+    learned="q k v kernel",
+    fake=lambda tensors, _: tensors[0].new_empty((*tensors[0].shape[:-1], tensors[2].shape[-1])),
+    forward=lambda tensors, _: _forward(*tensors),
+    backward=lambda grads, tensors, options, saved, needs: _backward(*grads, *tensors, needs),
 )
-def _banded(q, k, v, kernel):
-    return _forward(q, k, v, kernel)
 
 
-def _backward_fake(grad_o, *rest):
-    *inputs, needs = rest
-    return tuple(
-        torch.empty_like(i, memory_format=torch.contiguous_format) if need else i.new_empty(0)
-        for i, need in zip(inputs, needs, strict=True)
-    )
+def banded(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
+    """Apply `Banded`, without its bookkeeping if nothing is recorded.
 
-
-@operator(
-    "banded_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor kernel, bool[] needs) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dkernel)",
-    _backward_fake,
-)
-def _banded_backward(*args):
-    return _backward(*args)
-
-
-class Banded(torch.autograd.Function):
-    """o_m = sum_{n=m..m+kappa-1} (sum_d q_md k_nd kernel_d[m + kappa - 1 - n]) v_n."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, kernel):
-        """Return o, [B, T, H, E]; keys and values begin kappa - 1 tokens before the queries."""
-        ctx.save_for_backward(q, k, v, kernel)
-        return _banded(q, k, v, kernel)
-
-    @staticmethod
-    def backward(ctx, grad_o):
-        """Return the gradients; weights are computed again."""
-        args = (grad_o, *ctx.saved_tensors)
-        return tuple(first_order(_banded_backward, args, ctx.needs_input_grad))
+    Args:
+        q: Queries, [B, T, H, D].
+        k: Keys, [B, T + kappa - 1, H, D].
+        v: Values, [B, T + kappa - 1, H, E].
+        kernel: Weights of lags 0 .. kappa - 1, [H, D, kappa].
+    """
+    if direct((q, k, v, kernel)):
+        return _forward(q, k, v, kernel)
+    return Banded.apply(q, k, v, kernel, NoOptions())

@@ -1,4 +1,4 @@
-"""The scan: features, causal linear attention and normaliser of q, k, v."""
+"""The scan: features, causal linear attention and normaliser of q, k and v."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.specs import Rotation, ScanOptions, SineMap, compute_dtype, state_heads
-from .register import first_order, operator, plain, refuse_transforms
-
-_SCAN_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? s0, Tensor? z0, Tensor? positions, Tensor? freq, "
-    "Tensor? ranges, "
-    "str feature_map, str normalize, float eps, bool interleaved, bool pool, bool map_first, "
-    "float scale, int chunk, str backend"
-)
+from .register import differentiable, direct
 
 
-def _causal_dot_fake(q, k, v, s0, z0, positions, freq, ranges, *options):
-    options = ScanOptions(*options)
+def _fake(tensors, options):
+    q, k, v, _, _, _, freq, ranges = tensors
     b, t, h, d = q.shape
-    sequences, states = b if ranges is None else ranges.shape[0], state_heads(q, k, v, freq)
+    sequences = b if ranges is None else ranges.shape[0]
+    states = state_heads(h, k.shape[2], v.shape[2], 0 if freq is None else freq.shape[0])
     r, rz = options.widths(d)
     dtype, e = compute_dtype(q), v.shape[-1]
     return (
@@ -31,75 +25,61 @@ def _causal_dot_fake(q, k, v, s0, z0, positions, freq, ranges, *options):
     )
 
 
-@operator(
-    f"causal_dot({_SCAN_INPUTS}) -> (Tensor o, Tensor den, Tensor s, Tensor z)", _causal_dot_fake
-)
-def _causal_dot(*args):
-    return backends.load(args[-1]).causal_dot(*args[:8], ScanOptions(*args[8:]))
+def _forward(tensors, options):
+    return backends.load(options.backend).causal_dot(*tensors, options)
 
 
-def _causal_dot_backward_fake(grad_o, grad_s, grad_z, q, k, v, s0, z0, positions, freq, *rest):
-    needs = rest[-1]
-    inputs = (q, k, v, s0, z0, positions, freq)
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else q.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+def _backward(grads, tensors, options, saved, needs):
+    grad_o, grad_s, grad_z = grads
+    if grad_o is None:
+        grad_o = torch.zeros_like(saved[0])
+    *before, positions, freq, ranges = tensors
+    alone = grad_s is None and grad_z is None and before[3] is None
+    if alone and needs[6] and options.relative:
+        positions = positions - positions[:, :1]
+    grads, tensors = (grad_o, grad_s, grad_z), (*before, positions, freq, ranges)
+    return backends.load(options.backend).causal_dot_backward(
+        grads, tensors, options, *saved, needs
     )
 
 
-@operator(
-    f"causal_dot_backward(Tensor grad_o, Tensor? grad_s, Tensor? grad_z, {_SCAN_INPUTS}, "
-    "Tensor o, Tensor den, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, "
-    "Tensor dz0, Tensor dpositions, Tensor dfreq)",
-    _causal_dot_backward_fake,
+#: o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after.
+#:
+#: q is [B, T, H, D]; k and v have a divisor of H heads each, which neighbours of q's heads share.
+#: With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i
+#: to before the second; there are S states, and tokens of no sequence get zeros. Returns
+#: o [B, T, H, E] and the final state s [S, Hs, R, E], z [S, Hs, Rz].
+CausalDot = differentiable(
+    "causal_dot",
+    tensors="q k v s0? z0? positions? freq? ranges?",
+    options=ScanOptions,
+    outputs="o _den s z",
+    learned="q k v s0 z0 positions freq",
+    saved="o _den",
+    fake=_fake,
+    forward=_forward,
+    backward=_backward,
 )
-def _causal_dot_backward(*args):
-    grads, inputs, options, saved = args[:3], args[3:11], ScanOptions(*args[11:20]), args[20:]
-    return backends.load(options.backend).causal_dot_backward(grads, inputs, options, *saved)
 
 
-class CausalDot(torch.autograd.Function):
-    """o_m = sum_{n<=m} (phi_m . psi_n) v_n, normalised, with the state before and after.
-
-    q is [B, T, H, D]; k and v have a divisor of H heads each, which neighbours of q's heads share.
-    With ranges, int64 [S, 2], B is 1 and sequence i has the tokens from the first number of row i
-    to before the second; there are S states, and tokens of no sequence get zeros.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, s0, z0, positions, freq, ranges, options):
-        """Return o [B, T, H, E] and the final state s [S, Hs, R, E], z [S, Hs, Rz]."""
-        o, den, s, z = _causal_dot(q, k, v, s0, z0, positions, freq, ranges, *options)
-        ctx.save_for_backward(q, k, v, s0, z0, positions, freq, ranges, o, den)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return o, s, z
-
-    @staticmethod
-    def backward(ctx, grad_o, grad_s, grad_z):
-        """Return the gradients of the tensors."""
-        *inputs, o, den = ctx.saved_tensors
-        if grad_o is None:
-            grad_o = torch.zeros_like(o)
-        alone = grad_s is None and grad_z is None and inputs[3] is None
-        if alone and ctx.needs_input_grad[6] and ctx.options.relative:
-            inputs[5] = inputs[5] - inputs[5][:, :1]
-        args = (grad_o, grad_s, grad_z, *inputs, *ctx.options, o, den)
-        return *first_order(_causal_dot_backward, args, ctx.needs_input_grad[:7]), None, None
-
-
-def causal_dot(*tensors: Tensor | None, options: ScanOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply `CausalDot`; without its bookkeeping where nothing is recorded.
+def causal_dot(
+    *tensors: Tensor | None, options: ScanOptions, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply `CausalDot`, without its bookkeeping if nothing is recorded.
 
     Args:
         tensors: q, k, v, s0, z0, positions, freq, ranges.
-        options: Of the scan.
+        options: How features and weights are made, and the backend.
+        padding: [B, T], True at padding; only for a backend in PyTorch, whose outputs are 0 there.
     """
-    if plain(tensors):
-        o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
-        return o, s, z
-    refuse_transforms()
-    return CausalDot.apply(*tensors, options)
+    backend = backends.load(options.backend)
+    if backend.IN_PYTORCH:
+        o, _, s, z = backend.causal_dot(*tensors, options, padding=padding)
+    elif direct(tensors):
+        o, _, s, z = backend.causal_dot(*tensors, options, save=False)
+    else:
+        o, s, z = CausalDot.apply(*tensors, options)
+    return o, s, z
 
 
 def step(
@@ -111,19 +91,17 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Return o, s, z and lost of one token after a state, by one call of the backend.
 
-    None where something is recorded, or the backend makes features and attends in several calls.
+    None if something is recorded, or if the backend makes features and attends in several calls.
 
     Args:
         tensors: q, k, v, s0 and z0.
         positions: [B or 1, 1, L], if there are maps.
-        maps: Of q and k.
-        options: Of the scan.
-        lost: What float32 rounded off s0 and z0, [S, Hs, R E + Rz]; default nothing.
+        maps: Position maps of q and k.
+        options: As in `causal_dot`.
+        lost: The part of s0 and z0 that float32 rounded off, [S, Hs, R E + Rz]; default nothing.
     """
-    of_maps = (x for each in maps or () for x in each if isinstance(x, Tensor))
-    if not plain((*tensors, lost, positions, *of_maps)):
-        return None
     backend = backends.load(options.backend)
-    if not hasattr(backend, "step"):
+    of_maps = [] if maps is None else [x for x in (*maps[0], *maps[1]) if isinstance(x, Tensor)]
+    if not hasattr(backend, "step") or not direct((*tensors, lost, positions, *of_maps)):
         return None
     return backend.step(*tensors, positions, maps, options, lost)

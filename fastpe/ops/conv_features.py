@@ -1,7 +1,7 @@
-"""The features of ConvSPE: noise filtered around each position, in tiles of positions.
+"""The features of ConvSPE: products with noise filtered around each position.
 
-Noise and codes exist for one tile at a time and are made again for the gradient. Tokens at one
-position share a code, and so do sequences that share positions.
+Noise and codes exist for one tile of positions at a time; the gradient computes them again. Tokens
+at one position share a code, and so do sequences that share positions.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 from ..backends.specs import compute_dtype
 from .noise import CONV, philox_normal
-from .register import first_order, operator, plain, refuse_transforms
+from .register import differentiable, direct
 
-# positions of a tile: always as many, wherever it begins, so that a code has the same bits for
-# whatever else is asked for
+# positions of a tile; fixed, so that a code has the same bits in every call
 TILE = 64
-# tiles whose noise is kept for single tokens, 25 MB each at H D = 512, R = 64, kappa = 128
+# tiles whose noise decoding keeps, 25 MB each at H D = 512, R = 64, kappa = 128
 _KEPT = 2
 
 
@@ -28,11 +27,11 @@ class Filter(NamedTuple):
     """The code of position s: sum_j weight[j] Z[s + j] + constant, for each h, d and r.
 
     Attributes:
-        weight: [H, D, kappa].
-        constant: [H, D, R], or None.
-        seed: Of the noise Z, int64 scalar.
-        step: Of the noise, int64 scalar.
-        module: Of the noise.
+        weight: The filter, [H, D, kappa].
+        constant: The gate's part, [H, D, R], or None.
+        seed: Seed of the noise Z, int64 scalar.
+        step: Step of the noise, int64 scalar.
+        module: Module id of the noise.
         num_realizations: R.
     """
 
@@ -45,14 +44,14 @@ class Filter(NamedTuple):
 
 
 class KeptNoise:
-    """The noise of the tiles that single tokens stand in: they are likely to be asked for again."""
+    """A cache for decoding: the noise of the tiles that the last single tokens stood in."""
 
     def __init__(self) -> None:
-        # what they were made of, and the noise of each; replaced in one piece
+        # key and noise by tile; assigned at once, since other threads read it
         self._known: tuple[tuple, dict[int, Tensor]] = (), {}
 
     def codes(self, positions: Tensor, fir: Filter, dtype: torch.dtype) -> Tensor:
-        """Return the codes of positions [N], [N, H, D, R]."""
+        """Return the codes [N, H, D, R] of positions [N]."""
         h, d, taps = fir.weight.shape
         key = int(fir.seed), int(fir.step), fir.module, fir.num_realizations, dtype, (h, d, taps)
         key = *key, fir.seed.device
@@ -95,7 +94,7 @@ def _integers(positions: Tensor) -> Tensor:  # [N]
 
 
 class _Codes:
-    """Makes codes by tile, from tokens [G, N, H, .]: G sequences that share positions, or one."""
+    """Codes by tile for tokens [G, N, H, .], where G sequences share positions or G = 1."""
 
     def __init__(self, x: Tensor, positions: Tensor, fir: Filter) -> None:
         b, t = x.shape[:2]
@@ -108,15 +107,15 @@ class _Codes:
 
     @property
     def window(self) -> int:
-        """Rows of noise that a tile needs."""
+        """The rows of noise that a tile reads."""
         return TILE + self.fir.weight.shape[-1] - 1
 
     def grouped(self, x: Tensor) -> Tensor:
-        """Return [B, T, H, .] as [G, N, H, .]."""
+        """Reshape [B, T, H, .] to [G, N, H, .]."""
         return x.reshape(*self.groups, *x.shape[2:])
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the columns of at most a tile of tokens, their rows in the tile, and its noise."""
+        """Yield indices of at most TILE tokens of a tile, their rows in it, and its noise."""
         order = self.positions.argsort(stable=True)
         tile = self.positions[order].div(TILE, rounding_mode="floor")
         found, count = (x.tolist() for x in tile.unique_consecutive(return_counts=True))
@@ -127,13 +126,13 @@ class _Codes:
                 yield part, self.positions[part] - i * TILE, noise
 
     def _noise(self, first: int, before: Tensor | None) -> Tensor:  # [H, D, window, R]
-        # what the tile before has of it is kept
+        # the tile before overlaps this one: draw the rest only
         kept = 0 if before is None else self.window - TILE
         new = _noise(self.fir, self.dtype, first + kept, self.window - kept)
         return new if before is None else torch.cat((before[:, :, TILE:], new), 2)
 
     def code(self, head: int, rows: Tensor, noise: Tensor) -> Tensor:
-        """Return the codes of rows of a tile, [n, D, R]."""
+        """Return the codes [n, D, R] of rows of a tile."""
         operands, constant = (self.matrices[head], noise[head]), self.fir.constant
         if constant is None:
             code = torch.bmm(*operands)
@@ -142,7 +141,7 @@ class _Codes:
         return code.transpose(0, 1).index_select(0, rows)
 
     def by_token(self, x: Tensor, columns: Tensor, head: int) -> Tensor:
-        """Return tokens of one head, [n, G, .]."""
+        """Return some tokens of one head, [n, G, .]."""
         return x[:, columns, head].transpose(0, 1).to(self.dtype)
 
 
@@ -169,7 +168,7 @@ def _backward(
     dconstant = dweight.new_zeros((*weight.shape[:2], fir.num_realizations))
     taps = torch.arange(weight.shape[-1], device=x.device)
     for columns, rows, noise in codes.tiles():
-        # number j of the filter met row s + j of the noise
+        # entry j of the filter multiplied row s + j of the noise
         met = (rows[:, None] + taps).expand(x.shape[-1], -1, -1)
         for h in range(x.shape[2]):
             grad = codes.by_token(grads, columns, h)
@@ -188,73 +187,45 @@ def _backward(
     return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs, strict=True))
 
 
-_INPUTS = (
-    "Tensor x, Tensor positions, Tensor weight, Tensor? constant, Tensor seed, Tensor step, "
-    "int module, int num_realizations"
+class ConvOptions(NamedTuple):
+    """The arguments of the operator that are no tensors."""
+
+    module: int
+    num_realizations: int
+
+
+#: Features of ConvSPE, [B, T, H, R], whose codes are made again for the gradient.
+ConvFeatures = differentiable(
+    "conv_features",
+    tensors="x positions weight constant? seed step",
+    options=ConvOptions,
+    outputs="y",
+    learned="x weight constant",
+    fake=lambda tensors, options: tensors[0].new_empty(
+        (*tensors[0].shape[:-1], options.num_realizations)
+    ),
+    forward=lambda tensors, options: _forward(*tensors[:2], Filter(*tensors[2:], *options)),
+    backward=lambda grads, tensors, options, saved, needs: _backward(
+        *grads, *tensors[:2], Filter(*tensors[2:], *options), needs
+    ),
 )
-
-
-@operator(
-    f"conv_features({_INPUTS}) -> Tensor",
-    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[-1])),
-)
-def _conv_features(x, positions, *fir):
-    return _forward(x, positions, Filter(*fir))
-
-
-def _backward_fake(grad_y, x, positions, weight, constant, *rest):
-    inputs = zip((x, weight, constant), rest[-1], strict=True)
-    return tuple(
-        torch.empty_like(i, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for i, need in inputs
-    )
-
-
-@operator(
-    f"conv_features_backward(Tensor grad_y, {_INPUTS}, bool[] needs) "
-    "-> (Tensor dx, Tensor dweight, Tensor dconstant)",
-    _backward_fake,
-)
-def _conv_features_backward(grad_y, x, positions, *rest):
-    return _backward(grad_y, x, positions, Filter(*rest[:-1]), rest[-1])
-
-
-class ConvFeatures(torch.autograd.Function):
-    """Features of ConvSPE, whose codes are made anew for the gradient."""
-
-    @staticmethod
-    def forward(ctx, x, positions, weight, constant, seed, step, module, num_realizations):
-        """Return the features, [B, T, H, R]."""
-        args = x, positions, weight, constant, seed, step, module, num_realizations
-        ctx.save_for_backward(*args[:6])
-        ctx.options = args[6:]
-        return _conv_features(*args)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        """Return the gradients of x, the filter and the constant; positions are integers."""
-        args = (grad_y, *ctx.saved_tensors, *ctx.options)
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3))
-        dx, dweight, dconstant = first_order(_conv_features_backward, args, needs)
-        return dx, None, dweight, dconstant, None, None, None, None
 
 
 def conv_features(x: Tensor, positions: Tensor, fir: Filter, kept: KeptNoise) -> Tensor:
-    """Return y[h, r] = sum_d x[h, d] code[h, d, r], the code that of the token's position.
+    """Return y[h, r] = sum_d x[h, d] code[h, d, r] with the code of the token's position.
 
     Args:
         x: Queries or keys, [B, T, H, D].
-        positions: [B or 1, T, 1], float64; integers of either sign, in any order.
-        fir: What codes are made of.
-        kept: Where noise is kept from one decoded token to the next.
+        positions: Integers of either sign, in any order; [B or 1, T, 1], float64.
+        fir: The filter and noise of the codes.
+        kept: A cache of noise for decoding.
     Returns:
         [B, T, H, R] in the dtype of x.
     Raises:
-        ValueError: a position is no integer.
+        ValueError: a position is not an integer.
     """
-    if plain((x, positions, fir.weight, fir.constant)):
+    if direct((x, positions, fir.weight, fir.constant)):
         if x.shape[1] == 1 and x.shape[0]:
             return _one_token(x, positions, fir, kept)
         return _forward(x, positions, fir)
-    refuse_transforms()
-    return ConvFeatures.apply(x, positions, *fir)
+    return ConvFeatures.apply(x, positions, *fir[:4], ConvOptions(*fir[4:]))

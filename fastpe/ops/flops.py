@@ -1,15 +1,15 @@
-"""How many floating-point operations the operators take, for torch.utils.flop_counter.
+"""The floating-point operations of each operator, for torch.utils.flop_counter.
 
-As torch counts: two for each multiplication of a matrix product, none for what is done element by
-element. Each operator is counted as the products it is made of, whichever backend runs it:
+As in torch, each multiplication of a matrix product counts two, and elementwise work counts
+nothing. The count of an operator is the same on every backend:
 
-* `causal_dot` as chunks of `chunk_size` tokens, 64 by default, as the reference has them. A chunk
-  of C tokens takes the products queries x keys and weights x values, both triangles of them, and
-  two with the state. Its gradient is three more scans, of which two have their state in common.
-* `sine_features` as if no two tokens had one position. The CPU does less where they have.
-* `conv_features` and `banded` as the loops of conv.py and banded.py.
+* `causal_dot`: chunks of `chunk_size` tokens, 64 by default, as in the reference. A chunk takes
+  queries x keys and weights x values, both triangles of each, and two products with the state. The
+  gradient takes three more scans, two of which share a state.
+* `sine_features`: as if no two tokens had one position. With equal positions the CPU does less.
+* `conv_features` and `banded`: the loops of conv_features.py and banded.py.
 
-Noise takes no products. `backend="reference"` is PyTorch, which counts itself.
+Noise takes no products. torch counts `backend="reference"` itself.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ _FORMULAS: dict[str, Callable[..., int]] = {}
 
 
 def _formula(function: Callable[..., int]) -> Callable[..., int]:
-    """Note the formula of the operator of the same name: its arguments and out_val, to FLOPs."""
+    """Register a function from an operator's arguments and out_val to its FLOPs, by its name."""
     _FORMULAS[function.__name__] = function
     return function
 
 
 def _readable(x: Tensor) -> bool:
-    # neither fake nor without memory
     return type(x) is Tensor and not x.is_meta
 
 
 class _Scan:
-    """Multiplications of one scan: by pairs of tokens in a chunk, and by tokens."""
+    """Multiplications of one scan: for pairs of tokens in a chunk, for tokens, and for phases."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         q, _, v, _, _, positions, freq, ranges = inputs
@@ -54,32 +53,32 @@ class _Scan:
         pairs = h * sum(n // chunk * chunk**2 + (n % chunk) ** 2 for n in lengths)
         r, e = options.widths(d)[0], v.shape[-1]
         self.within, self.state = pairs * (r + e), h * sum(lengths) * r * e
-        # phases of queries and of keys
+        # for queries and for keys
         self.phases = 0 if freq is None else 2 * positions.shape[0] * t * freq.numel()
 
 
 @_formula
 def causal_dot(*args: object, out_val: object = None) -> int:
-    """Count a scan: two products in chunks, two with the state."""
+    """Count two products in chunks, two with the state, and phases."""
     scan = _Scan(args[:8], ScanOptions(*args[8:]))
     return 2 * (scan.within + 2 * scan.state + scan.phases)
 
 
 @_formula
 def causal_dot_backward(*args: object, out_val: object = None) -> int:
-    """Count three scans, as far as gradients are needed."""
+    """Count the scans of the gradients that are needed."""
     scan, needs = _Scan(args[3:11], ScanOptions(*args[11:20])), args[-1]
-    # phases are turned by both gradients
+    # gradients of phases need those of queries and of keys
     turns = needs[5] or needs[6]
     by_q, by_k, by_v = needs[0] or turns, needs[1] or turns, needs[2]
     total = (by_q + by_k + by_v) * (scan.within + scan.state)
-    # the states that the scans go through: of keys and values, of queries and gradients
+    # two states: of keys and values, and of queries and gradients
     total += (by_q + (by_k or by_v or needs[3] or needs[4])) * scan.state
     return 2 * (total + (1 + needs[5] + needs[6]) * scan.phases)
 
 
 def _sines(x: Tensor, positions: Tensor, freq: Tensor, gate: object, noise: object) -> tuple:
-    """Return the multiplications of phases, and of the projection by the noise."""
+    """Return the multiplications of phases and of the projection by noise."""
     tokens = x.shape[0] * x.shape[1]
     phases = positions.shape[0] * positions.shape[1] * freq.numel()
     return phases, 0 if noise is None else tokens * noise.numel()
@@ -87,7 +86,7 @@ def _sines(x: Tensor, positions: Tensor, freq: Tensor, gate: object, noise: obje
 
 @_formula
 def sine_features(x, positions, freq, offset, gain, gate, noise, *options, out_val=None) -> int:
-    """Count phases, and the projection by the noise."""
+    """Count phases and the projection by noise."""
     return 2 * sum(_sines(x, positions, freq, gate, noise))
 
 
@@ -95,14 +94,14 @@ def sine_features(x, positions, freq, offset, gain, gate, noise, *options, out_v
 def sine_features_backward(
     grad_y, x, positions, freq, offset, gain, gate, noise, *options, out_val=None
 ) -> int:
-    """Count the projection's adjoint, and phases once more for each of their gradients."""
+    """Count the projection's adjoint, phases, and the gradients of phases."""
     phases, projection = _sines(x, positions, freq, gate, noise)
     needs = options[-1]
     return 2 * (projection + (1 + needs[1] + needs[2]) * phases)
 
 
 def _codes(x: Tensor, positions: Tensor, weight: Tensor, r: int) -> tuple[int, int, int, int]:
-    """Return tokens, rows of codes, and multiplications of all codes and of the features."""
+    """Return rows of codes, the window of a tile, and multiplications of codes and features."""
     b, t, h, d = x.shape
     rows = positions.shape[0] * t
     parts = -(-rows // TILE)
@@ -115,7 +114,7 @@ def _codes(x: Tensor, positions: Tensor, weight: Tensor, r: int) -> tuple[int, i
 
 @_formula
 def conv_features(x, positions, weight, constant, seed, step, module, r, out_val=None) -> int:
-    """Count codes, and their products with tokens."""
+    """Count codes and their products with tokens."""
     _, _, codes, features = _codes(x, positions, weight, r)
     return 2 * (codes + features)
 
@@ -124,7 +123,7 @@ def conv_features(x, positions, weight, constant, seed, step, module, r, out_val
 def conv_features_backward(
     grad_y, x, positions, weight, constant, seed, step, module, r, needs, out_val=None
 ) -> int:
-    """Count codes again, and the products with gradients."""
+    """Count codes again and their products with gradients."""
     rows, window, codes, features = _codes(x, positions, weight, r)
     total = needs[0] * (codes + features)
     if needs[1] or needs[2]:
@@ -140,7 +139,7 @@ def banded(q, k, v, kernel, out_val=None) -> int:
 
 @_formula
 def banded_backward(grad_o, q, k, v, kernel, needs, out_val=None) -> int:
-    """Count weights again, their gradient, and those of q, k, v and the kernel."""
+    """Count weights again, their gradient, and the gradients of q, k, v and the kernel."""
     once = 2 * q.shape[0] * q.shape[1] * kernel[..., 0, :].numel()
     return once * (4 * q.shape[-1] + 2 * v.shape[-1])
 
@@ -151,13 +150,13 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Watch:
-    """Finds no module: gives torch's counter the formulas when somebody imports it.
+    """An import hook that gives torch's counter the formulas when you import it.
 
-    It imports Triton where that is installed, which takes longer than everything in fastpe.
+    Importing the counter here would import Triton, which takes longer than all of fastpe.
     """
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return None, but of the counter its own spec, run with `_register` behind it."""
+        """Return the counter's spec with `_register` after its execution; None for others."""
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)

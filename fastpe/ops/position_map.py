@@ -1,4 +1,4 @@
-"""Positional maps by the operators, or by the reference backend."""
+"""Position maps applied before a feature map: rotations in PyTorch, sines by the operator."""
 
 from __future__ import annotations
 
@@ -17,6 +17,4 @@ def encoded(
         return x
     if isinstance(position_map, Rotation):
         return reference.rotate(x, positions, position_map)
-    if backend == "reference":
-        return reference.sine_features(x, positions, position_map)
     return sine_features(x, positions, position_map, backend=backend)

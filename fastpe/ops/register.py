@@ -1,15 +1,16 @@
-"""Registration of operators, and when a kernel may be called without torch's bookkeeping."""
+"""Registration of operators with torch: schema, fake, gradient, its fake, no second derivative."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .. import _torch
 
 _LIB = torch.library.Library("fastpe", "DEF")
-_EAGER = Tensor, torch.nn.Parameter
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -25,56 +26,143 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def observed() -> bool:
-    """Return whether what is done with tensors now is traced or transformed, not just done."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+def differentiable(
+    name: str,
+    *,
+    tensors: str,
+    options: type[tuple],
+    outputs: str,
+    learned: str,
+    saved: str = "",
+    fake: Callable,
+    forward: Callable,
+    backward: Callable,
+) -> type[torch.autograd.Function]:
+    """Register an operator and its gradient; return the autograd Function around them.
 
+    The Function takes the tensors and then the options, and returns the outputs but for those that
+    are saved and not asked for, whose names begin with "_".
 
-def refuse_transforms() -> None:
-    """Raise RuntimeError under torch.func: torch would name a Function and what that lacks."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            "fastpe's kernels are not for torch.func (grad, vjp, jvp, vmap): use "
-            "backend='reference' there"
+    Args:
+        name: The operator's name; its gradient is `{name}_backward`.
+        tensors: Names of the tensors, in order; "?" behind those that may be None.
+        options: NamedTuple of the other arguments.
+        outputs: Names of the outputs.
+        learned: Names of the tensors that have gradients.
+        saved: Names of the outputs that the gradient needs.
+        fake: Returns empty outputs, given the tensors and then the options.
+        forward: Returns the outputs, given the same.
+        backward: Returns the gradients of the learned tensors, empty where not needed, given the
+            gradients of the outputs, the tensors, the options, the saved outputs, and a bool for
+            each learned tensor: whether its gradient is needed.
+    """
+    names = [x.rstrip("?") for x in tensors.split()]
+    kinds = typing.get_type_hints(options)
+    given = [f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in tensors.split()]
+    given += [f"{kind.__name__} {x}" for x, kind in kinds.items()]
+    outputs, learned, saved = outputs.split(), learned.split(), saved.split()
+    shown = [i for i, x in enumerate(outputs) if x[0] != "_"]
+    kept = [i for i, x in enumerate(outputs) if x in saved]
+    where = [names.index(x) for x in learned]
+    count, end, grads = len(names), len(names) + len(kinds), len(shown)
+
+    def returns(names: Sequence[str]) -> str:
+        each = [f"Tensor {x.strip('_')}" for x in names]
+        return each[0] if len(each) == 1 else f"({', '.join(each)})"
+
+    def call(*args):
+        return forward(args[:count], options(*args[count:]))
+
+    def call_fake(*args):
+        return fake(args[:count], options(*args[count:]))
+
+    forward_op = operator(f"{name}({', '.join(given)}) -> {returns(outputs)}", call_fake)(call)
+
+    def call_backward(*args):
+        inputs, needs = args[grads:], args[-1]
+        given = inputs[:count], options(*inputs[count:end]), inputs[end:-1]
+        return backward(args[:grads], *given, needs)
+
+    def backward_fake(*args):
+        inputs, needs = args[grads:], args[-1]
+        return tuple(
+            torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            if need
+            else inputs[0].new_empty(0)
+            for i, need in zip(where, needs, strict=True)
         )
 
+    given = [f"Tensor? grad_{outputs[i]}" for i in shown] + given
+    given += [f"Tensor {x.strip('_')}" for x in saved] + ["bool[] needs"]
+    results = returns([f"d{x}" for x in learned])
+    backward_op = operator(f"{name}_backward({', '.join(given)}) -> {results}", backward_fake)(
+        call_backward
+    )
 
-def plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether nothing is traced or recorded, so that a kernel can be called directly."""
-    if observed():
-        return False
-    recorded = torch.is_grad_enabled()
-    for x in tensors:
-        if x is not None and (type(x) not in _EAGER or (recorded and x.requires_grad)):
-            return False
-    return True
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            options = args[count]
+            made = forward_op(*args[:count], *options)
+            made = (made,) if isinstance(made, Tensor) else made
+            ctx.save_for_backward(*args[:count], *map(made.__getitem__, kept))
+            ctx.options = options
+            ctx.set_materialize_grads(False)
+            return made[0] if grads == 1 else tuple(map(made.__getitem__, shown))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            tensors = ctx.saved_tensors
+            needs = [ctx.needs_input_grad[i] for i in where]
+            args = (*grads, *tensors[:count], *ctx.options, *tensors[count:], needs)
+            found = _FirstOrder.apply(backward_op, *args)
+            found = (found,) if isinstance(found, Tensor) else found
+            out = [None] * (count + 1)
+            for i, grad, need in zip(where, found, needs, strict=True):
+                if need:
+                    out[i] = grad
+            return tuple(out)
+
+    Differentiable.__name__ = Differentiable.__qualname__ = name
+    return Differentiable
 
 
-class FirstOrder(torch.autograd.Function):
-    """A gradient whose own gradient is refused."""
+class _FirstOrder(torch.autograd.Function):
+    """A gradient that refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx, op, needs, *args):
-        """Return the gradients by the operator `op`."""
-        return op(*args, needs)
+    def forward(ctx, op, *args):
+        return op(*args)
 
     @staticmethod
     def backward(ctx, *grads):
-        """Raise RuntimeError."""
         raise RuntimeError(
             "fastpe's kernels have no second derivative: "
             "use backend='reference' for double backward, and no ConvSPE"
         )
 
 
-def first_order(op: Callable, args: tuple, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Return the gradients by the operator `op`, None where not needed; refuse their derivative."""
-    grads = FirstOrder.apply(op, list(needs), *args)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+def direct(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether a kernel can be called directly: nothing is recorded, traced or transformed.
+
+    Raises:
+        RuntimeError: torch.func transforms the tensors.
+    """
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                refuse_transforms()
+                return False
+    if _torch.plain(tensors):
+        return True
+    refuse_transforms()
+    return False
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError under torch.func: torch would name a Function and what that lacks."""
+    if _torch.transform() is not None and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fastpe's kernels are not for torch.func (grad, vjp, jvp, vmap): use "
+            "backend='reference' there"
+        )

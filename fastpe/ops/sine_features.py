@@ -2,79 +2,69 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from .. import backends
 from ..backends.specs import SineMap
-from .register import first_order, operator, plain, refuse_transforms
+from .register import differentiable, direct
 
-_SINE_INPUTS = (
-    "Tensor x, Tensor positions, Tensor freq, Tensor? offset, Tensor gain, Tensor? gate, "
-    "Tensor? noise, bool pool, bool group, str backend"
+
+class SineOptions(NamedTuple):
+    """The arguments of the operator that are no tensors."""
+
+    pool: bool
+    group: bool
+    backend: str
+
+
+def _sines(tensors, options):
+    return SineMap(*tensors[2:], options.pool)
+
+
+def _fake(tensors, options):
+    x, sines = tensors[0], _sines(tensors, options)
+    return x.new_empty((*x.shape[:2], sines.freq.shape[0], sines.feature_dim))
+
+
+def _forward(tensors, options):
+    backend = backends.load(options.backend)
+    return backend.sine_features(*tensors[:2], _sines(tensors, options), options.group)
+
+
+def _backward(grads, tensors, options, saved, needs):
+    sines, backend = _sines(tensors, options), backends.load(options.backend)
+    return backend.sine_features_backward(*grads, *tensors[:2], sines, options.group, needs)
+
+
+#: Features of SPE and F-StrIPE (`reference.sine_features`), without the codes: [B, T, H, R], H of
+#: freq; neighbours may share a head of x. The noise has no gradient.
+SineFeatures = differentiable(
+    "sine_features",
+    tensors="x positions freq offset? gain gate? noise?",
+    options=SineOptions,
+    outputs="y",
+    learned="x positions freq offset gain gate",
+    fake=_fake,
+    forward=_forward,
+    backward=_backward,
 )
-
-
-def _sine_features_fake(x, positions, freq, offset, gain, gate, z, pool, group, backend):
-    sines = SineMap(freq, offset, gain, gate, z, pool)
-    return x.new_empty((*x.shape[:2], freq.shape[0], sines.feature_dim))
-
-
-@operator(f"sine_features({_SINE_INPUTS}) -> Tensor", _sine_features_fake)
-def _sine_features(*args):
-    x, positions, freq, offset, gain, gate, z, pool, group, backend = args
-    sines = SineMap(freq, offset, gain, gate, z, pool)
-    return backends.load(backend).sine_features(x, positions, sines, group)
-
-
-def _sine_features_backward_fake(grad_y, x, positions, freq, offset, gain, gate, *rest):
-    needs = rest[-1]
-    inputs = (x, positions, freq, offset, gain, gate)
-    return tuple(
-        torch.empty_like(i, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for i, need in zip(inputs, needs, strict=True)
-    )
-
-
-@operator(
-    f"sine_features_backward(Tensor grad_y, {_SINE_INPUTS}, bool[] needs) -> (Tensor dx, "
-    "Tensor dpositions, Tensor dfreq, Tensor doffset, Tensor dgain, Tensor dgate)",
-    _sine_features_backward_fake,
-)
-def _sine_features_backward(*args):
-    grad_y, x, positions, freq, offset, gain, gate, z, pool, group, backend, needs = args
-    sines = SineMap(freq, offset, gain, gate, z, pool)
-    return backends.load(backend).sine_features_backward(grad_y, x, positions, sines, group, needs)
-
-
-class SineFeatures(torch.autograd.Function):
-    """Features of SPE and F-StrIPE (`reference.sine_features`), without the codes."""
-
-    @staticmethod
-    def forward(ctx, x, positions, freq, offset, gain, gate, z, pool, group, backend):
-        """Return the features, [B, T, H, R], H of freq; neighbours may share a head of x."""
-        y = _sine_features(x, positions, freq, offset, gain, gate, z, pool, group, backend)
-        ctx.save_for_backward(x, positions, freq, offset, gain, gate, z)
-        ctx.options = pool, group, backend
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        """Return the gradients of the tensors; the noise has none."""
-        args = (grad_y, *ctx.saved_tensors, *ctx.options)
-        grads = first_order(_sine_features_backward, args, ctx.needs_input_grad[:6])
-        return *grads, None, None, None, None
 
 
 def sine_features(
     x: Tensor, positions: Tensor, sines: SineMap, *, group: bool = True, backend: str
 ) -> Tensor:
-    """Apply `SineFeatures`; without its bookkeeping where nothing is recorded.
+    """Apply `SineFeatures`, without its bookkeeping if nothing is recorded.
 
     Args:
+        x: Queries or keys, [B, T, Hx, D].
+        positions: [B or 1, T, L], float64.
+        sines: What to multiply them by.
         group: Make codes once for equal positions; False is for measurements.
+        backend: Name of a backend.
     """
-    if plain((x, positions, *sines[:-1])):
-        return backends.load(backend).sine_features(x, positions, sines, group)
-    refuse_transforms()
-    return SineFeatures.apply(x, positions, *sines, group, backend)
+    module, tensors = backends.load(backend), (x, positions, *sines[:-1])
+    if module.IN_PYTORCH or direct(tensors):
+        return module.sine_features(x, positions, sines, group)
+    return SineFeatures.apply(*tensors, SineOptions(sines.pool, group, backend))

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpe import _checks as checks
-
 
 def attend(logits: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Return softmax attention, [..., T, H, E].
@@ -67,7 +65,8 @@ def sinusoids(
 def check_positive(**sizes: int) -> None:
     """Raise ValueError unless all are positive ints."""
     for name, size in sizes.items():
-        checks.check_positive(name, size)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
 
 
 def check_length(length: int, max_len: int) -> None:

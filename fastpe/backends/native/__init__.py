@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from . import library as library
 from .causal_dot import causal_dot, causal_dot_backward, shared_memory
-from .library import CPU, CUDA, ISAS, Library, libraries
+from .library import CPU, CUDA, ISAS, Library, describe, libraries, unavailable, unsupported
 from .noise import philox_normal
 from .sine_features import sine_features, sine_features_backward
 from .step import step
@@ -14,6 +12,7 @@ from .step import step
 __all__ = [
     "CPU",
     "CUDA",
+    "IN_PYTORCH",
     "ISAS",
     "Library",
     "causal_dot",
@@ -30,19 +29,4 @@ __all__ = [
 ]
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Return why the library cannot be used, or None, whatever the device."""
-    return CPU.unavailable()
-
-
-def unsupported(
-    device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
-) -> str | None:
-    """Return why tensors on a device cannot be taken, or None; dtypes and widths all can."""
-    return None if device.type == "cpu" else f"needs tensors on the CPU, got {device}"
-
-
-def describe() -> str:
-    """Return the code path and threading in use."""
-    openmp = "OpenMP" if CPU.functions.fastpe_openmp() else "one thread, built without OpenMP"
-    return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"
+IN_PYTORCH = False

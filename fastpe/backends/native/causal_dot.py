@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from ctypes import Structure
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..specs import ScanOptions, compute_dtype, state_heads
-from ..tensors import SCAN, SCAN_BACKWARD, check_devices, contiguous, sum_groups, sum_to
+from ..specs import ScanOptions, state_heads
+from ..tensors import SCAN, SCAN_BACKWARD, check_devices, sum_groups, sum_to
 from . import library
 from .library import (
     CUDA,
@@ -18,9 +20,8 @@ from .library import (
     CausalDot,
     StridedTensor,
     call,
-    empty,
     libraries,
-    pointer,
+    point,
     strided,
     thread_count,
 )
@@ -29,74 +30,94 @@ _FEATURE_MAPS = {"identity": 0, "elu1": 1, "relu": 2, "exp": 3}
 _NORMALIZE = {"none": 0, "sum": 1, "abs": 2}
 
 
-def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return x.shape, x.stride(), x.dtype
+class _Fixed(NamedTuple):
+    """The part of a call that sizes, strides and options determine: the same at every step."""
 
-
-def _without_data(layout: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> StridedTensor:
-    return StridedTensor(None, layout[1], DTYPES[layout[2]])
+    struct: bytes  # without data, threads and code path
+    dtype: torch.dtype  # of arithmetic and states
+    widths: tuple[int, int]  # R and Rz
+    states: int  # heads of states
 
 
 @functools.lru_cache(maxsize=1024)
-def _scan_arguments(
-    q: tuple, k: tuple, v: tuple, freq: tuple, bp: int, counts: tuple, options: ScanOptions
-) -> bytes:
-    """Return the arguments but for data, threads and code path: the same for every step.
+def _fixed(
+    layouts: tuple[tuple, ...],
+    dtypes: tuple[torch.dtype, ...],
+    rotation: tuple[int, ...],
+    sequences: int,
+    options: ScanOptions,
+) -> _Fixed:
+    """Return the fixed part of a scan.
 
-    counts: of sequences and of the heads of states.
+    Args:
+        layouts: Shapes of q, k and v, then their strides.
+        dtypes: Of q, k and v.
+        rotation: Shape of freq, and the rows of positions; zeros without.
+        sequences: S.
+        options: How features and weights are made.
     """
-    sequences, states = counts
-    args = CausalDot(*q[0], v[0][-1], sequences, k[0][2], v[0][2], states)
+    q, k, v, *strides = layouts
+    heads = state_heads(q[2], k[2], v[2], rotation[0])
+    args = CausalDot(*q, v[-1], sequences, k[2], v[2], heads)
     args.chunk = min(options.chunk, 2**30)
     args.feature_map = _FEATURE_MAPS[options.feature_map]
     args.normalize, args.eps = _NORMALIZE[options.normalize], options.eps
     args.interleaved, args.pool = options.interleaved, options.pool
     args.map_first, args.scale = options.map_first, options.scale
-    args.q, args.k, args.v = _without_data(q), _without_data(k), _without_data(v)
-    args.Hf, args.W, args.L, args.Bp = *freq, bp
-    return bytes(args)
+    args.Hf, args.W, args.L, args.Bp = rotation
+    for name, stride, dtype in zip("qkv", strides, dtypes, strict=True):
+        setattr(args, name, StridedTensor(None, stride, DTYPES[dtype]))
+    wide = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    return _Fixed(bytes(args), wide, options.widths(q[-1]), heads)
 
 
 class Scan:
     """Arguments common to the scan and its gradient; holds on to the tensors behind them."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
-        check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
+        index = q.get_device()
+        for x in inputs:
+            if x is not None and x.get_device() != index:
+                check_devices(SCAN, inputs)
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-        self.dtype, self.device = compute_dtype(q), q.device
-        self.positions = contiguous(positions, torch.float64)
-        self.freq = contiguous(freq, torch.float64)
-        self.s0, self.z0 = contiguous(s0, self.dtype), contiguous(z0, self.dtype)
-        self.ranges = contiguous(ranges, torch.int64)
-        rotation = ((0, 0, 0), 0) if freq is None else (freq.shape, positions.shape[0])
-        sequences = q.shape[0] if ranges is None else ranges.shape[0]
-        self.counts = sequences, state_heads(q, k, v, freq)
-        fixed = _scan_arguments(_layout(q), _layout(k), _layout(v), *rotation, self.counts, options)
-        self.args = args = CausalDot.from_buffer_copy(fixed)
+        layouts = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()
+        rotation = (0, 0, 0, 0) if freq is None else (*freq.shape, positions.shape[0])
+        self.sequences = q.shape[0] if ranges is None else ranges.shape[0]
+        fixed = _fixed(layouts, (q.dtype, k.dtype, v.dtype), rotation, self.sequences, options)
+        struct, self.dtype, self.widths, self.states = fixed
+        self.args = args = CausalDot.from_buffer_copy(struct)
         args.threads, args.isa = thread_count(q.shape[1]), library.isa
         args.q.data, args.k.data, args.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        args.s0, args.z0 = pointer(self.s0), pointer(self.z0)
-        args.freq, args.positions = pointer(self.freq), pointer(self.positions)
-        args.ranges = pointer(self.ranges)
-
-    def empty(self, *shape: int) -> Tensor:
-        """Return memory for what is in the dtype of arithmetic."""
-        return empty(*shape, dtype=self.dtype, device=self.device)
+        self.held = point(
+            args,
+            s0=(s0, self.dtype),
+            z0=(z0, self.dtype),
+            positions=(positions, torch.float64),
+            freq=(freq, torch.float64),
+            ranges=(ranges, torch.int64),
+        )
+        self.padded = ranges is not None
 
     def by_token(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return memory for numbers of every token: zeros where some may be of no sequence."""
-        x = empty(*shape, dtype=dtype, device=self.device)
-        return x if self.ranges is None else x.zero_()
+        x = torch.empty(shape, dtype=dtype, device=self.inputs[0].device)
+        return x.zero_() if self.padded else x
 
-    def outputs(self, widths: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return memory for o, s and z, which the arguments then point to."""
-        (q, _, v), args, (r, rz) = self.inputs, self.args, widths
+    def run(self, name: str, save: bool, *more: Structure | None) -> tuple[Tensor | None, ...]:
+        """Call a function that makes o, s and z, and den if it is to be saved; return these."""
+        (q, _, v), args, (r, rz) = self.inputs, self.args, self.widths
         (b, t, h, _), e = q.shape, v.shape[-1]
-        o = self.by_token(b, t, h, e, dtype=v.dtype)
-        s, z = self.empty(*self.counts, r, e), self.empty(*self.counts, rz)
-        args.o, args.s, args.z = strided(o), pointer(s), pointer(z)
-        return o, s, z
+        o, device = self.by_token(b, t, h, e, dtype=v.dtype), q.device
+        s = torch.empty((self.sequences, self.states, r, e), dtype=self.dtype, device=device)
+        z = torch.empty((self.sequences, self.states, rz), dtype=self.dtype, device=device)
+        den = self.by_token(b, h, t if rz else 0, dtype=self.dtype) if save else None
+        args.o = strided(o)
+        # an empty tensor has no data, which is NULL
+        args.s, args.z = s.data_ptr(), z.data_ptr()
+        args.den = None if den is None else den.data_ptr()
+        call(name, device, args, *more)
+        return o, den, s, z
 
 
 def causal_dot(
@@ -114,13 +135,7 @@ def causal_dot(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return o, den [B, H, T] (None unless to be saved) and the final state (`ops.CausalDot`)."""
     scan = Scan((q, k, v, s0, z0, positions, freq, ranges), options)
-    b, t, h, d = q.shape
-    widths = options.widths(d)
-    o, s, z = scan.outputs(widths)
-    den = scan.by_token(b, h, t if widths[1] else 0, dtype=scan.dtype) if save else None
-    scan.args.den = pointer(den)
-    call("causal_dot", q.device, scan.args)
-    return o, den, s, z
+    return scan.run("causal_dot", save)
 
 
 def causal_dot_backward(
@@ -135,9 +150,8 @@ def causal_dot_backward(
     scan, (q, k, v, s0, z0, positions, freq, _) = Scan(inputs, options), inputs
     check_devices(SCAN_BACKWARD, (q, *grads, o, den))
     grad_o = grads[0].resolve_neg()
-    grad_s, grad_z = (contiguous(x, scan.dtype) for x in grads[1:])
     b, t, h, _ = q.shape
-    args, wide = scan.args, torch.float64
+    args, wide, device = scan.args, torch.float64, q.device
 
     def none() -> Tensor:
         return q.new_empty(0)
@@ -148,7 +162,7 @@ def causal_dot_backward(
         return scan.by_token(b, t, h, x.shape[-1], dtype=x.dtype if alone else scan.dtype)
 
     def of_states(x: Tensor) -> Tensor:
-        return scan.empty(scan.counts[0], h, *x.shape[2:])
+        return torch.empty((scan.sequences, h, *x.shape[2:]), dtype=scan.dtype, device=device)
 
     dq, dk, dv = (
         of_tokens(x) if need else none() for x, need in zip((q, k, v), needs, strict=False)
@@ -158,17 +172,18 @@ def causal_dot_backward(
     dpositions = scan.by_token(b, h, t, args.L, dtype=wide) if needs[5] else none()
     dfreq = none()
     if needs[6]:
-        dfreq = empty(scan.counts[0], h, args.W, args.L, dtype=wide, device=q.device)
-    args.o, args.den, args.grad_o = strided(o), pointer(den), strided(grad_o)
-    args.grad_s, args.grad_z = pointer(grad_s), pointer(grad_z)
+        dfreq = torch.empty((scan.sequences, h, args.W, args.L), dtype=wide, device=device)
+    args.o, args.den, args.grad_o = strided(o), den.data_ptr(), strided(grad_o)
+    held = point(args, grad_s=(grads[1], scan.dtype), grad_z=(grads[2], scan.dtype))
     for name, x in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv)):
         if x.numel():
             setattr(args, name, strided(x))
-    args.grad_s0, args.grad_z0 = pointer(ds0), pointer(dz0)
-    args.grad_freq, args.grad_positions = pointer(dfreq), pointer(dpositions)
-    scratch = scan.empty(2, *den.shape) if libraries[q.device.type].on_gpu else None
-    args.scratch = pointer(scratch)
-    call("causal_dot_backward", q.device, args)
+    args.grad_s0, args.grad_z0 = ds0.data_ptr(), dz0.data_ptr()
+    args.grad_freq, args.grad_positions = dfreq.data_ptr(), dpositions.data_ptr()
+    if libraries[device.type].on_gpu:
+        held.append(torch.empty((2, *den.shape), dtype=scan.dtype, device=device))
+        args.scratch = held[-1].data_ptr()
+    call("causal_dot_backward", device, args)
     if needs[5]:
         dpositions = sum_to(dpositions.sum(1), positions)
     if needs[6]:
@@ -178,9 +193,9 @@ def causal_dot_backward(
     if needs[2]:
         dv = sum_groups(dv, 2, v.shape[2], v.dtype)
     if needs[3]:
-        ds0 = sum_groups(ds0, 1, scan.counts[1], ds0.dtype)
+        ds0 = sum_groups(ds0, 1, scan.states, ds0.dtype)
     if needs[4]:
-        dz0 = sum_groups(dz0, 1, scan.counts[1], dz0.dtype)
+        dz0 = sum_groups(dz0, 1, scan.states, dz0.dtype)
     return dq, dk, dv, ds0, dz0, dpositions, dfreq
 
 

@@ -10,6 +10,7 @@ from .sine_features import sine_features, sine_features_backward
 from .step import step
 
 __all__ = [
+    "IN_PYTORCH",
     "causal_dot",
     "causal_dot_backward",
     "describe",
@@ -19,6 +20,9 @@ __all__ = [
     "unavailable",
     "unsupported",
 ]
+
+
+IN_PYTORCH = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..tensors import contiguous
 from . import forks
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -73,8 +74,19 @@ class PhiloxNormal(Structure):
     )
 
 
-# the number of csrc/fastpe.h (setup.py computes it, tests/test_abi.py compares it), and sizes
+# the number of csrc/fastpe.h and sizes; setup.py computes them, tests/backends/test_abi.py compares
 _ABI = [0xBC5BE3B6, *map(ctypes.sizeof, (StridedTensor, CausalDot, SineFeatures, PhiloxNormal))]
+
+
+# their arguments
+_FUNCTIONS = {
+    "causal_dot": [CausalDot],
+    "causal_dot_backward": [CausalDot],
+    "step": [CausalDot, SineFeatures, SineFeatures],
+    "sine_features": [SineFeatures],
+    "sine_features_backward": [SineFeatures],
+    "philox_normal": [PhiloxNormal],
+}
 
 
 class Library:
@@ -100,6 +112,10 @@ class Library:
                 f"fastpe again, in a clone by `{self.needs[1]}=1 pip install -e .`"
             )
         getattr(library, f"{self.prefix}error").restype = ctypes.c_char_p
+        for name, structs in _FUNCTIONS.items():
+            if self.on_gpu <= (name != "philox_normal"):
+                function = getattr(library, self.prefix + name)
+                function.argtypes = [ctypes.POINTER(x) for x in structs]
         return library
 
     def _is_ours(self, library: ctypes.CDLL) -> bool:
@@ -129,17 +145,9 @@ class Library:
             return str(error)
         return None
 
-    def call(self, name: str, *args: Structure | None) -> None:
-        """Call a function on structs."""
-        if forks.forked and args[0].threads > 1:
-            # a new thread has no record of OpenMP threads that stayed behind: it gets its own
-            with ThreadPoolExecutor(1) as pool:
-                return pool.submit(self._call, name, *args).result()
-        return self._call(name, *args)
-
-    def _call(self, name: str, *args: Structure | None) -> None:
-        references = [None if x is None else ctypes.byref(x) for x in args]
-        if getattr(self.functions, self.prefix + name)(*references):
+    def run(self, name: str, *args: Structure | None) -> None:
+        """Call a function on structs; RuntimeError if it fails."""
+        if getattr(self.functions, self.prefix + name)(*args):
             message = getattr(self.functions, f"{self.prefix}error")().decode()
             raise RuntimeError(f"{self.prefix}{name}: {message}")
 
@@ -156,15 +164,19 @@ def call(name: str, device: torch.device, *args: Structure | None) -> None:
     """Call a function of the library for a device, on its current stream."""
     library = libraries[device.type]
     if device.type == "cpu":
-        return library.call(name, *args)
+        if forks.forked and args[0].threads > 1:
+            # a new thread has no record of OpenMP threads that stayed behind: it gets its own
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(library.run, name, *args).result()
+        return library.run(name, *args)
     stream = torch.cuda.current_stream(device).cuda_stream
     for x in args:
         if x is not None:
             x.stream = stream
     if device.index == torch.cuda.current_device():
-        return library.call(name, *args)
+        return library.run(name, *args)
     with torch.cuda.device(device):
-        return library.call(name, *args)
+        return library.run(name, *args)
 
 
 def strided(x: Tensor) -> StridedTensor:
@@ -172,9 +184,18 @@ def strided(x: Tensor) -> StridedTensor:
     return StridedTensor(x.data_ptr(), x.stride(), DTYPES[x.dtype])
 
 
-def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory, whatever torch.set_default_device says."""
-    return torch.empty(*shape, dtype=dtype, device=device)
+def point(args: Structure, **tensors: tuple[Tensor | None, torch.dtype]) -> list[Tensor]:
+    """Point fields of a struct at tensors, made contiguous and of a dtype; return these to hold."""
+    held = []
+    for name, (x, dtype) in tensors.items():
+        if x is None:
+            continue
+        if x.dtype is not dtype or not x.is_contiguous() or x.is_neg():
+            x = contiguous(x, dtype)
+        held.append(x)
+        if x.numel():
+            setattr(args, name, x.data_ptr())
+    return held
 
 
 ISAS = ("best", "portable", "avx2", "avx512")
@@ -190,3 +211,21 @@ def thread_count(rows: int) -> int:
 def pointer(x: Tensor | None) -> int | None:
     """Return where the numbers of a tensor are, or None if it has none."""
     return None if x is None or not x.numel() else x.data_ptr()
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why the CPU library cannot be used, or None, whatever the device."""
+    return CPU.unavailable()
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> str | None:
+    """Return why the CPU library cannot take tensors, or None; it takes all dtypes and widths."""
+    return None if device.type == "cpu" else f"needs tensors on the CPU, got {device}"
+
+
+def describe() -> str:
+    """Return the code path and threading of the CPU library."""
+    openmp = "OpenMP" if CPU.functions.fastpe_openmp() else "one thread, built without OpenMP"
+    return f"{ISAS[CPU.functions.fastpe_best_isa()]}, {openmp}"

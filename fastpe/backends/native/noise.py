@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tensors import check_devices
 from . import library
-from .library import CPU, DTYPES, PhiloxNormal, empty, pointer, thread_count
+from .library import DTYPES, PhiloxNormal, call, thread_count
 
 
 def philox_normal(
@@ -23,7 +23,7 @@ def philox_normal(
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] (`noise.philox_normal`)."""
     check_devices(("seed", "step"), (seed, step))
-    out = empty(*shape, dtype=dtype, device=torch.device("cpu"))
+    out = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     hd, rows, r = shape
     args = PhiloxNormal(
         seed=int(seed) & (2**64 - 1),
@@ -37,7 +37,7 @@ def philox_normal(
         hd=hd,
         rows=rows,
         r=r,
-        out=pointer(out),
+        out=out.data_ptr(),
     )
-    CPU.call("philox_normal", args)
+    call("philox_normal", out.device, args)
     return out

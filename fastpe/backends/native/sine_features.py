@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..specs import SineMap, compute_dtype
-from ..tensors import SINES, check_devices, contiguous, sum_groups, sum_to
+from ..tensors import SINES, check_devices, sum_groups, sum_to
 from . import library
-from .library import SineFeatures, call, empty, libraries, pointer, strided, thread_count
+from .library import SineFeatures, call, libraries, point, strided, thread_count
 
 # of the tokens, that blocks of a CUDA kernel share out, whatever the card
 _SLICES = 64
@@ -20,30 +20,35 @@ class Sines:
     """Arguments common to the features and their gradient; holds on to the tensors behind them."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
-        check_devices(SINES, (x, positions, *sines[:5]))
+        inputs, index = (x, positions, *sines[:5]), x.get_device()
+        for other in inputs:
+            if other is not None and other.get_device() != index:
+                check_devices(SINES, inputs)
         b, t, hx, d = x.shape
+        freq, offset, gain, gate, noise, pool = sines
+        h, k, wide = gain.shape[0], gain.shape[-1], torch.float64
         self.x = x = x.resolve_neg()
-        self.shape = b, t, sines.gain.shape[0]
-        wide = torch.float64
-        self.tensors = (
-            contiguous(positions, wide),
-            contiguous(sines.freq, wide),
-            contiguous(sines.offset, wide),
-            contiguous(sines.gain, wide),
-            contiguous(sines.gate, wide),
-            contiguous(sines.noise, compute_dtype(x)),
+        rows = 2 * k + (gate is not None)
+        r = noise.shape[-1] if noise is not None else rows if pool else rows * d
+        self.args = args = SineFeatures(
+            *(b, t, h, d, k, rows, r, positions.shape[-1], positions.shape[0], hx),
+            *(thread_count(t), library.isa, pool, group),
         )
-        self.args = SineFeatures(
-            *(*self.shape, d, sines.gain.shape[-1], sines.rows, sines.feature_dim),
-            *(positions.shape[-1], positions.shape[0], hx),
-            *(thread_count(t), library.isa, sines.pool, group),
-            *map(pointer, self.tensors),
-            strided(x),
+        self.held = point(
+            args,
+            positions=(positions, wide),
+            freq=(freq, wide),
+            offset=(offset, wide),
+            gain=(gain, wide),
+            gate=(gate, wide),
+            noise=(noise, wide if x.dtype == wide else torch.float32),
         )
+        args.x = strided(x)
+        self.shape = b, t, h
 
     def output(self) -> Tensor:
         """Return memory for the features, which the arguments then point to."""
-        y = empty(*self.shape, self.args.R, dtype=self.x.dtype, device=self.x.device)
+        y = torch.empty((*self.shape, self.args.R), dtype=self.x.dtype, device=self.x.device)
         self.args.y = strided(y)
         return y
 
@@ -73,20 +78,20 @@ def sine_features_backward(
     if needs[0]:
         # of each head of features: those that share a head of x are added behind
         dtype = x.dtype if x.shape[2] == h else compute_dtype(x)
-        dx = empty(*made.shape, x.shape[-1], dtype=dtype, device=x.device)
+        dx = torch.empty((*made.shape, x.shape[-1]), dtype=dtype, device=x.device)
     dpositions = x.new_empty(0)
     if needs[1]:
-        dpositions = empty(b, h, t, positions.shape[-1], **wide)
+        dpositions = torch.empty((b, h, t, positions.shape[-1]), **wide)
     made.args.grad_y = strided(grad_y)
     if needs[0]:
         made.args.grad_x = strided(dx)
-    made.args.grad_positions = pointer(dpositions)
+    made.args.grad_positions = dpositions.data_ptr()
     names, grads = ("freq", "offset", "gain", "gate"), []
     for name, need in zip(names, needs[2:], strict=True):
         grads.append(x.new_empty(0))
         if need:
-            grads[-1] = empty(*getattr(sines, name).shape, **wide).zero_()
-            setattr(made.args, f"grad_{name}", pointer(grads[-1]))
+            grads[-1] = torch.zeros(getattr(sines, name).shape, **wide)
+            setattr(made.args, f"grad_{name}", grads[-1].data_ptr())
     scratch = None
     if libraries[x.device.type].on_gpu:
         # shares of the tokens, each for a block of threads, whatever the card
@@ -94,8 +99,8 @@ def sine_features_backward(
         if any(needs[2:]):
             dk = sines.gain[0].numel()
             size = dk * (2 + made.args.L) + made.args.D
-            scratch = empty(slices, h, size, **wide)
-            made.args.scratch = pointer(scratch)
+            scratch = torch.empty((slices, h, size), **wide)
+            made.args.scratch = scratch.data_ptr()
     call("sine_features_backward", x.device, made.args)
     if needs[0]:
         dx = sum_groups(dx, 2, x.shape[2], x.dtype)

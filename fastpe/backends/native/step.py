@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..specs import Rotation, ScanOptions, SineMap, compute_dtype
-from ..tensors import contiguous
 from .causal_dot import Scan
-from .library import call, libraries, pointer
+from .library import libraries, point
 from .sine_features import Sines
 
 # bytes of sines in shared memory, beside which every card has room for the rest of a step
@@ -33,24 +32,22 @@ def step(
     Args:
         lost: What float32 rounded off s0 and z0, [S, Hs, R E + Rz]; default nothing.
     """
-    sines, where, device = [], (None, None), q.device
+    sines, where = (None, None), (None, None)
     if maps is not None and isinstance(maps[0], SineMap):
         room = q.shape[-1] * maps[0].rows * compute_dtype(q).itemsize * 2
-        if libraries[device.type].on_gpu and room > _STEP_ROOM:
+        if libraries[q.device.type].on_gpu and room > _STEP_ROOM:
             return None
-        pairs = zip((q, k), maps, strict=True)
-        sines = [Sines(x, positions, each, False) for x, each in pairs]
-        q, k = (each.output() for each in sines)
+        made = Sines(q, positions, maps[0], False), Sines(k, positions, maps[1], False)
+        q, k, sines = made[0].output(), made[1].output(), (made[0].args, made[1].args)
     elif maps is not None:
         where = positions, maps[0].freq
     scan = Scan((q, k, v, s0, z0, *where, None), options)
-    r, rz = widths = options.widths(q.shape[-1])
-    o, s, z = scan.outputs(widths)
     kept = None
     if scan.dtype == torch.float32:
-        kept = scan.empty(*scan.counts, r * v.shape[-1] + rz)
-        lost = torch.zeros_like(kept) if lost is None else contiguous(lost, scan.dtype)
-        scan.args.lost0, scan.args.lost = pointer(lost), pointer(kept)
-    for_q, for_k = (each.args for each in sines) if sines else (None, None)
-    call("step", device, scan.args, for_q, for_k)
+        numbers = scan.widths[0] * v.shape[-1] + scan.widths[1]
+        size = scan.sequences, scan.states, numbers
+        kept = torch.empty(size, dtype=scan.dtype, device=q.device)
+        lost = torch.zeros_like(kept) if lost is None else lost
+        scan.held += point(scan.args, lost0=(lost, scan.dtype), lost=(kept, scan.dtype))
+    o, _, s, z = scan.run("step", False, *sines)
     return o, s, z, kept

@@ -5,8 +5,13 @@ Shapes: queries and keys [B, T, H, D], values [B, T, H, E], features [B, T, H, R
 can be differentiated any number of times. Phases are always reduced in float64.
 """
 
+from __future__ import annotations
+
+import torch
+
 from .causal_dot import (
     absorb,
+    causal_dot,
     chunked,
     empty_state,
     features,
@@ -22,8 +27,11 @@ from .sine_features import phases, sine_features, spread
 
 __all__ = [
     "FEATURE_MAPS",
+    "IN_PYTORCH",
     "absorb",
+    "causal_dot",
     "chunked",
+    "describe",
     "empty_state",
     "features",
     "normalized",
@@ -35,4 +43,23 @@ __all__ = [
     "rotate",
     "sine_features",
     "spread",
+    "unavailable",
+    "unsupported",
 ]
+
+
+# autograd differentiates it, any number of times, and it takes padding as a mask
+IN_PYTORCH = True
+
+
+def unavailable(device: torch.device) -> None:
+    """Return None: it runs on every machine."""
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]) -> None:
+    """Return None: it takes tensors on every device, of all dtypes and widths."""
+
+
+def describe() -> str:
+    """Return how it runs."""
+    return "plain PyTorch, every device"

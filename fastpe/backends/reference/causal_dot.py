@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..specs import Rotation, SineMap
+from ..specs import Rotation, ScanOptions, SineMap, compute_dtype
 from .elementwise import FEATURE_MAPS
 from .sine_features import phases, sine_features, spread
 
@@ -224,3 +224,81 @@ def chunked(
     num, den = num.flatten(1, 2)[:, :length], den.flatten(1, 2)[:, :length]
     final = (x[:, -1, :: max(heads // max(states, 1), 1)] for x in (s, z))
     return normalized(num, den, normalize, eps, padding), tuple(final)
+
+
+_NORMALIZE = {"none": False, "sum": True, "abs": "abs"}
+
+
+def causal_dot(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    positions: Tensor | None,
+    freq: Tensor | None,
+    ranges: Tensor | None,
+    options: ScanOptions,
+    *,
+    save: bool = True,
+    padding: Tensor | None = None,
+) -> tuple[Tensor, None, Tensor, Tensor]:
+    """Return o, None and the final state (`ops.causal_dot.CausalDot`); save has no effect.
+
+    Args:
+        padding: [B, T], True at tokens that change nothing and whose outputs are 0.
+    """
+    inputs = q, k, v, s0, z0, positions, freq
+    if ranges is not None:
+        return _by_range(inputs, ranges, options)
+    dtype, wide = v.dtype, compute_dtype(q)
+    q, k, v = (_blank(x.to(wide), padding) for x in (q, k, v))
+    rotation = None
+    if freq is not None:
+        rotation = Rotation(
+            freq, options.interleaved, options.pool, options.map_first, options.scale
+        )
+    streams = []
+    for x in (q, k):
+        x, norm = features(x, positions, rotation, options.feature_map)
+        norm = norm[..., :0] if options.normalize == "none" else norm
+        streams.append((_blank(x, padding), _blank(norm, padding)))
+    (q, dq), (k, dk) = streams
+    o, (s, z) = chunked(
+        *(q, k, v, dq, dk),
+        normalize=_NORMALIZE[options.normalize],
+        eps=options.eps,
+        state=None if s0 is None else (s0, z0),
+        chunk_size=options.chunk or None,
+        padding=padding,
+    )
+    return _blank(o, padding).to(dtype), None, s, z
+
+
+def _blank(x: Tensor, padding: Tensor | None) -> Tensor:
+    return x if padding is None else x.masked_fill(padding[..., None, None], 0)
+
+
+def _by_range(
+    inputs: tuple[Tensor | None, ...], ranges: Tensor, options: ScanOptions
+) -> tuple[Tensor, None, Tensor, Tensor]:
+    """Return the same for ranges of the tokens of one row, by a look at where they end."""
+    q, k, v, s0, z0, positions, freq = inputs
+    pieces, last, empty = [], 0, [x[:, :0] for x in (q, k, v)]
+    # of no sequence too there is a state, of no rows
+    _, _, *states = causal_dot(*empty, None, None, *_cut(positions, 0, 0), freq, None, options)
+    states = [[x[:0]] for x in states]
+    for i, (begin, end) in enumerate(ranges.tolist()):
+        before = (None, None) if s0 is None else (s0[i : i + 1], z0[i : i + 1])
+        part = [x[:, begin:end] for x in (q, k, v)]
+        o, _, s, z = causal_dot(*part, *before, *_cut(positions, begin, end), freq, None, options)
+        pieces += [o.new_zeros(1, begin - last, *o.shape[2:]), o]
+        states[0].append(s)
+        states[1].append(z)
+        last = end
+    pieces.append(v.new_zeros(1, q.shape[1] - last, q.shape[2], v.shape[-1]))
+    return torch.cat(pieces, 1), None, *map(torch.cat, states)
+
+
+def _cut(positions: Tensor | None, begin: int, end: int) -> tuple[Tensor | None]:
+    return (None if positions is None else positions[:, begin:end],)

@@ -29,10 +29,11 @@ def spread(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     return x if times <= 1 else x.repeat_interleave(times, dim)
 
 
-def sine_features(x: Tensor, positions: Tensor, sines: SineMap) -> Tensor:
+def sine_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool = True) -> Tensor:
     """Return the features of SPE and F-StrIPE (arXiv 2105.08399; 2502.10491, eqs. 3-9).
 
     Row 2k of component d is gain x_d cos(phase), row 2k + 1 the sine, row 2K the gate's.
+    `group` has no effect here.
     """
     angle = phases(positions, sines.freq)  # [B or 1, T, H, D, K]
     if sines.offset is not None:

@@ -1,6 +1,6 @@
-"""Backend "triton": kernels for NVIDIA cards (Triton compiles them for others too, untested).
+"""Backend "triton": kernels for NVIDIA cards; others that Triton supports are untested.
 
-With TRITON_INTERPRET=1 they run on CPU tensors in Triton's interpreter, for tests.
+With TRITON_INTERPRET=1 the kernels run on CPU tensors in Triton's interpreter, for tests.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..._torch import without_modes
 from .. import reference
 from ..reference.elementwise import elu1
 from ..specs import ScanOptions
@@ -20,6 +20,7 @@ from .common import INTERPRETED
 from .sine_features_launch import philox_normal, sine_features, sine_features_backward
 
 __all__ = [
+    "IN_PYTORCH",
     "causal_dot",
     "causal_dot_backward",
     "describe",
@@ -33,16 +34,19 @@ __all__ = [
 WIDEST = 256
 
 
-# errors of the check that say nothing of the compiler or of the card, by type and by text
+# errors of the check that are no fault of the compiler or the card, by type and by text
 _PASSING = torch.OutOfMemoryError, torch.AcceleratorError
 _PASSING_TEXTS = ("out of memory", "capturing")
 
 
+IN_PYTORCH = False
+
+
 def unavailable(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on a GPU, or None; the current one stands for a CPU.
+    """Return why the kernels cannot run on a GPU, or None; a CPU means the current GPU.
 
     Raises:
-        RuntimeError: the check cannot run now; it says nothing of later.
+        RuntimeError: the check cannot run now, but may run later.
     """
     if INTERPRETED:
         return None
@@ -63,22 +67,22 @@ def unavailable(device: torch.device) -> str | None:
             return miscompiled(device)
 
     try:
-        # in a thread of its own, which no inference mode and no transform of the caller reaches
+        # in another thread, out of reach of the caller's inference mode and transforms
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(check).result()
-    except Exception as error:  # of a compiler that is missing, a card that is too old
+    except Exception as error:  # for instance a missing compiler or a card that is too old
         if isinstance(error, _PASSING) or any(text in str(error) for text in _PASSING_TEXTS):
             raise
         return f"Triton {triton.__version__} cannot compile for this card: {error}"
 
 
 def miscompiled(device: torch.device) -> str | None:
-    """Return what is wrong with gradients that this Triton compiles for this card, or None.
+    """Return how gradients from this Triton on this card are wrong, or None if they are right.
 
-    Its compiler has had faults that show in a wrong gradient alone (flash-linear-attention issues
-    640 and 984).
+    Some faults of its compiler showed only in wrong gradients (flash-linear-attention issues 640
+    and 984).
     """
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         generator = torch.Generator(device).manual_seed(0)
         q, k, v, do = (
             torch.randn(1, 200, 2, 64, generator=generator, device=device).bfloat16()
@@ -105,7 +109,7 @@ def miscompiled(device: torch.device) -> str | None:
 
 
 def describe() -> str:
-    """Return what the kernels run on."""
+    """Return Triton's version and the device that the kernels run on."""
     where = "its interpreter" if INTERPRETED else torch.cuda.get_device_name()
     return f"Triton {triton.__version__}, {where}"
 
@@ -113,7 +117,7 @@ def describe() -> str:
 def unsupported(
     device: torch.device, dtype: torch.dtype, widths: tuple[int, int, int]
 ) -> str | None:
-    """Return why tensors on a device, of a dtype and these D, R and E, cannot be taken; or None."""
+    """Return why the kernels cannot take a device, dtype and widths D, R, E, or None."""
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"needs tensors on a CUDA device, got {device}"
     if max(widths) > WIDEST:

@@ -1,4 +1,4 @@
-"""Tiles of the scan's kernels: by sizes, dtype and card."""
+"""The tiles of the scan's kernels, from sizes, dtype and card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import power
 
 
 class Blocks(NamedTuple):
-    """A launch: tokens C, pairs (or columns) BW and values BE of a tile; warps, loads ahead."""
+    """Tokens C, pairs (or columns) BW and values BE of a tile; warps; stages of loads."""
 
     c: int
     bw: int
@@ -21,10 +21,10 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# For 16 bits, by the widest block of a row and whether pairs rotate (2) or not (1): tokens of a
-# tile, columns of the result that a program makes, warps. The largest that need next to no spills
-# on sm_90 (scripts/aot_check.py); where there is no entry, `blocks` has others. The operands of
-# float16 are twice as large (`common.numbers`).
+# For 16 bits. Keys: widest block of a row, and 2 if pairs rotate, else 1. Values: tokens of a tile,
+# columns of the result for one program, warps. These are the largest with almost no spills on sm_90
+# (scripts/aot_check.py); `blocks` has defaults. float16 operands are twice as large
+# (`common.numbers`).
 _TILES = {
     torch.bfloat16: {
         "forward": {
@@ -72,8 +72,8 @@ _TILES = {
     },
 }
 
-# bytes of shared memory that a program takes at most with two stages, and with one, by the widest
-# block of a row; other rows take less than every card has (scripts/aot_check.py)
+# most bytes of shared memory of a program with two stages and with one, by the widest block of a
+# row; other rows fit every card (scripts/aot_check.py)
 _SHARED = {
     torch.float32: {256: (133184, 98304)},
     torch.float64: {128: (103040, 69632), 256: (234624, 167936)},
@@ -84,12 +84,12 @@ _SHARED = {
 def blocks(
     role: str, width: int, e: int, parts: int, dtype: torch.dtype, shared: int, chunk: int = 0
 ) -> Blocks:
-    """Return the launch of a kernel: a function of sizes, dtype and card, never of T.
+    """Return the blocks of a kernel from sizes, dtype and card, never from T.
 
     Args:
-        role: A row of _TILES.
-        width: Pairs of a query, or its components where nothing rotates.
-        parts: 2 where pairs rotate, else 1.
+        role: A role in _TILES.
+        width: Pairs of a query, or its components if nothing rotates.
+        parts: 2 if pairs rotate, else 1.
         shared: Bytes of shared memory that the card has for a program.
         chunk: The caller's chunk size, 0 for the default.
     """
@@ -107,7 +107,7 @@ def blocks(
     if shared < _SHARED.get(dtype, {}).get(widest, (0, 0))[0]:
         stages = 1
     if (role, dtype, bw, parts) == ("grad_q", torch.float32, 16, 2):
-        stages = 1  # Triton 3.6.0 cannot compile two where features are of rotated pairs
+        stages = 1  # Triton 3.6.0 cannot compile two stages for features of rotated pairs
     return Blocks(c, bw, be, warps, stages)
 
 

@@ -6,16 +6,17 @@
     grad_kv_kernel   v    g    phi    backwards   dk
                      psi  phi  g      backwards   dv (by the same tiles, its state is the transpose)
 
-with o_t = sum_{s<=t} (a_t . b_s) c_s + a_t S, S the sum of b (x) c over the tokens before a chunk,
-phi and psi the features of q and k, g = grad_o / normaliser.
+Each computes out_t = sum_{s<=t} (a_t . b_s) c_s + a_t S inside a chunk, where S is the sum of
+b (x) c over the tokens before the chunk. phi and psi are the features of q and k, and
+g = grad_o / normaliser.
 
-A program owns a segment of one head of one sequence and a block of columns of the result; it walks
-the segment chunk by chunk with the state in registers. Where heads are cut into segments, to give
-the whole card work, `state_kernel` and `prefix_kernel` make the states that these begin with.
+A program owns a segment of one head of one sequence and a block of columns of the result. It walks
+the segment chunk by chunk with the state in registers. If heads are cut into segments, to give the
+whole card work, `state_kernel` and `prefix_kernel` make the states that segments begin with.
 
-With RANGES the one row of tokens holds S sequences, and its NSEG slots of segments are their first
-ones, then one for each SEG tokens in which another may begin; `slots_kernel` finds what they hold.
-A slot that holds none has no tokens.
+With RANGES one row of tokens holds S sequences. It has NSEG slots for segments: first the S first
+segments, then one slot for each SEG tokens in which another segment may begin. `slots_kernel` fills
+the slots; an empty slot has no tokens.
 """
 
 import triton
@@ -38,10 +39,11 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["S", "SEG"])
 def slots_kernel(ranges, slots, S, SEG):
-    """Store what each slot holds, as `place` and `state_kernel` read it.
+    """Store six numbers for each slot, for `place` and `state_kernel`.
 
-    That is: first token of the segment, end, sequence, whether it is the last one; and the ends of
-    what it adds to the states of segments behind and before it, of no token if there are none.
+    They are: first token and end of the segment, its sequence, whether it is the last of the
+    sequence, and the ends of the tokens that it adds to the states of later and of earlier
+    segments (its first token if it adds nothing).
 
     The first S slots are the first segments of the sequences. Every other segment follows SEG
     tokens of its own sequence, so no two begin in the same SEG tokens of the row.
@@ -77,10 +79,10 @@ def slots_kernel(ranges, slots, S, SEG):
 
 @triton.jit
 def place(slots, T, H, S, SEG, NSEG, BLOCKS, RANGES: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Return where a program works.
+    """Return the place of a program.
 
-    That is: head (row by row of the batch), head (sequence by sequence), slot of the segment, block
-    of columns, first token, end, and whether no other segment of its sequence is walked later.
+    It is: index of row and head, index of sequence and head, slot of the segment, block of columns,
+    first token, end, and whether the segment is the last of its sequence to be walked.
     """
     pid = tl.program_id(0)
     i_block = pid % BLOCKS
@@ -100,7 +102,7 @@ def place(slots, T, H, S, SEG, NSEG, BLOCKS, RANGES: tl.constexpr, BACKWARDS: tl
 
 @triton.jit
 def divisor(den, eps, NORMALIZE: tl.constexpr):
-    """Return what the weighted sum is divided by."""
+    """Return the divisor of the weighted sum."""
     if NORMALIZE == "sum":
         return den + eps
     else:
@@ -109,7 +111,7 @@ def divisor(den, eps, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def divisor_slope(den, eps, NORMALIZE: tl.constexpr):
-    """Return the derivative of `divisor`: 0 where it is clamped."""
+    """Return the derivative of `divisor`, 0 where it is clamped."""
     if NORMALIZE == "sum":
         return tl.full(den.shape, 1.0, den.dtype)
     else:
@@ -120,7 +122,7 @@ def divisor_slope(den, eps, NORMALIZE: tl.constexpr):
 def products(
     x_1, x_2, y_1, y_2, acc, PARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Return acc + x @ y, where x has its columns and y its rows in PARTS blocks."""
+    """Return acc + x @ y; the columns of x and the rows of y are in PARTS blocks."""
     acc = dot(x_1, y_1, acc, DOT, PRECISION)
     if PARTS == 2:
         acc = dot(x_2, y_2, acc, DOT, PRECISION)
@@ -139,9 +141,9 @@ def forward_kernel(
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs, sums of weights, and the final state; a block of columns of the values."""
+    """Store outputs for a block of columns of the values, sums of weights, and the final state."""
     NORM: tl.constexpr = NORMALIZE != "none"
-    # the normaliser sees features that are not rotated
+    # the normaliser sees unrotated features
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
     i_bh, i_sh, i_seg, i_block, begin, end, closes = place(
@@ -197,7 +199,7 @@ def forward_kernel(
         if PARTS == 2:
             s_2 = dot(tl.trans(psi_2), b_v, s_2, DOT, PRECISION)
 
-    # heads that share a state all have it; the first of them stores it
+    # of the heads that share a state, the first stores it
     if closes & (i_sh % GS == 0):
         R = feature_count(D, W, PAIRS, PARTS)
         store_state(s + i_sh // GS * R * E, s_1, s_2, o_w, o_e, D, W, E, PAIRS, PARTS)
@@ -217,14 +219,14 @@ def state_kernel(
     RANGES: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each segment adds to the state: of psi and v, or BACKWARDS of phi and g."""
+    """Store the sums that each segment adds to the state: psi and v, BACKWARDS phi and g."""
     NORM: tl.constexpr = NORMALIZE != "none"
     NORM_PARTS: tl.constexpr = 2 if MAP_FIRST and PAIRS != "none" else PARTS
     i_bh, _, i_seg, i_block, begin, end, closes = place(
         slots, T, H, S, SEG, NSEG, tl.cdiv(E, BE), RANGES, BACKWARDS
     )
-    # no segment begins with what the last one adds
-    if RANGES:  # there is no register left to choose with
+    # no segment follows the last one, so its sums are not needed
+    if RANGES:  # no register is left for tl.where
         end = tl.load(slots + 6 * i_seg + (5 if BACKWARDS else 4)).to(T.dtype)
     else:
         end = tl.where(closes, begin, end)
@@ -273,7 +275,7 @@ def prefix_kernel(
     STATE: tl.constexpr, BACKWARDS: tl.constexpr, RANGES: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Replace what the segments add by the sum of what those before add (BACKWARDS: behind)."""
+    """Replace the sums of each segment by the state before it (BACKWARDS: behind it)."""
     i_sh = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o < RE + RZ
@@ -292,11 +294,11 @@ def prefix_kernel(
         count = NSEG
     for i in range(count):
         i_seg = count - 1 - i if BACKWARDS else i
-        if RANGES:  # its slot: see `slots_kernel`
+        if RANGES:  # the segment's slot, see `slots_kernel`
             i_seg = tl.where(i_seg == 0, i_s, S - 1 + first // SEG + i_seg)
         at = states + i_seg * (RE + RZ) + o
         added = tl.load(at, mask=mask, other=0.0)
-        # other threads may store what this one has loaded
+        # all threads load before any of them stores
         tl.debug_barrier()
         tl.store(at, total, mask=mask)
         total += added

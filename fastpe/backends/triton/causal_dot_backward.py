@@ -1,4 +1,4 @@
-"""Kernels of the gradient of causal linear attention (the table in causal_dot.py)."""
+"""Kernels of the gradient of causal linear attention; causal_dot.py has the table."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ from .tiles import (
 
 @triton.jit
 def token_weights(do, o, den, o_t, m_t, EPS: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Return 1 / normaliser of each token, and the loss's derivative by its sum of weights."""
+    """Return 1 / normaliser and the gradient of the sum of weights, for each token."""
     total = tl.load(den + o_t, mask=m_t, other=1.0)
     inverse = tl.where(m_t, 1.0 / divisor(total, EPS, NORMALIZE), 0.0)
     return inverse, -divisor_slope(total, EPS, NORMALIZE) * tl.sum(do * o, 1) * inverse
@@ -34,9 +34,9 @@ def turn_gradients(
     turn, b_df, dpositions, positions, freq, o_t, o_w, m_t, W, L,
     WANT_POSITIONS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return b_df plus the gradient of the frequencies [BW, BL], and store that of the positions.
+    """Return b_df plus the gradient of frequencies [BW, BL], and store the gradient of positions.
 
-    Both are by the angles in turns: without the factor 2 pi.
+    Both lack the factor 2 pi.
     """
     BL: tl.constexpr = b_df.shape[1]
     PRECISION: tl.constexpr = "ieee" if ACC == tl.float64 else "tf32x3"
@@ -61,7 +61,7 @@ def turn_gradients(
 
 @triton.jit
 def store_frequencies(dfreq, b_df, o_w, W, L):
-    """Store the gradient of the frequencies [W, L]."""
+    """Store the gradient of frequencies [W, L]."""
     o_l = tl.arange(0, b_df.shape[1])
     mask = (o_w < W)[:, None] & (o_l < L)[None, :]
     tl.store(dfreq + o_w[:, None] * L + o_l[None, :], b_df, mask=mask)
@@ -80,7 +80,7 @@ def grad_q_kernel(
     RANGES: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of pairs of the queries; and delta, that of the sums of weights."""
+    """Store the gradient of queries for a block of pairs, and delta, that of sums of weights."""
     NORM: tl.constexpr = NORMALIZE != "none"
     SPLIT: tl.constexpr = MAP_FIRST and PAIRS != "none"
     NORM_PARTS: tl.constexpr = 2 if SPLIT else PARTS
@@ -173,7 +173,7 @@ def grad_kv_kernel(
     C: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values, and of the initial state.
+    """Store the gradients of keys, values and the initial state.
 
     dk needs all columns of the values in one block, dv all pairs of the keys.
     """
@@ -202,7 +202,7 @@ def grad_kv_kernel(
     o_c = tl.arange(0, C)
     o_w = i_block // BLOCKS_E * BW + tl.arange(0, BW)
     o_e = i_block % BLOCKS_E * BE + tl.arange(0, BE)
-    # t = sum of phi (x) g and y = sum of delta pd, over the tokens behind
+    # over later tokens, t sums phi (x) g and y sums delta pd
     t_1, t_2 = load_state(t0, o_w, o_e, D, W, E, PAIRS, PARTS, ACC, STATE)
     y_1, y_2 = load_sums(y0, o_w, D, W, PAIRS, NORM_PARTS, ACC, STATE and NORM)
     b_df = tl.zeros((BW, BL), ACC)

@@ -1,4 +1,4 @@
-"""Launches of the scan and of its gradient: sizes, blocks, segments."""
+"""Launch the scan and its gradient: sizes, blocks, segments."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ _FEATURE_MAPS = {
 def segments(programs: int, t: int, c: int, sequences: int, processors: int) -> tuple[int, int]:
     """Return the tokens of a segment and the number of segments that fill the card twice.
 
+    A packed sequence gets the same bits as alone if its segments have the same length.
+
     Args:
-        programs: How many there are where nothing is cut.
+        programs: Programs without segments.
         t: Tokens of a row.
         c: Tokens of a tile.
-        sequences: In a row, of lengths that nobody here knows: each begins a segment of its own, so
-            the number returned is of those in a row that is one sequence. Where it is not one, a
-            sequence is given the bits that it has alone if its own segments are as long.
-        processors: Of the card.
+        sequences: Sequences of a row, whose lengths the host does not know. Each begins its own
+            segment; the number returned is for a row of one sequence.
+        processors: Multiprocessors of the card.
     """
     wanted = -(-2 * processors // max(programs, 1))
-    # a segment pays for itself if its tokens outweigh its state
+    # a segment pays off if its tokens cost more than its state
     wanted = min(wanted, max(t // (4 * c) + 1 - sequences, 1))
     length = -(-max(t, 1) // (wanted * c)) * c
     return length, -(-max(t, 1) // length)
 
 
 class _Plan:
-    """What every call of these sizes and options has in common."""
+    """The constants of all calls with these sizes and options."""
 
     def __init__(
         self, shape: torch.Size, e: int, dtype: torch.dtype, freq: torch.Size | None,
@@ -55,9 +56,9 @@ class _Plan:
         self.card = card
         b, self.t, self.h, d = shape
         self.e, self.heads, self.dtype, self.chunk = e, b * self.h, dtype, options.chunk
-        # neighbours that share a head of k, of v and a state
+        # heads of q that share a head of k, a head of v, a state
         self.of_k, self.of_v, self.of_state = (self.h // max(x, 1) for x in shared)
-        # in one row, and all of them
+        # sequences of one row, and of all rows
         self.row = 1 if sequences is None else sequences
         self.sequences = b * self.row
         self.r, self.rz = options.widths(d)
@@ -90,12 +91,12 @@ class _Plan:
         self.kernels: dict[tuple, Kernel] = {}
 
     def blocks(self, role: str) -> Blocks:
-        """Return the launch of a role of the scan."""
+        """Return the blocks of a role of the scan."""
         shared = self.card.shared
         return blocks(role, self.pairs, self.e, self.parts, self.dtype, shared, self.chunk)
 
     def roles_kv(self, want_k: bool, want_v: bool) -> tuple[str, ...]:
-        """Return the kernels that make dk and dv: one, if the whole state fits a program."""
+        """Return the kernels for dk and dv: one if the whole state fits a program."""
         if want_k and want_v and max(power(self.pairs) * self.parts, power(self.e)) <= 64:
             return ("grad_kv",)
         return ("grad_k",) * want_k + ("grad_v",) * want_v
@@ -118,14 +119,15 @@ _plan = functools.lru_cache(maxsize=1024)(_Plan)
 
 
 class _Scan:
-    """The tensors of one call, or of its gradient, as the kernels take them."""
+    """The tensors of a call or its gradient, in the layout that kernels take."""
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         check_devices(SCAN, inputs)
         q, k, v, s0, z0, positions, freq, ranges = inputs
+        heads = q.shape[2], k.shape[2], v.shape[2]
         self.plan = _plan(
             *(q.shape, v.shape[-1], q.dtype, None if freq is None else freq.shape),
-            (k.shape[2], v.shape[2], state_heads(q, k, v, freq)),
+            (k.shape[2], v.shape[2], state_heads(*heads, 0 if freq is None else freq.shape[0])),
             None if ranges is None else ranges.shape[0],
             options,
             common.card(q.device),
@@ -144,12 +146,12 @@ class _Scan:
             )
 
     def by_token(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return memory for numbers of every token: zeros where some may be of no sequence."""
+        """Return memory for numbers of tokens, zeroed if some may belong to no sequence."""
         x = empty(self.q, *shape, dtype=dtype)
         return x.zero_() if self.packed else x
 
     def of_states(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Return memory for s and z of all sequences and this many heads."""
+        """Return memory for s and z of all sequences, with this many heads."""
         plan = self.plan
         shape = plan.sequences, heads
         return (
@@ -158,7 +160,7 @@ class _Scan:
         )
 
     def cut(self, role: str) -> tuple[int, tuple[int, int]]:
-        """Return the blocks of columns of a role; the length of segments and the slots of a row."""
+        """Return a role's blocks of columns, and (length, slots of a row) of its segments."""
         plan, block = self.plan, self.plan.blocks(role)
         columns = -(-plan.e // block.be)
         if role[:4] == "grad":
@@ -168,7 +170,7 @@ class _Scan:
         return columns, (length, plan.row - 1 + count)
 
     def slots(self, cut: tuple[int, int]) -> Tensor:
-        """Return what the slots of segments hold, where sequences are ranges: on the card alone."""
+        """Return the slots' six numbers, computed on the card, if sequences are ranges."""
         if not self.packed:
             return self.q
         slots = empty(self.q, cut[1], 6, dtype=torch.int64)
@@ -181,10 +183,10 @@ class _Scan:
         self, cut: tuple[int, int], slots: Tensor, x: Tensor, y: Tensor,
         groups: tuple[int, int, int], initial: tuple, den: Tensor, delta: Tensor, backwards: bool,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], tuple[str, bool]]:  # fmt: skip
-        """Return (s, z) at the beginning of each segment, where each lies, and if there is any.
+        """Return (s, z) at the start of each segment, their layout, and the constant STATE.
 
-        Where: heads that share one, how far these and slots are apart, sizes of s and z.
-        groups: How many neighbours share a head of x, of y and of the initial state.
+        The layout is: heads that share a state, strides of heads and slots, sizes of s and z.
+        groups: Numbers of heads that share a head of x, of y and of the initial state.
         """
         plan, (s, z), group = self.plan, initial, groups[2]
         count, size = plan.r * plan.e, plan.r * plan.e + plan.rz
@@ -212,7 +214,7 @@ class _Scan:
 def causal_dot(
     *inputs: Tensor | ScanOptions | None, save: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return o, den [B, H, T] and the final state (`ops.CausalDot`)."""
+    """Return o, den [B, H, T] and the final s and z, see `fastpe.ops.causal_dot`."""
     *inputs, options = inputs
     call, (q, _, v, *_) = _Scan(inputs, options), inputs
     plan, (b, t, h, _) = call.plan, q.shape
@@ -239,7 +241,7 @@ def causal_dot(
 def _final_gradients(
     call: _Scan, grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return those of s and z for all heads: zeros but for the first of those that share one."""
+    """Return gradients of s and z for all heads: in a group that shares one, the first has it."""
     given, group = [contiguous(x, call.wide) for x in grads], call.plan.of_state
     missing = [x is None for x in given]
     if all(missing) or (group == 1 and not any(missing)):
@@ -268,7 +270,7 @@ def causal_dot_backward(
         return tuple(torch.zeros_like(x) if need else none for x, need in pairs)
 
     def of_tokens(x: Tensor) -> Tensor:
-        # of each head of q: those that share keys or values are added behind
+        # one gradient per head of q; heads that share keys or values are summed below
         return call.by_token(b, t, h, x.shape[-1], dtype=x.dtype if x.shape[2] == h else call.wide)
 
     do, final = rows(grads[0]), _final_gradients(call, grads[1:])
@@ -279,7 +281,7 @@ def causal_dot_backward(
     by_position, by_freq = [], []
 
     def gradients(columns: int, cut: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        # of positions and frequencies, by each program: what to add up
+        # parts of the gradients of positions and frequencies, one for each program
         if not turn:
             return q, q
         by_position.append(call.by_token(columns, b, h, t, plan.levels, dtype=call.wide))
@@ -289,7 +291,7 @@ def causal_dot_backward(
     qkv, strides = (call.q, call.k, call.v), (*call.strides, *do.stride()[:3], *call.steps)
     turning, shared = (("TURN", turn), ("WANT_POSITIONS", needs[5])), (plan.of_k, plan.of_v)
     with torch.cuda.device_of(q):
-        # by the way it makes delta, which the gradients of the keys begin with
+        # this kernel also makes delta, which the gradients of keys need
         if needs[0] or turn or (want_k and plan.rz):
             columns, cut = call.cut("grad_q")
             slots, groups = call.slots(cut), (*shared, plan.of_state)
@@ -327,7 +329,7 @@ def causal_dot_backward(
     ):
         results.append(sum_groups(x, dim, heads, dtype) if need else none)
     for like, parts, need in ((positions, by_position, needs[5]), (freq, by_freq, needs[6])):
-        # by the angles in turns so far
+        # kernels leave out the factor 2 pi
         total = 2 * math.pi * sum(x.sum((0, 2), dtype=torch.float64) for x in parts)
         results.append(sum_to(total, like) if need else none)
     return tuple(results)

@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share."""
+"""Helpers of all launchers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Card(NamedTuple):
-    """What launches depend on: multiprocessors, and bytes of shared memory for one program."""
+    """A card's multiprocessors and bytes of shared memory for one program."""
 
     processors: int
     shared: int
@@ -23,7 +23,7 @@ class Card(NamedTuple):
 
 @functools.cache
 def card(device: torch.device) -> Card:
-    """Return what a device has; the interpreter is a card of one processor."""
+    """Return a device's `Card`; the interpreter has one processor."""
     if device.type == "cpu":
         return Card(1, 227 << 10)
     found = torch.cuda.get_device_properties(device)
@@ -31,40 +31,40 @@ def card(device: torch.device) -> Card:
 
 
 def numbers(dtype: torch.dtype) -> dict[str, object]:
-    """Return the types of arithmetic for a dtype: sums in ACC, operands of products in DOT."""
+    """Return the arithmetic for a dtype: ACC for sums, DOT for operands of products."""
     if dtype == torch.float64:
         return {"ACC": tl.float64, "DOT": tl.float64, "PRECISION": "ieee"}
     if dtype == torch.bfloat16:
         return {"ACC": tl.float32, "DOT": tl.bfloat16, "PRECISION": "tf32"}
-    # as many digits as float16 has, and no overflow
+    # tf32 has as many digits as float16 and does not overflow
     precision = "tf32" if dtype == torch.float16 else "tf32x3"
     return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": precision}
 
 
 def power(x: int) -> int:
-    """Return the block for x columns that tensor cores take."""
+    """Return the smallest block of x columns that tensor cores take."""
     return max(16, triton.next_power_of_2(x))
 
 
 def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return new memory beside x, of its dtype if no other is given."""
+    """Return new memory on x's device, by default with x's dtype."""
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return x with the numbers of a row next to one another in memory, as the kernels read it."""
+    """Return x with contiguous rows, as kernels read it."""
     x = x.resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 class Kernel:
-    """A kernel with its constants, ready to be launched in a few microseconds.
+    """A kernel with its constants, which launches in a few microseconds.
 
-    Triton looks at every argument of every launch to find the code that was compiled for them; here
-    that is done once for each combination of types, sizes and alignments.
+    Triton inspects every argument of every launch to find the compiled code. This class does so
+    once for each combination of types, sizes and alignments.
 
     Args:
-        function: The jitted function, its constants last.
+        function: The jitted function, with its constants last.
         meta: Constants by name, `num_warps` and `num_stages`.
     """
 
@@ -77,12 +77,12 @@ class Kernel:
     def __call__(
         self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: tuple[int, ...]
     ) -> None:
-        """Launch it on the current device and stream.
+        """Launch the kernel on the current device and stream.
 
         Args:
             grid: Programs along three axes.
-            tensors: First arguments; their dtypes follow from the first's, constants and numbers.
-            numbers: The arguments behind them.
+            tensors: First arguments; the first dtype, constants and numbers fix the other dtypes.
+            numbers: Arguments after the tensors.
         """
         if INTERPRETED:
             self.function[grid](*tensors, *numbers, **self.meta)

@@ -1,9 +1,7 @@
 """Device functions of rotations and feature maps, given to kernels as constexprs.
 
-The reference backend defines what they compute.
-
-A tile of queries or keys is a pair of blocks, x1 and x2: the first and second components of the
-pairs that are rotated. Without rotation it is one block, given twice.
+The reference backend specifies them. A tile of queries or keys is a pair of blocks, x1 and x2: the
+first and second components of rotated pairs. Without rotation it is one block, given twice.
 """
 
 import triton
@@ -11,7 +9,7 @@ import triton.language as tl
 
 TWO_PI = tl.constexpr(6.283185307179586)
 RELU_SHIFT = tl.constexpr(1e-3)
-# adding and subtracting it rounds a float32 to the nearest integer
+# adding and subtracting ROUND rounds a float32 to the nearest integer
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 
 
@@ -65,25 +63,25 @@ def exp_slope(x, value):
 
 @triton.jit
 def unrotated(x1, x2, c, s):
-    """Return the components as they are; its own transpose."""
+    """Return the components unchanged; its own adjoint."""
     return x1, x2
 
 
 @triton.jit
 def rotate(x1, x2, c, s):
-    """Turn each pair by its angle (RoPE)."""
+    """Rotate each pair by its angle (RoPE)."""
     return x1 * c - x2 * s, x2 * c + x1 * s
 
 
 @triton.jit
 def rotate_adjoint(y1, y2, c, s):
-    """Turn each pair back."""
+    """Rotate each pair back."""
     return y1 * c + y2 * s, y2 * c - y1 * s
 
 
 @triton.jit
 def rotate_pool(x1, x2, c, s):
-    """Return the sum of each turned pair (RoPEPool, eq. 23), twice."""
+    """Return the sum of each rotated pair (RoPEPool, arXiv 2504.05364, eq. 23), twice."""
     y = x1 * (c + s) + x2 * (c - s)
     return y, y
 
@@ -112,10 +110,10 @@ def split(x):
 
 @triton.jit
 def turns(position, freq, ACC: tl.constexpr):
-    """Return position * freq but for whole turns; both are float64.
+    """Return position * freq less whole turns; both are float64.
 
-    In float32 the product is exact to 48 bits: few cards are fast in float64, and then only the
-    vectors before they are broadcast are touched in it.
+    With ACC float32 the product is exact to 48 bits. Few cards are fast in float64, so only the
+    vectors are float64, not the tile.
     """
     if ACC == tl.float64:
         product = position * freq

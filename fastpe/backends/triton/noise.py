@@ -8,7 +8,7 @@ from .elementwise import TWO_PI
 
 @triton.jit
 def store_pair(out, x_0, x_1, o_r, R):
-    """Store the two normal numbers that two random words give, at o_r and behind."""
+    """Store two normal numbers from two random words at o_r and o_r + 1."""
     u_0 = ((x_0 >> 9).to(tl.float64) + 0.5) * (1.0 / 8388608.0)
     u_1 = ((x_1 >> 9).to(tl.float64) + 0.5) * (1.0 / 8388608.0)
     radius, angle = tl.sqrt(tl.log(u_0) * -2.0), u_1 * TWO_PI
@@ -18,7 +18,7 @@ def store_pair(out, x_0, x_1, o_r, R):
 
 @triton.jit(do_not_specialize=["module", "first"])
 def normal_kernel(out, seed, step, module, first, J, R, BLOCK: tl.constexpr):
-    """Row first + j of component hd, [R]; module: of the key, its kind in the low three bits."""
+    """Store row first + j of component hd, [R]; module is 8 * module id + kind."""
     i_row = tl.program_id(0)
     o_block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(seed) ^ (module.to(tl.int64) << 32)

@@ -1,11 +1,11 @@
 """Kernels of the sine features (SineSPE, F-StrIPE) and of their gradient.
 
-At sine k a tile of tokens is multiplied by gain * cos and gain * sin of its phases, component by
-component; row 2k and 2k + 1 of the noise project the two to R features, one product each. Codes
-never exist. Without noise the rows are summed over the components ("pool": noise of ones, which no
-one loads), or each is a feature ("keep").
+For sine k, each component of a tile of tokens is multiplied by gain * cos and gain * sin of its
+phase. Rows 2k and 2k + 1 of the noise project these to R features with one product each, so codes
+never exist. Without noise, "pool" sums the rows over components, as if noise were ones, and "keep"
+makes each row a feature.
 
-Rows of a tile are the same BN tokens of BB sequences, which share sines where they share positions.
+A tile holds BN tokens of BB sequences, which share sines because they share positions.
 """
 
 import triton
@@ -17,7 +17,7 @@ from .tiles import dot
 
 @triton.jit
 def place(B, T, H, BB: tl.constexpr, BN: tl.constexpr):
-    """Return head, tokens [BN] and which there are; sequence and token of each row, and which."""
+    """Return head, first sequence, tokens [BN]; sequence, token and mask of each row."""
     tiles = tl.cdiv(T, BN)
     i_n = tl.program_id(0) % tiles
     i_b = tl.program_id(0) // tiles * BB
@@ -30,7 +30,7 @@ def place(B, T, H, BB: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def to_rows(x, BB: tl.constexpr):
-    """Repeat the tile of one sequence for each of BB."""
+    """Repeat the tile of one sequence for BB sequences."""
     if BB == 1:
         return x
     else:
@@ -44,7 +44,7 @@ def sines(
     positions, freq, offset, gain, o_n, m_n, o_d, m_d, i_k, K, L,
     OFFSET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return cos and sin of the phases of sine i_k [BN, BD], and its gains [BD]."""
+    """Return cos and sin of the phases of sine i_k, [BN, BD], and its gains, [BD]."""
     u = tl.zeros((o_n.shape[0], o_d.shape[0]), ACC)
     at = o_d * K + i_k
     for i in range(L):
@@ -60,7 +60,7 @@ def sines(
 
 @triton.jit
 def mixing(noise, o_d, m_d, o_r, R, J, j, MIX: tl.constexpr):
-    """Return row j of the noise of the components, [BD, BR]."""
+    """Return row j of the components' noise, [BD, BR]."""
     if MIX == "pool":
         row = tl.where(o_r == j, 1.0, 0.0)[None, :]
         return tl.broadcast_to(row, (o_d.shape[0], o_r.shape[0]))
@@ -77,7 +77,7 @@ def features_kernel(
     BB: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Features of a tile of tokens, a block of them."""
+    """Store a block of features of a tile of tokens."""
     i_h, i_b, o_n, o_b, o_t, m_m = place(B, T, H, BB, BN)
     m_n = o_n < T
     o_r = tl.program_id(2) * BR + tl.arange(0, BR)
@@ -129,7 +129,7 @@ def pulled(
     dy, row_y, m_m, noise, o_d, m_d, R, J, j, MIX: tl.constexpr, BR: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradient of row j of the components, [M, BD]."""
+    """Return the gradient of the components' row j, [M, BD]."""
     if MIX == "keep":
         at = row_y[:, None] + (o_d * J + j)[None, :]
         return tl.load(dy + at, mask=m_m[:, None] & m_d[None, :], other=0.0).to(ACC)
@@ -156,10 +156,10 @@ def features_backward_kernel(
     BB: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x and of the positions, and what a tile adds to the gradients of parameters.
+    """Store gradients of x and positions, and a tile's part of the gradients of parameters.
 
-    partial [tiles, H, K, 2 + L, D]: by the gain, by the phase, by the phase times each position;
-    phases in radians and without the factor gain.
+    partial [tiles, H, K, 2 + L, D] holds the gradient by the gain, by the phase in radians, and the
+    latter times each position, without the factor gain.
     """
     PARAMETER_PRECISION: tl.constexpr = "ieee" if ACC == tl.float64 else "tf32x3"
     i_h, i_b, o_n, o_b, o_t, m_m = place(B, T, H, BB, BN)

@@ -1,4 +1,4 @@
-"""Launches of the sine features, of their gradient, and of the noise."""
+"""Launch the sine features, their gradient, and the noise."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from . import noise
 from . import sine_features as features
 from .common import empty, kernel, numbers, power, rows
 
-# a tile reads all of the noise: as many tokens as need no spills (scripts/aot_check.py)
+# rows of a tile; each tile reads all noise, so as many as fit without spills (scripts/aot_check.py)
 _ROWS = {torch.bfloat16: 128, torch.float16: 32}
 _ROWS_BACKWARD = {torch.bfloat16: 64, torch.float16: 64}
 
 
 class _Sines:
-    """What the kernels of the sine features and of their gradient have in common."""
+    """The tensors and constants of sine features and of their gradient."""
 
     def __init__(
         self, x: Tensor, positions: Tensor, sines: SineMap, rows_of_tile: dict[torch.dtype, int]
@@ -33,18 +33,18 @@ class _Sines:
         self.k, self.levels, self.r = sines.gain.shape[-1], positions.shape[-1], sines.feature_dim
         self.wide = compute_dtype(x)
         double = [contiguous(i, torch.float64) for i in (positions, *sines[:4])]
-        # half of the bytes that every tile of tokens reads
+        # bfloat16 noise halves the bytes that every tile reads
         narrow = torch.bfloat16 if x.dtype == torch.bfloat16 else self.wide
         tables = *double, contiguous(sines.noise, narrow)
         self.tables = [x if i is None else i for i in tables]
-        # neighbours that share a head of x, at the end
+        # last: heads of features that share a head of x
         self.sizes = (
             *(self.b, self.t, self.h, self.d, self.k, sines.rows, self.r, self.levels),
             self.h // max(heads, 1),
         )
         shared = positions.shape[0] == 1
         self.by_batch = 0 if shared else self.t * self.levels
-        # tokens of one sequence, or of those that share positions, and so sines
+        # a tile has tokens of one sequence, or of several that share positions and so sines
         self.rows = rows_of_tile.get(x.dtype, 32)
         together = min(triton.next_power_of_2(max(self.b, 1)), 4) if shared else 1
         tokens = self.rows // together
@@ -62,7 +62,7 @@ class _Sines:
         }
 
     def launch(self, function: Callable, columns: int, *args: object, **meta: object) -> None:
-        """Run a kernel on all tiles: its tensors; behind the tables and sizes its own strides."""
+        """Launch a kernel on all tiles; args are its own tensors, then its own strides."""
         grid = self.tiles, self.h, columns
         if not math.prod(grid):
             return
@@ -76,7 +76,7 @@ class _Sines:
 
 
 def sine_features(x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> Tensor:
-    """Return the features of SPE or F-StrIPE (`ops.SineFeatures`)."""
+    """Return the features of SPE or F-StrIPE, see `fastpe.ops.sine_features`."""
     call = _Sines(x, positions, sines, _ROWS)
     y = empty(x, call.b, call.t, call.h, call.r)
     keep = call.meta["MIX"] == "keep"
@@ -94,11 +94,11 @@ def sine_features_backward(
     group: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, positions, freq, offset, gain, gate; empty where not needed."""
+    """Return the gradients of x, positions, freq, offset, gain, gate; empty if not needed."""
     check_devices(("x", "grad_y"), (x, grad_y))
     call, dy = _Sines(x, positions, sines, _ROWS_BACKWARD), rows(grad_y)
     none, parameters, levels, wide = x.new_empty(0), any(needs[2:]), call.levels, call.wide
-    # of each head of features: those that share a head of x are added behind
+    # one gradient per head of features; heads that share a head of x are summed below
     dtype = x.dtype if x.shape[2] == call.h else wide
     dx = empty(x, call.b, call.t, call.h, call.d, dtype=dtype)
     by_position, partial, by_gate = dx, dx, dx
@@ -118,7 +118,7 @@ def sine_features_backward(
         grads[1] = sum_to(2 * math.pi * by_position.sum(1, dtype=torch.float64), positions)
     if parameters:
         total = partial.sum(0, dtype=torch.float64).movedim(-1, 1)  # [H, D, K, 2 + L]
-        # by the phase in cycles, its factor gain included
+        # for phases in cycles, with the factor gain
         slope = 2 * math.pi * sines.gain.double()
         found = {2: slope[..., None] * total[..., 2:], 3: slope * total[..., 1], 4: total[..., 0]}
         if sines.gate is not None:
@@ -139,7 +139,7 @@ def philox_normal(
     dtype: torch.dtype,
     first: int = 0,
 ) -> Tensor:
-    """Return standard normal numbers [HD, J, R] (`noise.philox_normal`); nothing waits for them."""
+    """Return standard normal numbers [HD, J, R], as the reference does, without synchronising."""
     check_devices(("seed", "step"), (seed, step))
     out = empty(seed, *shape, dtype=dtype)
     if out.numel():
@@ -147,7 +147,7 @@ def philox_normal(
         with torch.cuda.device_of(seed):
             constants = ("BLOCK", 64), ("num_warps", 4), ("num_stages", 1)
             grid = hd * j, -(-r // 256), 1
-            # a signed number of the same 32 bits
+            # the signed number with the same 32 bits
             first = (first + 2**31) % 2**32 - 2**31
             sizes = module << 3 | kind, first, j, r
             kernel(noise.normal_kernel, *constants)(grid, (out, seed, step), sizes)

@@ -1,7 +1,7 @@
-"""Tiles of queries and keys: loading, storing, and their features.
+"""Tiles of queries and keys: load, store, and compute features.
 
-A tile is a pair of blocks [C, BW], `_1` and `_2`: the first and second components of the pairs that
-are rotated. Without rotation (PAIRS == "none") it is one block, given twice.
+A tile is a pair of blocks [C, BW], `_1` and `_2`: the first and second components of rotated pairs.
+Without rotation (PAIRS == "none") it is one block, given twice.
 """
 
 import triton
@@ -18,9 +18,9 @@ def dot(x, y, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def columns(o_w, D, W, PAIRS: tl.constexpr):
-    """Return the columns of both components of the pairs o_w, and which of them there are.
+    """Return the columns of both components of the pairs o_w, and their masks.
 
-    Components behind the last pair are taken as pairs that do not turn.
+    Components after the last rotated pair form pairs that do not rotate.
     """
     m_w = o_w < (D + 1) // 2
     if PAIRS == "none":
@@ -37,7 +37,7 @@ def columns(o_w, D, W, PAIRS: tl.constexpr):
 
 @triton.jit
 def load_rows(x, o_t, o_c, stride, m_t, m_c, ACC: tl.constexpr):
-    """Return the columns o_c of the tokens o_t, zeros where there are none."""
+    """Return the columns o_c of the tokens o_t, with zeros where masked."""
     at = o_t[:, None].to(tl.int64) * stride + o_c[None, :]
     return tl.load(x + at, mask=m_t[:, None] & m_c[None, :], other=0.0).to(ACC)
 
@@ -51,7 +51,7 @@ def store_rows(x, value, o_t, o_c, stride, m_t, m_c):
 
 @triton.jit
 def neighbours(o_w):
-    """Return the columns of all components of the pairs o_w, which follow one another."""
+    """Return the columns of all components of the consecutive pairs o_w."""
     return 2 * tl.min(o_w, 0) + tl.arange(0, 2 * o_w.shape[0])
 
 
@@ -59,7 +59,7 @@ def neighbours(o_w):
 def load_pairs(x, o_t, o_w, stride, m_t, D, W, PAIRS: tl.constexpr, ACC: tl.constexpr):
     """Return the two blocks of the pairs o_w."""
     if PAIRS == "neighbours":
-        # whole rows: a wide load, which can be pipelined
+        # a wide load of whole rows can be pipelined
         o_d = neighbours(o_w)
         tile = load_rows(x, o_t, o_d, stride, m_t, o_d < D, ACC)
         return tl.split(tl.reshape(tile, (o_t.shape[0], o_w.shape[0], 2)))
@@ -88,7 +88,7 @@ def store_pairs(x, x_1, x_2, o_t, o_w, stride, m_t, D, W, PAIRS: tl.constexpr):
 
 @triton.jit
 def angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS: tl.constexpr, ACC: tl.constexpr):
-    """Return scale times cos and sin of 2 pi freq . position, [C, BW]."""
+    """Return scale times cos and sin of 2 pi freq . position, [C, BW] each."""
     if PAIRS == "none":
         return 1.0, 0.0
     else:
@@ -103,9 +103,9 @@ def angles(positions, freq, o_t, o_w, m_t, W, L, scale, PAIRS: tl.constexpr, ACC
 
 @triton.jit
 def existing(x_1, x_2, o_w, m_t, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Return the blocks with zeros in tokens and columns that are not there."""
+    """Return the blocks with zeros in missing tokens and columns."""
     m_1, m_2 = columns(o_w, D, W, PAIRS)[2:]
-    # not by one mask of two dimensions, which would be carried around the loop in registers
+    # two masks of one dimension: a mask of two would stay in registers throughout the loop
     x_1 = tl.where(m_t[:, None], tl.where(m_1[None, :], x_1, 0.0), 0.0)
     if PARTS == 2:
         x_2 = tl.where(m_t[:, None], tl.where(m_2[None, :], x_2, 0.0), 0.0)
@@ -120,9 +120,9 @@ def features(
     PSI: tl.constexpr, ENCODE: tl.constexpr, MAP_FIRST: tl.constexpr,
     PAIRS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Return the features of a tile, PARTS blocks of them, and those that the normaliser sees.
+    """Return PARTS blocks of features of a tile, and the features that the normaliser sees.
 
-    They are rounded to the type of products at once: weights and their sums agree on them.
+    They are rounded to DOT here, so that weights and sums of weights use the same numbers.
     """
     if MAP_FIRST:
         n_1, n_2 = existing(PSI(x_1), PSI(x_2), o_w, m_t, D, W, PAIRS, 1 if PAIRS == "none" else 2)
@@ -141,7 +141,7 @@ def features_adjoint(
     PSI: tl.constexpr, SLOPE: tl.constexpr, ENCODE: tl.constexpr, ADJOINT: tl.constexpr,
     MAP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradient of x from those of its features, and of each pair's angle."""
+    """Return the gradients of x and of each pair's angle from those of features."""
     if MAP_FIRST:
         n_1, n_2 = PSI(x_1), PSI(x_2)
         dx_1, dx_2 = ADJOINT(dy_1, dy_2, c, s)
@@ -157,7 +157,7 @@ def features_adjoint(
 
 @triton.jit
 def feature_rows(o_w, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Return the indices of both blocks of features, and which of them there are."""
+    """Return the indices of both blocks of features, and their masks."""
     c_1, c_2, m_1, m_2 = columns(o_w, D, W, PAIRS)
     if PAIRS != "none" and PARTS == 1:
         return o_w, o_w, m_1, m_1
@@ -167,7 +167,7 @@ def feature_rows(o_w, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def feature_count(D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Return how many features there are."""
+    """Return the number of features."""
     if PAIRS != "none" and PARTS == 1:
         return W
     else:
@@ -179,7 +179,7 @@ def load_state(
     s, o_w, o_e, D, W, E, PAIRS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return both blocks of rows of a state [R, E], zeros if it is not given."""
+    """Return both blocks of rows of a state [R, E], or zeros unless GIVEN."""
     s_1 = tl.zeros((o_w.shape[0], o_e.shape[0]), ACC)
     s_2 = s_1
     if GIVEN:
@@ -206,7 +206,7 @@ def load_sums(
     z, o_w, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return both blocks of the sums of the normaliser's features, zeros if they are not given."""
+    """Return both blocks of sums of the normaliser's features, or zeros unless GIVEN."""
     z_1 = tl.zeros((o_w.shape[0],), ACC)
     z_2 = z_1
     if GIVEN:
@@ -219,7 +219,7 @@ def load_sums(
 
 @triton.jit
 def store_sums(z, z_1, z_2, o_w, m, D, W, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Store both blocks of the sums of the normaliser's features, where m."""
+    """Store both blocks of sums of the normaliser's features, where m."""
     r_1, r_2, m_1, m_2 = feature_rows(o_w, D, W, PAIRS, PARTS)
     tl.store(z + r_1, z_1, mask=m_1 & m)
     if PARTS == 2:
