@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import fastpe
 from fastpe.backends import reference
-from fastpe.ops.sine_features import SineFeatures
+from fastpe.ops.sine_features import sine_features
 from fastpe_lab.clocks import alternate, spread
 from fastpe_lab.records import Setup, backend, brief, describe, environment, markdown
 
@@ -38,11 +38,12 @@ def fused(encoding: nn.Module, positions: Tensor, group: bool, used: str) -> Mod
     learned, wide = list(encoding.parameters()), deepcopy(encoding).double()
 
     def forward(x: Tensor) -> Tensor:
-        sines = encoding.position_maps()[0]
-        return SineFeatures.apply(x, positions[:, : x.shape[1]], *sines, group, used)
+        sines = encoding.make_maps()[0]
+        at = positions[:, : x.shape[1]]
+        return sine_features(x, at, sines, group=group, backend=used)
 
     def exact(x: Tensor) -> Tensor:
-        return reference.sine_features(x, positions[:, : x.shape[1]], wide.position_maps()[0])
+        return reference.sine_features(x, positions[:, : x.shape[1]], wide.make_maps()[0])
 
     return Model(forward, exact, learned, list(wide.parameters()))
 

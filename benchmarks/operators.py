@@ -46,7 +46,7 @@ def features(backend: str, encoding: fastpe.PositionalEncoding) -> Run:
     if backend == PLAIN:
         return lambda q, k, v: encoding.features(q, positions, "q")
     return lambda q, k, v: sine_features(
-        q, positions, encoding.position_maps(q.device)[0], backend="cpu"
+        q, positions, encoding.make_maps(q.device)[0], backend="cpu"
     )
 
 

@@ -148,7 +148,7 @@ def prepare(group: Group, setup: Setup) -> Callable[[], list[Tensor]]:
     where = None, None
     scan = ScanOptions("elu1", "sum", 1e-6, False, False, True, 1.0, 0, "triton")
     if group.encoding == "rope":
-        rotation = fastpe.RoPE(group.head_dim).position_maps(torch.device(setup.device))[0]
+        rotation = fastpe.RoPE(group.head_dim).make_maps(torch.device(setup.device))[0]
         t = torch.arange(setup.length, dtype=torch.float64, device=setup.device)
         where = t[None, :, None], rotation.freq.detach()
         scan = scan._replace(interleaved=rotation.interleaved, map_first=rotation.map_first)

@@ -46,7 +46,7 @@ def estimated_weights(
     length, heads = q.shape[0], encoding.num_heads
     positions = torch.arange(length, dtype=torch.float64).view(1, length, 1)
     features = []
-    for x, position_map in zip((q, k), encoding.position_maps(), strict=True):
+    for x, position_map in zip((q, k), encoding.make_maps(), strict=True):
         x = x[None, :, None].expand(1, length, heads, x.shape[-1])
         if encoding.num_realizations is None:
             exponent, half_square = psi.exponents(x, positions, position_map, backend)
