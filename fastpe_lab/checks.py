@@ -1,4 +1,4 @@
-"""Checks of what files hold. Each error is one line: the field, what was expected, what came."""
+"""Checks of the fields in files. Each error is one line: the field, the expected and the found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def printable(text: object) -> str:
-    """Return a name on one line, with anything that a terminal could not show written as escapes.
+    """Return a name on one line, with escapes for characters that a terminal cannot show.
 
     Names of files and songs may hold line breaks, and bytes that are not UTF-8.
     """
@@ -23,14 +23,14 @@ def printable(text: object) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return on one line why a reader of another package failed."""
-    # the further lines of torch and NumPy advise to read the file without their checks
+    """Return on one line why another package failed to read a file."""
+    # torch and NumPy go on to advise reading the file without their checks
     first = next(iter(str(error).strip().splitlines()), "")
     return printable(f"{type(error).__name__}: {first}" if first else type(error).__name__)
 
 
 def within(name: str, value: object, low: float, high: float) -> None:
-    """Raise a ValueError unless a number, or all of an array, is `low` to `high`; NaN never is."""
+    """Raise a ValueError unless a number, or a whole array, is in `low` to `high`; NaN is not."""
     values = np.asarray(value)
     bad = values[~((values >= low) & (values <= high))]
     if bad.size:
@@ -38,13 +38,13 @@ def within(name: str, value: object, low: float, high: float) -> None:
 
 
 def array(name: str, value: object, shape: tuple[int | None, ...], kinds: str) -> np.ndarray:
-    """Return an array of a shape and one of these kinds of dtype, or raise a ValueError.
+    """Return an array with a shape and one of these kinds of dtype, or raise a ValueError.
 
     Args:
-        name: Of the field.
-        value: What was read.
-        shape: None for any size.
-        kinds: Of `numpy.dtype.kind`: "i" and "u" integers, "f" floats, "b" bool, "U" text.
+        name: name of the field.
+        value: the value that was read.
+        shape: expected shape, with None for any size.
+        kinds: values of `numpy.dtype.kind`: "i" and "u" integers, "f" floats, "b" bool, "U" text.
     """
     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else None
     fits = found and value.dtype.kind in kinds and len(value.shape) == len(shape)
@@ -57,7 +57,7 @@ def array(name: str, value: object, shape: tuple[int | None, ...], kinds: str) -
 
 
 def typed(name: str, value: object, kind: type | tuple[type, ...]) -> None:
-    """Raise a ValueError unless a value is of a type; a bool is no number, and NaN is none."""
+    """Raise a ValueError unless a value has a type; bool and NaN do not count as numbers."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
@@ -69,12 +69,12 @@ def typed(name: str, value: object, kind: type | tuple[type, ...]) -> None:
 
 
 def record(value: object, kinds: Mapping[str, type | tuple[type, ...]], of: str = "") -> dict:
-    """Return a record, or raise a ValueError unless it is a dict with fields of these types.
+    """Return a record, or raise a ValueError unless it is a dict with these fields.
 
     Args:
-        value: What was read.
-        kinds: Of each field that must be there.
-        of: Name of the field that the record is itself.
+        value: the value that was read.
+        kinds: {required field: its type}.
+        of: name of the field that holds the record, if any.
     """
     typed(of or "a record", value, dict)
     for name, kind in kinds.items():
@@ -87,12 +87,12 @@ def record(value: object, kinds: Mapping[str, type | tuple[type, ...]], of: str 
 
 
 def made(kind: type[T], value: object, of: str) -> T:
-    """Return a dataclass from its fields, which must have the types of its defaults.
+    """Return a dataclass made from its fields, which must have the types of its defaults.
 
     Args:
-        kind: The dataclass.
-        value: What `dataclasses.asdict` returned of one.
-        of: Name of the field that it is itself.
+        kind: the dataclass.
+        value: a dict, as `dataclasses.asdict` returns it.
+        of: name of the field that holds the dict.
     """
     kinds = {f.name: type(f.default) for f in dataclasses.fields(kind)}
     record(value, {n: (int, float) if k is float else k for n, k in kinds.items()}, of)
@@ -103,14 +103,14 @@ def made(kind: type[T], value: object, of: str) -> T:
 
 
 def json_lines(path: Path, check: Callable[[dict], object]) -> tuple[list[dict], list[str]]:
-    """Return the records of a file of JSON lines, and what was skipped.
+    """Return the records of a file of JSON lines, and the reasons for skipped lines.
 
     Args:
-        path: The file.
-        check: Raises a ValueError for a record that cannot be used.
+        path: the file.
+        check: function that raises a ValueError for an unusable record.
     Returns:
-        records: Those that can be.
-        skipped: "file, line: reason" for each other line; one that was cut off, for instance.
+        records: the usable records.
+        skipped: "file, line: reason" for each other line, such as one that was cut off.
     """
     records, skipped = [], []
     lines = path.read_bytes().split(b"\n")

@@ -1,10 +1,13 @@
 """Songs with their structure: notes on a grid of sixteenths, chords by the beat, key, phrases.
 
-`load` reads and `save` writes an .npz of songs with these fields, song i's part of an array being
-array[ptr[i] : ptr[i + 1]]: song_id, title (may be missing), split, n_bars, bpm, key_tonic; notes
-int [N, 5] / note_ptr: track, first tick, ticks, pitch, velocity, 4 ticks a sixteenth;
-chord_per_beat / beat_ptr: index into chord_root and chord_mask (bit p: pitch class p); phrase int
-[P, 3] / phrase_ptr: first bar, bars, letter. Other fields are not read.
+`load` reads and `save` writes an .npz of songs with these fields:
+
+* for each song: song_id, title (may be missing), split, n_bars, bpm, key_tonic
+* notes, int [N, 5], with note_ptr: track, first tick, ticks, pitch, velocity; 4 ticks a sixteenth
+* chord_per_beat, with beat_ptr: index into chord_root and chord_mask (bit p is pitch class p)
+* phrase, int [P, 3], with phrase_ptr: first bar, number of bars, letter
+
+Song i has array[ptr[i] : ptr[i + 1]]. Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ PITCHES = 128
 MELODY, BRIDGE, ACCOMPANIMENT = 0, 1, 2
 PRIORS = ("time", "rep", "key", "bin", "phrase")
 SPLITS = ("", "train", "val", "test")
-# an hour and more: what is longer has a broken length
+# more than an hour: a longer song has a broken length
 MOST_BARS = 5000
 # beats a minute; MIDI can say no less than 3.6
 SLOWEST, FASTEST = 4, 1000
-# of the .npz files: ticks a sixteenth, and the velocity that is written
+# .npz files have these ticks a sixteenth, and we write this velocity
 _TICKS, _VELOCITY = 4, 80
-# {array of the .npz files: (its dimensions, None for any size; kinds of its dtype)}
+# {array in an .npz file: (its shape, with None for any size; kinds of its dtype)}
 _ARRAYS: dict[str, tuple[tuple[int | None, ...], str]] = {
     "n_bars": ((None,), "iu"),
     "bpm": ((None,), "iuf"),
@@ -43,7 +46,7 @@ _ARRAYS: dict[str, tuple[tuple[int | None, ...], str]] = {
     "chord_root": ((None,), "iu"),
     "chord_mask": ((None,), "iu"),
 }
-# {array that says where each song's part begins: of which array}
+# {array that says where each song's part begins: the array with the parts}
 _POINTERS = {"note_ptr": "notes", "beat_ptr": "chord_per_beat", "phrase_ptr": "phrase"}
 
 
@@ -52,16 +55,16 @@ class Song:
     """A song in 4/4.
 
     Args:
-        title: Of the song, or file and number.
+        title: title, or file and number.
         notes: int [N, 4]: track (MELODY, BRIDGE, ACCOMPANIMENT), first step, number of steps (at
             least 1), MIDI pitch; a step is a sixteenth.
-        num_bars: Length; notes may begin or end outside, which is cut off.
-        root: Root of the chord of each beat, 0..11 with C = 0, -1 for none, int [4 num_bars].
-        chroma: Pitch classes of the chord of each beat, bool [4 num_bars, 12].
-        phrase: Label of the phrase of each bar, -1 for none, int [num_bars].
-        tonic: Of the key, 0..11.
-        bpm: Beats a minute.
-        split: "train", "val" or "test" where the corpus says so, else "".
+        num_bars: number of bars; parts of notes outside are cut off.
+        root: root of each beat's chord, 0..11 with C = 0, -1 for none, int [4 num_bars].
+        chroma: pitch classes of each beat's chord, bool [4 num_bars, 12].
+        phrase: label of each bar's phrase, -1 for none, int [num_bars].
+        tonic: tonic of the key, 0..11.
+        bpm: beats a minute.
+        split: "train", "val" or "test" if the corpus says so, else "".
     """
 
     title: str
@@ -80,25 +83,25 @@ class Song:
         return BAR * self.num_bars
 
     def roll(self, *tracks: int) -> np.ndarray:
-        """Return what sounds in the tracks (default all), bool [num_steps, 128]."""
+        """Return the notes that sound in the tracks (default all), bool [num_steps, 128]."""
         return self.rolls(*tracks)[0]
 
     def onsets(self, *tracks: int) -> np.ndarray:
-        """Return what is struck in the tracks (default all), bool [num_steps, 128]."""
+        """Return the notes that begin in the tracks (default all), bool [num_steps, 128]."""
         return self.rolls(*tracks)[1]
 
     def rolls(self, *tracks: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return both, `roll` and `onsets`."""
+        """Return `roll` and `onsets`."""
         inside = np.isin(self.notes[:, 0], tracks) if tracks else slice(None)
         return draw(self.notes[inside, 1:], self.num_steps)
 
     def positions(self, prior: str) -> np.ndarray:
-        """Return the position of each step under a prior, int [num_steps], "bin" [num_steps, 12].
+        """Return each step's position under a prior, int [num_steps], or [num_steps, 12] for "bin".
 
         Args:
-            prior: "time": 0, 1, 2, ...; "rep": chords numbered by first appearance; "key": root
-                above the tonic 0..11, 12 for no chord, 13 more for minor thirds; "bin": pitch
-                classes of the chord, 0 or 1; "phrase": phrases by first appearance.
+            prior: "time": 0, 1, 2, ...; "rep": chords, numbered as they appear; "key": root above
+                the tonic 0..11, 12 for no chord, 13 more for minor thirds; "bin": pitch classes of
+                the chord, 0 or 1; "phrase": phrases, numbered as they appear.
         """
         if prior == "time":
             return np.arange(self.num_steps)
@@ -114,7 +117,7 @@ class Song:
         raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
 
     def cut(self, first: int, bars: int) -> Song:
-        """Return `bars` bars from bar `first` on; what sounds before is cut at its beginning."""
+        """Return `bars` bars from bar `first` on; notes that began earlier lose their beginning."""
         if not 0 <= first <= first + bars <= self.num_bars or bars < 1:
             raise ValueError(
                 f"bars {first} to {first + bars} must lie in the song of {self.num_bars} bars"
@@ -136,11 +139,11 @@ class Song:
 
 
 def draw(notes: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what sounds and what is struck, bool [num_steps, 128] each.
+    """Return the notes that sound and the notes that begin, bool [num_steps, 128] each.
 
     Args:
-        notes: int [N, 3]: first step, number of steps, MIDI pitch; what lies outside is cut off.
-        num_steps: Length of the rolls.
+        notes: int [N, 3]: first step, number of steps, MIDI pitch; parts outside are cut off.
+        num_steps: length of the rolls.
     """
     onset = np.zeros((num_steps, PITCHES), dtype=bool)
     step, _, pitch = notes.T
@@ -153,8 +156,8 @@ def count(notes: np.ndarray, num_steps: int) -> np.ndarray:
     """Return how many notes sound at each step and pitch, int32 [num_steps, 128].
 
     Args:
-        notes: As for `draw`.
-        num_steps: Length.
+        notes: notes as for `draw`.
+        num_steps: length of the result.
     """
     step, steps, pitch = notes[(notes[:, 2] >= 0) & (notes[:, 2] < PITCHES)].T
     change = np.zeros((num_steps + 1, PITCHES), dtype=np.int32)
@@ -164,18 +167,18 @@ def count(notes: np.ndarray, num_steps: int) -> np.ndarray:
 
 
 def notes_of(roll: np.ndarray, onset: np.ndarray | None = None) -> np.ndarray:
-    """Return the notes of rolls, the reverse of `draw`, by pitch, then step: int [N, 3].
+    """Return the notes in rolls, ordered by pitch and step, int [N, 3]: the reverse of `draw`.
 
     Args:
-        roll: What sounds, bool [T, P].
-        onset: What is struck, bool [T, P]: a note held there begins anew. Without it notes that
-            follow each other at one pitch are one.
+        roll: notes that sound, bool [T, P].
+        onset: notes that begin, bool [T, P]. Without it, notes that follow each other at one pitch
+            are one note.
     """
     onset = np.zeros_like(roll) if onset is None else onset
     silence = np.zeros((1, roll.shape[1]), dtype=bool)
     before, after = np.concatenate((silence, roll[:-1])), np.concatenate((roll[1:], silence))
     anew = np.concatenate((onset[1:], silence))
-    # in an order in which first and last steps match
+    # transposed, so that first and last steps have the same order
     pitch, first = np.nonzero((roll & (onset | ~before)).T)
     last = np.nonzero((roll & (anew | ~after)).T)[1]
     return np.stack((first, last - first + 1, pitch), axis=1)
@@ -189,7 +192,7 @@ def runs(labels: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def by_first_appearance(labels: Iterable[Hashable]) -> np.ndarray:
-    """Return labels numbered 0, 1, ... in the order in which they first appear, int [N]."""
+    """Return labels numbered 0, 1, ... as they first appear, int [N]."""
     seen: dict[Hashable, int] = {}
     return np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.int64)
 
@@ -198,9 +201,9 @@ def degrees(root: np.ndarray, chroma: np.ndarray, tonic: int) -> np.ndarray:
     """Return the roots above the tonic, 12 for no chord, 13 more for minor thirds, int [N].
 
     Args:
-        root: Of each chord, 0..11, -1 for none, [N].
-        chroma: Its pitch classes, bool [N, 12].
-        tonic: Of the key, 0..11.
+        root: root of each chord, 0..11, -1 for none, [N].
+        chroma: pitch classes of each chord, bool [N, 12].
+        tonic: tonic of the key, 0..11.
     """
     minor = chroma[np.arange(len(root)), (root + 3) % 12]
     return np.where(root < 0, 12, (root - tonic) % 12 + 13 * minor)
@@ -210,8 +213,8 @@ def checked(song: Song) -> Song:
     """Return a song that was read from a file, with its title on one line.
 
     Raises:
-        ValueError: a field is not as `Song` has it, a song is longer than MOST_BARS bars, or its
-            tempo is not SLOWEST to FASTEST.
+        ValueError: a field breaks the rules of `Song`, the song is longer than MOST_BARS bars, or
+            its tempo is not in SLOWEST to FASTEST.
     """
     kinds = {"title": str, "num_bars": int, "tonic": int, "bpm": (int, float), "split": str}
     checks.record(vars(song), kinds)
@@ -236,7 +239,7 @@ def checked(song: Song) -> Song:
 
 
 def load(path: Path | str) -> list[Song]:
-    """Return the songs of an .npz file; its fields are above.
+    """Return the songs of an .npz file in the format above.
 
     Raises:
         ValueError: there is no such file, or it is not in this format.
@@ -257,10 +260,10 @@ def load(path: Path | str) -> list[Song]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    # every array of the format, of the right dimensions and kind, and pointers that can be followed
+    # all arrays, with the right shapes and kinds, and pointers that stay inside
     wanted = {**_ARRAYS, **dict.fromkeys(_POINTERS, ((None,), "iu"))}
     try:
-        # NumPy leaves what is no archive open
+        # NumPy leaves a file open if it is no archive
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             more = {"title": ((None,), "U")} if "title" in file else {"song_id": ((None,), "iu")}
             wanted |= more
@@ -302,7 +305,7 @@ def _song(data: dict[str, np.ndarray], i: int, name: str) -> Song:
     checks.within("end of a phrase", phrases[:, 0] + phrases[:, 1], 0, bars)
     checks.within("letter of a phrase", phrases[:, 2], 0, 2**31 - 1)
     for first, size, label in phrases:
-        # capitals are sung: the same letter is the same material
+        # a capital marks a sung phrase with the material of its small letter
         letters[first : first + size] = label + 32 if _is_capital(label) else label
     if "title" in data:
         title = str(data["title"][i])
@@ -324,11 +327,11 @@ def _song(data: dict[str, np.ndarray], i: int, name: str) -> Song:
 
 
 def save(songs: Sequence[Song], path: Path | str) -> None:
-    """Write songs to an .npz file from which `load` returns them as they are.
+    """Write songs to an .npz file from which `load` returns the same songs.
 
     Raises:
-        ValueError: a phrase is labelled 65..90, the codes of capitals, which `load` takes for small
-            letters, or below -1.
+        ValueError: a phrase has a label below -1, or 65..90. These are the codes of capitals, which
+            `load` turns into small letters.
     """
     chords: dict[tuple[int, int], int] = {}
     notes, beats, phrases = [], [], []

@@ -1,4 +1,4 @@
-"""Real music as benchmark input: a score on a grid of sixteenths, its structure, its embedding."""
+"""Real music as input: a piece on a grid of sixteenths, its structure, its embedding."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece on a grid of sixteenth notes, and its positions in time and in structure.
+    """A piece on a grid of sixteenth notes, with positions in time and in structure.
 
     Args:
-        name: Title, or file and song.
-        roll: Notes that sound, bool [N, 128].
-        onset: Notes that are struck, bool [N, 128].
+        name: title, or file and song.
+        roll: notes that sound, bool [N, 128].
+        onset: notes that begin, bool [N, 128].
         time: 0, 1, 2, ..., [N].
-        bar: Bar number from 0, [N].
-        chord: Chord ids by first appearance (REP), [N].
-        chroma: Pitch classes of the chord, 0 or 1 (BIN), [N, 12].
-        key: Degree of the chord's root in the key (KEY), as `corpus.degrees`, [N].
-        phrase: Phrase ids by first appearance, [N].
+        bar: bar number from 0, [N].
+        chord: chords, numbered as they appear (REP), [N].
+        chroma: pitch classes of the chord, 0 or 1 (BIN), [N, 12].
+        key: degree of the chord's root in the key (KEY), from `corpus.degrees`, [N].
+        phrase: phrases, numbered as they appear, [N].
     """
 
     name: str
@@ -50,7 +50,7 @@ class Piece:
         return len(self.time)
 
     def tile(self, length: int) -> Piece:
-        """Return the first `length` steps of the piece repeated for ever.
+        """Return the first `length` steps of the piece, repeated without end.
 
         Time and bars count on; chords, chroma and phrases repeat with the notes.
         """
@@ -67,8 +67,8 @@ def load(path: Path | None = None, song: int = 0) -> Piece:
     """Return Bach's Prelude in C, BWV 846, or one song of an .npz corpus.
 
     Args:
-        path: An .npz in the POP909/Lieder format (see the README), or a .json like the default.
-        song: Index into the corpus; 0 for a .json, which holds one piece.
+        path: an .npz file (format in `corpus`), or a .json file like the default.
+        song: index into the corpus; 0 for a .json file, which holds one piece.
     """
     path = BACH if path is None else Path(path)
     if not path.is_file():
@@ -87,10 +87,10 @@ def embed(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k [B, T, H, D] and v [B, T, H, E] made from the notes, entries about N(0, 1).
+    """Return q, k [B, T, H, D] and v [B, T, H, E] from the notes, with entries near N(0, 1).
 
-    Each step is the sum of fixed Gaussian embeddings of its sounding notes, its onsets and its
-    silence, layer-normalised, then projected by three fixed Gaussian matrices. Sequence b is
+    A step sums fixed Gaussian embeddings of its sounding notes, its onsets and its silence. The sum
+    is layer-normalised and projected by three fixed Gaussian matrices. The sequences of a batch are
     transposed by 0, 1, -1, 2, -2, ... semitones, modulo 128.
     """
     for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
@@ -136,7 +136,7 @@ def _piece(
     key: np.ndarray,
     phrase: np.ndarray,
 ) -> Piece:
-    # notes [., 3]: step, duration, pitch; what lies outside the grid is cut off
+    # notes [., 3]: step, duration, pitch; parts outside the grid are cut off
     length = len(bar)
     rolls = corpus.draw(notes, length)
     return Piece(name, *rolls, np.arange(length), bar, chord, chroma, key, phrase)
@@ -147,11 +147,11 @@ def _root(chord: str) -> int:
 
 
 def _score(path: Path) -> dict:
-    # what a .json holds, every field of it checked
+    # the content of a .json file, with every field checked
     of_score = {"title": str, "steps_per_bar": int, "tonic": int, "bars": list}
     of_bar = {"chord": str, "phrase": str, "pattern": str, "pitches": list, "pitch_classes": list}
     score = checks.record(json.loads(path.read_bytes()), of_score)
-    # the patterns are of sixteen steps
+    # the patterns have sixteen steps
     checks.within("steps_per_bar", score["steps_per_bar"], corpus.BAR, corpus.BAR)
     checks.within("tonic", score["tonic"], 0, 11)
     checks.within("number of bars", len(score["bars"]), 1, corpus.MOST_BARS)

@@ -1,4 +1,4 @@
-"""The facts that every record of a measurement holds: sizes, data, machine, versions."""
+"""The facts that every record holds (sizes, data, machine, versions), and records as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alternatives that a GPU alone has: cuDNN's softmax attention and fla's linear attention."""
+"""Peers that only run on a GPU: cuDNN's softmax attention and fla's linear attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE = 10000.0
 
 
 def build_cudnn(setup: Setup, variant: int | None) -> Model:
-    """Return PyTorch's fused attention by cuDNN; choosing it costs the host some 20 us a call."""
+    """Return PyTorch's fused attention by cuDNN; the choice costs the host about 20 us a call."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -27,7 +27,7 @@ def build_cudnn(setup: Setup, variant: int | None) -> Model:
 
 
 def build_fla(setup: Setup, variant: int | None) -> Model:
-    """Return fla's chunked linear attention, normalised by fla."""
+    """Return fla's chunked linear attention with its own normaliser."""
     from fla.ops.linear_attn import chunk_linear_attn
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def build_fla(setup: Setup, variant: int | None) -> Model:
 
 
 def build_fla_rope(setup: Setup, variant: int | None) -> Model:
-    """Return the same with fla's rotation of the features, in the numerator as RoFormer has it."""
+    """Return fla's linear attention with rotated features in the numerator, as in RoFormer."""
     from fla.modules.rotary import rotary_embedding
     from fla.ops.linear_attn import chunk_linear_attn
 
@@ -67,7 +67,7 @@ def angles(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def rotated_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return linear attention of rotated features, normalised without rotation, by T x T."""
+    """Return linear attention with rotated features and an unrotated normaliser, by T x T."""
     q, k = elu1(q), elu1(k)
     cos, sin = (y[:, None] for y in angles(q, q.dtype))
 
@@ -81,7 +81,7 @@ def rotated_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def no_cudnn(setup: Setup) -> str | None:
-    """Return why cuDNN cannot take a setup, or None."""
+    """Return why cuDNN cannot run a setup, or None."""
     half = getattr(torch, setup.dtype).itemsize == 2
     return None if half else f"cuDNN's attention takes half precision, not {setup.dtype}"
 

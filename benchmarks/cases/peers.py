@@ -1,4 +1,4 @@
-"""The alternatives: softmax attention, chunked PyTorch, and SPE with materialised codes."""
+"""The peers of fastpe: softmax attention, chunked PyTorch, and SPE with materialised codes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def quadratic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return normalised causal linear attention of features through the T x T matrix."""
+    """Return normalised causal linear attention for features, through the T x T matrix."""
     weights = torch.einsum("bthr,bshr->bhts", q, k).tril()
     weights = weights / (weights.sum(-1, keepdim=True) + EPS)
     return torch.einsum("bhts,bshe->bthe", weights, v)
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
-    """Return the same in O(T): matrices inside chunks, running sums between them.
+    """Return the same in O(T): matrices inside chunks, running sums between chunks.
 
-    Of the ways to write it in PyTorch this was the fastest, eager and compiled.
+    This was the fastest PyTorch that we found, eager and compiled.
     """
     batch, length, heads, _ = q.shape
     width = v.shape[-1]
@@ -70,7 +70,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
 class MaterialisedSPE:
     """SineSPE as published (arXiv 2105.08399): codes [T, H, D, R], times q and k, summed over D.
 
-    Learned frequencies, offsets, gains and gate; noise is drawn again for each training forward.
+    Frequencies, offsets, gains and gate learn. Each training forward draws new noise.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -98,7 +98,7 @@ class MaterialisedSPE:
         self.gate_noise = self._normal(h, d, NUM_REALIZATIONS)
 
     def codes(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the codes of queries and of keys, [T, H, D, R]."""
+        """Return the codes for queries and keys, [T, H, D, R]."""
         freqs, offsets, gains, gate = self.parameters
         d, k = self.shape[1:]
         time = torch.arange(length, device=self.device, dtype=torch.float32)
@@ -122,7 +122,7 @@ class MaterialisedSPE:
         return chunked(elu1(q), elu1(k), v, size)
 
     def reference(self, wide: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the same in float64 with parameters `wide`, without codes, by the T x T matrix."""
+        """Return the same with float64 parameters `wide`, without codes, by the T x T matrix."""
         freqs, offsets, gains, gate = wide
         d, n = self.shape[1:]
         r = NUM_REALIZATIONS
@@ -142,24 +142,24 @@ class MaterialisedSPE:
 
 
 def build_sdpa(setup: Setup, variant: int | None) -> Model:
-    """Return PyTorch's fused attention; on a GPU FlashAttention, which takes half precision."""
+    """Return PyTorch's fused attention; in half precision on a GPU, FlashAttention."""
     if setup.device == "cuda" and getattr(torch, setup.dtype).itemsize == 2:
-        # once for all: a context around each call would be a good part of a short one's time
+        # set once: a context around each call would take much of a short call's time
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         x = torch.ones(1, 8, 1, setup.head_dim, dtype=getattr(torch, setup.dtype), device="cuda")
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            sdpa(x, x, x)  # raises if it cannot run, where the others would do it without a word
+            sdpa(x, x, x)  # raises if FlashAttention cannot run
     return Model(sdpa, softmax)
 
 
 def build_softmax(setup: Setup, variant: int | None) -> Model:
-    """Return the naive attention; its reference is the fused kernel in float64."""
+    """Return naive softmax attention; its reference is the fused kernel in float64."""
     return Model(softmax, sdpa)
 
 
 def build_chunked(setup: Setup, variant: int | None) -> Model:
-    """Return chunked linear attention in eager PyTorch, the variant is the chunk size."""
+    """Return chunked linear attention in eager PyTorch; the variant is the chunk size."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return chunked(elu1(q), elu1(k), v, variant)
@@ -168,7 +168,7 @@ def build_chunked(setup: Setup, variant: int | None) -> Model:
 
 
 def build_compiled(setup: Setup, variant: int | None) -> Model:
-    """Return the same under torch.compile, for one length."""
+    """Return chunked linear attention under torch.compile, for one length."""
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1
@@ -193,13 +193,13 @@ def build_spe(setup: Setup, variant: int | None) -> Model:
 
 
 def bytes_of_scores(setup: Setup, training: bool) -> float:
-    """Return the memory of the naive attention: scores, masked scores, weights."""
+    """Return the memory of naive softmax attention: scores, masked scores, weights."""
     size = getattr(torch, setup.dtype).itemsize
     return 3.2 * size * setup.batch * setup.heads * setup.length**2
 
 
 def bytes_of_codes(setup: Setup, training: bool) -> float:
-    """Return the memory of the codes and of their products with q and k."""
+    """Return the memory of the codes and their products with q and k."""
     size = getattr(torch, setup.dtype).itemsize
     product = size * setup.length * setup.heads * setup.head_dim * NUM_REALIZATIONS
     return (5 + 2 * setup.batch if training else 4 + setup.batch) * product

@@ -1,12 +1,11 @@
-"""Attention systems of the literature, each in a file of its own, behind one interface.
+"""The literature's attention systems, each in its own file, behind one interface.
 
     module = BASELINES["shaw"].make(head_dim=32, num_heads=4)
     o = module(q, k, v)                       # [B, T, H, D], T >= 1
-    o = module(q, k, v, positions=labels)     # where Baseline.structured
+    o = module(q, k, v, positions=labels)     # if Baseline.structured
 
-Positions are [T], [B, T], [T, L] or [B, T, L]; those that are not structured ignore them. Some
-modules set `auxiliary_loss`, to be added to the loss of training. Encodings of the input are in
-`ape`.
+Positions are [T], [B, T], [T, L] or [B, T, L]; systems that are not structured ignore them. Some
+modules set `auxiliary_loss`: add it to the training loss. `ape` has encodings of the input.
 """
 
 from __future__ import annotations
@@ -37,15 +36,17 @@ class Baseline:
     """A system of the literature.
 
     Args:
-        label: Name in tables and plots.
-        make: head_dim, num_heads, num_levels = 1, and options of the module, to the module.
-        causal: No output depends on later tokens.
-        structured: Needs positions: labels of the structure.
-        quadratic_time: Grows with the square of T, else with T.
-        quadratic_memory: Grows with the square of T, else with T.
-        remembers: forward takes memory, keys and values [B, T, H, D] made from inputs without
-            gradients, by which projections learn from what is remembered.
-        bounded: Parameters grow with the longest T: make takes max_len, forward refuses more.
+        label: name in tables and plots.
+        make: function of head_dim, num_heads, num_levels = 1 and the module's options that makes
+            the module.
+        causal: whether no output depends on later tokens.
+        structured: whether the system needs positions, which are structure labels.
+        quadratic_time: whether time grows with the square of T, else with T.
+        quadratic_memory: whether memory grows with the square of T, else with T.
+        remembers: whether forward takes `memory`: keys and values [B, T, H, D] made from inputs
+            without gradients, so that projections learn from the memory.
+        bounded: whether parameters grow with the longest T; then make takes max_len, and forward
+            refuses longer sequences.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""Absolute positional encodings, added to the input of a Transformer."""
+"""Absolute positional encodings, which are added to the input of a Transformer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class LearnedAPE(nn.Module):
     """Adds a learned row of a table to each token, Gehring et al. 2017 (arXiv 1705.03122).
 
     Args:
-        dim: Of the input.
-        max_len: Rows of the table.
+        dim: size of the input.
+        max_len: number of rows in the table.
     """
 
     def __init__(self, dim: int, max_len: int) -> None:
@@ -26,7 +26,7 @@ class LearnedAPE(nn.Module):
 
         Args:
             x: [B, T, dim].
-            positions: Rows of the table, [T] or [B, T], whole numbers; default 0, 1, 2, ...
+            positions: rows of the table, whole numbers [T] or [B, T]; default 0, 1, 2, ...
 
         Raises:
             ValueError: a position lies outside the table.
@@ -50,7 +50,7 @@ class SinusoidalAPE(nn.Module):
     e[n, 2i] = sin(n 10000^(-2i / dim)), e[n, 2i + 1] = cos(...).
 
     Args:
-        dim: Of the input.
+        dim: size of the input.
     """
 
     def __init__(self, dim: int) -> None:
@@ -70,14 +70,14 @@ class SinusoidalAPE(nn.Module):
 class StructuralAPE(nn.Module):
     """S-APE: adds sines of structure labels, Agarwal et al. 2024 (arXiv 2402.13301).
 
-    x_i + sum_l W_l e(s_il), with e the sinusoids of base `base` and a learned matrix W_l for each
-    level: what `stripe.Stripe` takes of differences of labels, of the labels themselves. The
-    published code has this without the matrices, or a learned table for each level.
+    x_i + sum_l W_l e(s_il), where e are sinusoids and each level has a learned matrix W_l.
+    `stripe.Stripe` uses the same terms for differences of labels. The published code has no
+    matrices, or a learned table for each level.
 
     Args:
-        dim: Of the input.
-        num_levels: L, the components of a label.
-        base: Of the sinusoids; the published one of chords.
+        dim: size of the input.
+        num_levels: L, the number of components in a label.
+        base: base of the sinusoids; the default is the published one for chords.
     """
 
     def __init__(self, dim: int, num_levels: int, *, base: float = 10001.0) -> None:
@@ -91,7 +91,7 @@ class StructuralAPE(nn.Module):
 
         Args:
             x: [B, T, dim].
-            positions: Structure labels, [T], [B, T], [T, L] or [B, T, L].
+            positions: structure labels, [T], [B, T], [T, L] or [B, T, L].
 
         Raises:
             ValueError: positions are None or of another shape.

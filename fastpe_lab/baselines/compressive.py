@@ -1,4 +1,4 @@
-"""Segments with a memory, and with a coarser memory of what came before that."""
+"""Segments with a memory, and a coarser memory for older tokens."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ KINDS = ("mean", "max", "conv")
 class Compressive(nn.Module):
     """Compressive Transformer, Rae et al. 2020 (arXiv 1911.05507).
 
-    A segment attends to itself up to the token, to the segment before (the memory), and to the last
-    `compressed` slots of what is older, each of which is `rate` tokens made one: their mean, their
+    A token attends to its own segment up to itself, to the segment before (the memory), and to the
+    last `compressed` slots of older tokens. A slot merges `rate` tokens into their mean, their
     maximum, or a convolution with that stride. Logits are Transformer-XL's with distances counted
-    in slots. No gradient goes into the memories, and none of the output into the convolution: this
-    learns from the attention-reconstruction loss (algorithm 2), the mean square of att(q, old) -
-    att(q, compressed), where each segment's queries look at the memory that it forgets, without
-    positions. After a forward with gradients it is `auxiliary_loss`, else that is None; its
-    gradients go into the convolution alone.
+    in slots. The memories get no gradient.
 
-    Keys and values are compressed here, each head by itself, where the paper compresses hidden
-    states and projects them: for the mean the two are the same.
+    The convolution learns only from the attention-reconstruction loss (algorithm 2): the mean
+    square of att(q, old) - att(q, compressed), where each segment's queries see the memory that it
+    forgets, without positions. A forward with gradients stores this loss in `auxiliary_loss`;
+    otherwise that is None.
+
+    We compress keys and values, each head by itself. The paper compresses hidden states and then
+    projects them. For the mean both are the same.
 
     Args:
         head_dim: D.
         num_heads: H.
         kind: "mean", "max" or "conv".
-        memory: Tokens of the memory and of a segment, a multiple of rate.
-        compressed: Slots of the compressed memory.
-        rate: Tokens of a slot.
+        memory: number of tokens in the memory and in a segment, a multiple of rate.
+        compressed: number of slots in the compressed memory.
+        rate: number of tokens in a slot.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Compressive(nn.Module):
             raise ValueError(f"memory must be a multiple of rate = {rate}, got {memory}")
         self.kind, self.memory, self.compressed, self.rate = kind, memory, compressed, rate
         self.logits = RelativeLogits(head_dim, num_heads)
-        # of keys, then of values
+        # filters for keys, then for values
         shape = (2, num_heads, rate, head_dim, head_dim)
         filters = nn.Parameter(torch.randn(shape) * (rate * head_dim) ** -0.5)
         self.register_parameter("filters", filters if kind == "conv" else None)
@@ -72,9 +73,9 @@ class Compressive(nn.Module):
 
         Args:
             q: [B, T, H, D], like k and v.
-            positions: Not used.
-            memory: What the memories are made of instead of k and v without gradients: keys and
-                values of all tokens made from inputs without gradients, so that projections learn.
+            positions: ignored.
+            memory: keys and values for all tokens, made from inputs without gradients, so that
+                projections learn from the memories. Default: k and v without gradients.
         """
         t = q.shape[1]
         old = (k.detach(), v.detach()) if memory is None else memory
@@ -90,7 +91,7 @@ class Compressive(nn.Module):
         return attend(self.logits(q, k), v, self._visible(q)).flatten(1, 2)[:, :t]
 
     def _compress(self, old: list[Tensor], filters: Tensor | None) -> list[Tensor]:
-        """Return keys and values, [B, N, S, H, D], with `rate` of them made one."""
+        """Return keys and values [B, N, S, H, D] with `rate` of them merged into one."""
         old = [x.unflatten(2, (-1, self.rate)) for x in old]
         if self.kind == "mean":
             return [x.mean(3) for x in old]
@@ -102,10 +103,10 @@ class Compressive(nn.Module):
         ]
 
     def _window(self, slots: Tensor) -> Tensor:
-        """Return the compressed memory of each segment, [B, N, compressed, H, D]: the last slots.
+        """Return each segment's compressed memory, [B, N, compressed, H, D]: its last slots.
 
         Args:
-            slots: Of each segment, [B, N, S / rate, H, D]; those of the memory are not in it.
+            slots: slots of each segment, [B, N, S / rate, H, D]; the memory's slots are left out.
         """
         count, per_segment = slots.shape[1:3]
         slots = slots.flatten(1, 2)
@@ -124,7 +125,7 @@ class Compressive(nn.Module):
         return torch.cat((past, here), -1)
 
     def _reconstruction(self, q: Tensor, old: list[Tensor], length: int) -> Tensor:
-        """Return the loss of the segments after the first; 0 if there is none."""
+        """Return the loss over the segments after the first; 0 if there is none."""
         rest = length - self.memory
         if rest <= 0:
             return q.new_zeros(())

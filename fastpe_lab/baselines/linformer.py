@@ -1,4 +1,4 @@
-"""Attention to a fixed number of mixtures of all tokens. Not causal."""
+"""Attention to a fixed number of mixtures of tokens. Not causal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .parts import attend, check_length, check_positive
 class Linformer(nn.Module):
     """softmax(Q (E K)^T / sqrt(D)) F V, Wang et al. 2020 (arXiv 2006.04768, equation 7).
 
-    E and F mix tokens of the whole sequence, so every output depends on every token: a row of
-    bidirectional attention. Of shorter sequences their first T columns are used.
+    E and F mix tokens of the whole sequence, so every output depends on every token: the attention
+    is bidirectional. Shorter sequences use the first T columns of E and F.
 
     Args:
-        head_dim: D, not used.
-        num_heads: H, not used: heads share E and F, as in the paper.
-        max_len: The longest T.
-        rank: Rows of E and F; 256 in the paper.
+        head_dim: ignored.
+        num_heads: ignored, because heads share E and F, as in the paper.
+        max_len: the longest T.
+        rank: number of rows in E and F; 256 in the paper.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Linformer(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q, k, v, all [B, T, H, D]; positions are not used."""
+        """Return o from q, k, v, all [B, T, H, D]; positions are ignored."""
         t = q.shape[1]
         check_length(t, self.keys.shape[1])
         k, v = (

@@ -15,9 +15,9 @@ class MusicTransformer(nn.Module):
 
     Args:
         head_dim: D.
-        num_heads: H; each has distances of its own.
-        max_distance: Distances from here on are one; the paper has half the length trained on,
-            2048.
+        num_heads: H; each head has its own table of distances.
+        max_distance: limit at which larger distances are clipped; the paper takes half its training
+            length of 2048.
     """
 
     def __init__(self, head_dim: int, num_heads: int, *, max_distance: int = 1024) -> None:
@@ -26,7 +26,7 @@ class MusicTransformer(nn.Module):
         self.distances = _table(num_heads, max_distance + 1, head_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q, k, v, all [B, T, H, D]; positions are not used."""
+        """Return o from q, k, v, all [B, T, H, D]; positions are ignored."""
         t, far = q.shape[1], self.distances.shape[1] - 1
         row = torch.arange(t - 1, -1, -1, device=q.device).clamp(max=far)
         relative = torch.einsum("bthd,hsd->bhts", q, self.distances[:, row].to(q.dtype))
@@ -41,13 +41,13 @@ class MusicTransformer(nn.Module):
 class LocalMusicTransformer(nn.Module):
     """Relative local attention, Huang et al. 2018 (arXiv 1809.04281, section 3.4.2).
 
-    Blocks of tokens; a token sees its own block up to itself and all of the block before:
-    softmax((q_i . k_j + q_i . e_(i - j)) / sqrt(D)).
+    softmax((q_i . k_j + q_i . e_(i - j)) / sqrt(D)), where a token sees its own block up to itself,
+    and the whole block before.
 
     Args:
         head_dim: D.
-        num_heads: H; each has distances of its own.
-        block: Tokens of a block; 512 in the paper.
+        num_heads: H; each head has its own table of distances.
+        block: number of tokens in a block; 512 in the paper.
     """
 
     def __init__(self, head_dim: int, num_heads: int, *, block: int = 512) -> None:
@@ -57,7 +57,7 @@ class LocalMusicTransformer(nn.Module):
         self.distances = _table(num_heads, 2 * block, head_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q, k, v, all [B, T, H, D]; positions are not used."""
+        """Return o from q, k, v, all [B, T, H, D]; positions are ignored."""
         t = q.shape[1]
         # a piece shorter than a block is one block of its length
         size = min(self.block, t)

@@ -1,4 +1,4 @@
-"""What several baselines share: masked softmax, blocks of tokens, skewing, sinusoids."""
+"""Functions that several baselines share: masked softmax, blocks, skewing, sinusoids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def attend(logits: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     Args:
         logits: [..., H, T, S].
         v: [..., S, H, E].
-        visible: Which keys each query sees, bool [..., T, S] that broadcasts; default all.
+        visible: bool [..., T, S], the keys that each query sees; default all.
     """
     if visible is not None:
         logits = logits.masked_fill(~visible, -math.inf)
@@ -23,13 +23,13 @@ def attend(logits: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
 
 
 def causal(length: int, device: torch.device, before: int = 0) -> Tensor:
-    """Return which of `before` + T keys each of T queries sees, bool [T, before + T]."""
+    """Return the keys that each of T queries sees, bool [T, before + T]."""
     ones = torch.ones(length, before + length, dtype=torch.bool, device=device)
     return ones.tril(before)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
-    """Return x [B, T, ...] in blocks [B, N, size, ...], zeros after the end."""
+    """Return x [B, T, ...] in blocks [B, N, size, ...], padded with zeros."""
     pad = -x.shape[1] % size
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, size))
 
@@ -40,11 +40,11 @@ def previous(blocks: Tensor) -> Tensor:
 
 
 def skew(x: Tensor) -> Tensor:
-    """Return what belongs to pairs from what belongs to distances, [..., T, S] with S >= T.
+    """Turn columns for distances into columns for keys, [..., T, S] with S >= T.
 
-    Column c of x is of distance S - 1 - c; column j of the result is of the key that stands at j
-    among S keys that end with the last query: out[i, j] = x[i, T - 1 - i + j]. What lies after a
-    query is rubbish, to be masked. Huang et al. 2018 (arXiv 1809.04281), section 3.4.1.
+    Column c of x belongs to the distance S - 1 - c. Column j of the result belongs to key j, where
+    the last of S keys is at the last query: out[i, j] = x[i, T - 1 - i + j]. Entries after a query
+    are garbage: mask them. Huang et al. 2018 (arXiv 1809.04281), section 3.4.1.
     """
     t, s = x.shape[-2:]
     return F.pad(x, (1, 0)).flatten(-2)[..., t:].unflatten(-1, (t, s))
@@ -53,9 +53,10 @@ def skew(x: Tensor) -> Tensor:
 def sinusoids(
     positions: Tensor, dim: int, base: float = 1e4, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Return sin and cos of positions in turn, [..., dim], Vaswani et al. 2017 (section 3.5).
+    """Return alternating sines and cosines of positions, [..., dim].
 
-    e[n, 2i] = sin(n base^(-2i / dim)), e[n, 2i + 1] = cos(...), in a dtype from float32 on.
+    e[n, 2i] = sin(n base^(-2i / dim)), e[n, 2i + 1] = cos(...), Vaswani et al. 2017 (section 3.5).
+    The dtype must be float32 or float64.
     """
     steps = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
     angle = positions.to(dtype)[..., None] * (base ** (-steps / dim)).to(dtype)
@@ -70,7 +71,7 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_length(length: int, max_len: int) -> None:
-    """Raise ValueError if there are more tokens than a module was made for."""
+    """Raise ValueError if a sequence is longer than the module allows."""
     if length > max_len:
         raise ValueError(f"T must be at most max_len = {max_len}, got {length}")
 
@@ -79,7 +80,7 @@ def labels(positions: Tensor | None, length: int, num_levels: int) -> Tensor:
     """Return structure labels as [B or 1, T, L].
 
     Args:
-        positions: [T], [B, T], [T, L] or [B, T, L]; the first two where there is one level.
+        positions: [T], [B, T], [T, L] or [B, T, L]; the first two need L = 1.
         length: T.
         num_levels: L.
 

@@ -1,4 +1,4 @@
-"""Linear attention of positive random features."""
+"""Linear attention with positive random features."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .parts import check_positive
 class Performer(nn.Module):
     """FAVOR+ without positions, Choromanski et al. 2021 (arXiv 2009.14794).
 
-    E phi(q) . phi(k) = exp(q . k / sqrt(D)). fastpe's own, since the published code subtracts the
-    largest exponent of all keys, by which outputs depend on later ones; `fastpe.Favor` does not.
-    Training draws the features anew in each forward.
+    E phi(q) . phi(k) = exp(q . k / sqrt(D)). This is `fastpe.Favor`. The published code subtracts
+    the largest exponent over all keys, so its outputs depend on later keys. Each training forward
+    draws new features.
 
     Args:
         num_features: R, even; 256 in the paper.
-        seed: Of the features; default drawn from torch's generator.
+        seed: seed of the features; default drawn from torch's generator.
     """
 
     def __init__(self, *, num_features: int = 256, seed: int | None = None) -> None:
@@ -27,5 +27,5 @@ class Performer(nn.Module):
         self.favor = fastpe.Favor(num_features, seed=seed)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q, k, v, all [B, T, H, D]; positions are not used."""
+        """Return o from q, k, v, all [B, T, H, D]; positions are ignored."""
         return fastpe.causal_linear_attention(q, k, v, feature_map=self.favor)

@@ -8,31 +8,30 @@ from torch.nn import functional as F
 
 from .parts import check_positive, in_blocks, previous
 
-# what the paper takes from the logit of a token with itself
+# the paper subtracts this from the logit of a token with itself
 SELF = 1e5
 
 
 class Reformer(nn.Module):
     """LSH attention, Kitaev et al. 2020 (arXiv 2001.04451, section 2 and appendix A), causal.
 
-    Queries are the keys: logits are q_i . q_j / |q_j|, the argument k is not used. (The published
-    code gives keys a root mean square of 1, and divides by sqrt(D): the same.) In each of several
-    rounds a token's bucket is argmax [q R; -q R] with a random R, and it sees the last `chunk`
-    tokens before it in its bucket; o is the softmax attention to what it sees in any round, and to
-    itself only where that is nothing.
+    Queries are the keys: logits are q_i . q_j / |q_j|, and k is ignored. (The published code gives
+    keys a root mean square of 1 and divides by sqrt(D), which is the same.) In each round a token's
+    bucket is argmax [q R; -q R] with a random R, and the token sees the last `chunk` tokens before
+    it in its bucket. o is softmax attention to all tokens that are seen in some round. A token sees
+    itself only if it sees no other.
 
-    Written anew, since the published chunks (transformers' LSHSelfAttention has them) are cut from
-    the sorted sequence: later tokens move the cuts, and with them earlier outputs. What is counted
-    within a bucket does not move.
+    The published chunks (transformers' LSHSelfAttention) are cut from the sorted sequence, so later
+    tokens move the cuts and change earlier outputs. We count within a bucket, which avoids this.
 
     Args:
         head_dim: D.
-        num_heads: H; each has hashes of its own.
-        num_buckets: Even. The paper has two for each chunk of the sequence; fixed here, so that
-            what a token sees does not depend on T.
-        chunk: Tokens that one sees in a bucket; 64 in the paper.
-        num_hashes: Rounds; the paper trains with 1 to 8.
-        seed: Of R.
+        num_heads: H; each head has its own hashes.
+        num_buckets: number of buckets, even. The paper has two for each chunk of the sequence. Here
+            the number is fixed, so that a token sees the same tokens for every T.
+        chunk: number of tokens that a token sees in a bucket; 64 in the paper.
+        num_hashes: number of rounds; the paper trains with 1 to 8.
+        seed: seed of R.
     """
 
     def __init__(
@@ -56,19 +55,19 @@ class Reformer(nn.Module):
         self.register_buffer("rotations", torch.randn(shape, generator=generator))
 
     def buckets(self, q: Tensor) -> Tensor:
-        """Return the bucket of each token in each round, [B, rounds, H, T]."""
-        # in one dtype: rounding can move a token to another bucket
+        """Return each token's bucket in each round, [B, rounds, H, T]."""
+        # always in float32, because rounding can move a token to another bucket
         turned = torch.einsum("bthd,rhdn->brhtn", q.float(), self.rotations.float())
         return torch.cat((turned, -turned), -1).argmax(-1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q and v, [B, T, H, D]; k and positions are not used."""
+        """Return o from q and v, [B, T, H, D]; k and positions are ignored."""
         length = q.shape[1]
         with torch.no_grad():
             bucket = self.buckets(q)
             order = bucket.argsort(dim=-1, stable=True)
-            place = order.argsort(-1)  # of a token in the sorted sequence, [B, rounds, H, T]
-            # i sees j where 0 <= code_i - code_j <= chunk: no such pairs are of two buckets
+            place = order.argsort(-1)  # place in the sorted sequence, [B, rounds, H, T]
+            # i sees j if 0 <= code_i - code_j <= chunk, which is false across buckets
             code = (bucket + 1) * (length + self.chunk + 1) + place
         # SELF needs the range of float32
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -84,10 +83,10 @@ class Reformer(nn.Module):
         return (z.softmax(1) * o).sum(1).transpose(1, 2).to(v.dtype)
 
     def _bias(self, code: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what is added to the logits of sorted blocks, [B rounds H, N, chunk, 2 chunk].
+        """Return the bias for the logits of sorted blocks, [B rounds H, N, chunk, 2 chunk].
 
-        -log(rounds in which one sees the other), -SELF for oneself, -inf for what is not seen: the
-        rounds together are then one softmax.
+        It is -log(number of rounds in which a pair is seen), -SELF for a token with itself, and
+        -inf for unseen pairs. So all rounds together form one softmax.
         """
         with torch.no_grad():
             own, _ = self._lag(code, order)
@@ -98,18 +97,18 @@ class Reformer(nn.Module):
             return bias.masked_fill((own < 0) | (own > self.chunk), -torch.inf)
 
     def _lag(self, code: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the differences of codes of pairs in sorted blocks, and whether one is seen."""
+        """Return the differences of codes for pairs in sorted blocks, and which pairs are seen."""
         x = self._sorted(code[..., None], order)
         lag = x - _with_previous(x).transpose(-1, -2)
         return lag, (lag >= 0) & (lag <= self.chunk)
 
     def _sorted(self, x: Tensor, order: Tensor) -> Tensor:
-        """Return x [B, rounds, H, T, E] as sorted, in blocks [B rounds H, N, chunk, E]."""
+        """Return x [B, rounds, H, T, E] sorted, in blocks [B rounds H, N, chunk, E]."""
         x = x.gather(3, order[..., None].expand(x.shape))
         return in_blocks(x.flatten(0, 2), self.chunk)
 
     def _unsorted(self, x: Tensor, place: Tensor) -> Tensor:
-        """Return blocks as tokens again, [B, rounds, H, T, E]."""
+        """Return blocks as tokens in their first order, [B, rounds, H, T, E]."""
         x = x.flatten(1, 2)[:, : place.shape[-1]].unflatten(0, place.shape[:3])
         return x.gather(3, place[..., None].expand(x.shape))
 

@@ -13,13 +13,13 @@ class Shaw(nn.Module):
     """Relative position representations, Shaw et al. 2018 (arXiv 1803.02155, equations 3 and 4).
 
     a_ij = softmax_j(q_i . (k_j + w^K_c) / sqrt(D)), o_i = sum_(j <= i) a_ij (v_j + w^V_c) with
-    c = min(i - j, max_distance). Heads share the tables. As published it makes w_c for every pair,
-    [T, T, D], which is what skewing spares.
+    c = min(i - j, max_distance). Heads share the tables. As in the paper, every pair has its w_c in
+    memory, [T, T, D]; skewing would avoid that.
 
     Args:
-        head_dim: D, also of the values.
+        head_dim: D, also the values' size.
         num_heads: H.
-        max_distance: Distances from here on are one; 16 in the paper.
+        max_distance: limit at which larger distances are clipped; 16 in the paper.
     """
 
     def __init__(self, head_dim: int, num_heads: int, *, max_distance: int = 16) -> None:
@@ -31,7 +31,7 @@ class Shaw(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q, k, v, all [B, T, H, D]; positions are not used."""
+        """Return o from q, k, v, all [B, T, H, D]; positions are ignored."""
         t, d = q.shape[1], q.shape[-1]
         place = torch.arange(t, device=q.device)
         row = (place[:, None] - place).clamp(0, self.max_distance)

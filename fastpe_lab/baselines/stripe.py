@@ -1,4 +1,4 @@
-"""Quadratic structure-informed relative positions."""
+"""Relative positions in a structure, with quadratic memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from .parts import attend, causal, check_positive, labels, sinusoids
 class Stripe(nn.Module):
     """S-RPE and SS-RPE of StrIPE, Agarwal et al. 2024 (arXiv 2402.13301).
 
-    softmax((q_i . k_j + sum_l q_i . W_l e_l(s_il - s_jl)) / sqrt(D)), causal, where s are the
-    labels of L levels of structure. e_l is a learned table of differences, or fixed sines of them;
-    heads have matrices W_l of their own (the published product of two is one here; its biases
-    change no softmax). As published, e is made for every pair, [B, T, T, D]; the published one has
-    H D entries, and H times the memory.
+    softmax((q_i . k_j + sum_l q_i . W_l e_l(s_il - s_jl)) / sqrt(D)), causal, where s are labels on
+    L levels of structure. e_l is a learned table of differences, or fixed sines of differences.
+    Each head has its own matrices W_l. A W_l is the product of two matrices in the published code,
+    whose biases change no softmax. As in the paper, every pair has its e in memory, [B, T, T, D];
+    the published e has H D entries, and H times the memory.
 
     Args:
         head_dim: D.
         num_heads: H.
         num_levels: L.
-        sines: Sines of differences (SS-RPE), else a table (S-RPE).
-        max_difference: S-RPE clips differences to this, either way; 128, 395 and 52 in the paper.
-        base: Of the sines; 10001 for chords in the paper.
+        sines: whether e are sines (SS-RPE), else a table (S-RPE).
+        max_difference: limit at which S-RPE clips differences in both directions; 128, 395 and 52
+            in the paper.
+        base: base of the sines; 10001 for chords in the paper.
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class Stripe(nn.Module):
         self.register_parameter("table", table)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q, k, v.
+        """Return o from q, k, v.
 
         Args:
             q: [B, T, H, D], like k and v.
-            positions: Structure labels, [T], [B, T], [T, L] or [B, T, L]; for S-RPE they count as
-                rounded to whole numbers.
+            positions: structure labels, [T], [B, T], [T, L] or [B, T, L]; S-RPE rounds them to
+                whole numbers.
 
         Raises:
             ValueError: positions are None or of another shape.
@@ -69,7 +70,7 @@ class Stripe(nn.Module):
         return attend(logits * d**-0.5, v, causal(t, q.device))
 
     def _encoded(self, s: Tensor, level: int, dtype: torch.dtype) -> Tensor:
-        """Return e of the differences of labels [B or 1, T], [B or 1, T, T, D]."""
+        """Return e for the differences of labels [B or 1, T]: [B or 1, T, T, D]."""
         if self.table is None:
             lag = s[:, :, None].double() - s[:, None].double()
             return sinusoids(lag, self.weight.shape[-1], self.base, dtype)

@@ -9,15 +9,15 @@ from .parts import attend, causal, check_length, check_positive
 
 
 class DenseSynthesizer(nn.Module):
-    """Weights of a token made from that token alone, Tay et al. 2021 (arXiv 2005.00743, sec. 3.1).
+    """A token alone makes its weights, Tay et al. 2021 (arXiv 2005.00743, section 3.1).
 
-    softmax_j((W_2 relu(W_1 q_i + b_1) + b_2)_j), causal here, with the token's projection q_i for
-    the paper's x_i; k is not used. Row j of W_2 learns only from sequences that reach j.
+    softmax_j((W_2 relu(W_1 q_i + b_1) + b_2)_j), causal here, with the token's projection q_i in
+    place of the paper's x_i; k is ignored. Row j of W_2 learns only from sequences that reach j.
 
     Args:
         head_dim: D.
-        num_heads: H; each has weights of its own.
-        max_len: The longest T.
+        num_heads: H; each head has its own weights.
+        max_len: the longest T.
     """
 
     def __init__(self, head_dim: int, num_heads: int, *, max_len: int = 2048) -> None:
@@ -31,7 +31,7 @@ class DenseSynthesizer(nn.Module):
         self.second_bias = nn.Parameter(torch.zeros(num_heads, max_len))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of q and v, [B, T, H, D]; k and positions are not used."""
+        """Return o from q and v, [B, T, H, D]; k and positions are ignored."""
         t = q.shape[1]
         check_length(t, self.second.shape[1])
         hidden = torch.einsum("bthd,hed->bthe", q, self.first.to(q.dtype))
@@ -48,13 +48,13 @@ class DenseSynthesizer(nn.Module):
 class RandomSynthesizer(nn.Module):
     """Learned weights that depend on no token, Tay et al. 2021 (arXiv 2005.00743, section 3.2).
 
-    softmax_j((R_1 R_2^T)_ij), causal here: the factorised variant; q and k are not used.
+    softmax_j((R_1 R_2^T)_ij), causal here: the factorised variant; q and k are ignored.
 
     Args:
-        head_dim: D, not used.
-        num_heads: H; each has weights of its own.
-        max_len: The longest T.
-        rank: Columns of R_1 and R_2; 8 in the paper.
+        head_dim: ignored.
+        num_heads: H; each head has its own weights.
+        max_len: the longest T.
+        rank: number of columns in R_1 and R_2; 8 in the paper.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RandomSynthesizer(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return o of v [B, T, H, D]; q, k and positions are not used."""
+        """Return o from v [B, T, H, D]; q, k and positions are ignored."""
         t = v.shape[1]
         check_length(t, self.rows.shape[1])
         rows, columns = (x[:, :t].to(v.dtype) for x in (self.rows, self.columns))

@@ -26,7 +26,7 @@ class RelativeLogits(nn.Module):
         self.u, self.v = (nn.Parameter(torch.zeros(num_heads, head_dim)) for _ in "uv")
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the logits, [B, N, H, T, S], of the last T of S keys' queries; S >= T.
+        """Return the logits, [B, N, H, T, S], for T queries at the last T of S keys; S >= T.
 
         Args:
             q: [B, N, T, H, D].
@@ -41,16 +41,16 @@ class RelativeLogits(nn.Module):
 
 
 class TransformerXL(nn.Module):
-    """Attention to the segment up to the token, and to all of the segment before as a memory.
+    """Attention to the segment up to the token, and to the whole segment before as a memory.
 
-    Dai et al. 2019 (arXiv 1901.02860). No gradient goes into the memory. It is of keys and values
-    here, where the paper remembers hidden states and projects them again: a layer that has these
-    gives `memory`, and the two are the same.
+    Dai et al. 2019 (arXiv 1901.02860). The memory gets no gradient. It holds keys and values; the
+    paper remembers hidden states and projects them again. A layer that gives `memory` does the same
+    as the paper.
 
     Args:
         head_dim: D.
         num_heads: H.
-        segment: Tokens of a segment and of its memory; 512 in the paper (enwik8).
+        segment: number of tokens in a segment and in its memory; 512 in the paper (enwik8).
     """
 
     def __init__(self, head_dim: int, num_heads: int, *, segment: int = 512) -> None:
@@ -71,9 +71,9 @@ class TransformerXL(nn.Module):
 
         Args:
             q: [B, T, H, D], like k and v.
-            positions: Not used.
-            memory: What later segments see instead of k and v without gradients: keys and values
-                of all tokens made from inputs without gradients, so that projections learn.
+            positions: ignored.
+            memory: keys and values for all tokens, made from inputs without gradients, so that
+                projections learn from the memory. Default: k and v without gradients.
         """
         t = q.shape[1]
         # a piece shorter than a segment is one segment of its length

@@ -1,4 +1,4 @@
-"""Songs made up for tests, and the modules of the examples."""
+"""Songs made up for tests, and the modules of examples and benchmarks."""
 
 import importlib
 from dataclasses import fields
