@@ -1,1 +1,1 @@
-"""Music for the examples: where songs come from, what is measured, drawn and trained."""
+"""Music for the examples: songs, models, training, scores and pictures."""

@@ -29,12 +29,12 @@ class Budget:
     Args:
         steps: Number of updates.
         batch: Windows a step.
-        bars: Of a window.
+        bars: number of bars in a window.
         lr: Peak of the learning rate, which rises over a tenth of the steps and falls to zero as a
             cosine.
-        position_lr: Times lr, for what encodings learn.
-        seed: Of parameters, noise and windows.
-        data: Name of what is trained on.
+        position_lr: factor on lr for the parameters of encodings.
+        seed: seed of parameters, noise and windows.
+        data: name of the training data.
     """
 
     steps: int = 300
@@ -60,8 +60,8 @@ class Trainer:
     that a training that was cut off goes on as if it had not been.
 
     Args:
-        config: Of the model.
-        budget: Of the training.
+        config: configuration of the model.
+        budget: budget of the training.
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:
