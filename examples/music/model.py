@@ -233,7 +233,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Predicts the keys that sound and are struck at each sixteenth, from the notes before.
+    """Predicts the keys that sound and are struck at each sixteenth, from the input until then.
 
     Args:
         config: attention, encoding and sizes.

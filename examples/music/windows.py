@@ -20,7 +20,7 @@ class Window:
     """Some bars of a song, or a batch of them (then B stands in front of every shape).
 
     Args:
-        inputs: float [T, C]: keys that sound, keys that are struck, and pitch classes of chords.
+        inputs: float [T, C]: keys that sound, keys that are struck, and maybe chords (12).
         target: float [T, 2, 88]: the keys that sound, and of these the keys that are struck.
         positions: float64 [T, L], by the priors.
     """
