@@ -11,7 +11,7 @@ extern "C" {
 enum { FASTPE_F32 = 0, FASTPE_F64 = 1, FASTPE_BF16 = 2, FASTPE_F16 = 3 };
 enum { FASTPE_IDENTITY = 0, FASTPE_ELU1 = 1, FASTPE_RELU = 2, FASTPE_EXP = 3 };
 enum { FASTPE_NORM_NONE = 0, FASTPE_NORM_SUM = 1, FASTPE_NORM_ABS = 2 };
-// 0 picks the best that the machine has
+// 0 chooses the best of the machine
 enum { FASTPE_ISA_BEST = 0, FASTPE_ISA_PORTABLE = 1, FASTPE_ISA_AVX2 = 2, FASTPE_ISA_AVX512 = 3 };
 
 // [B, T, H, width]; strides in elements, any sign
@@ -22,10 +22,10 @@ typedef struct {
 } FastpeTensor;
 
 // Causal linear attention with its feature map, rotation and normaliser, and its gradient.
-// Head h of q reads the head h / (H / Hk) of k and h / (H / Hv) of v, and has the state
-// h / (H / Hs). With ranges, B is 1, and sequence i has the tokens [ranges[i][0], ranges[i][1]);
-// else S is B. Scratch, states and parameter gradients are contiguous in the arithmetic type: double if the
-// inputs are, else float; null where absent. Parameters and their gradients are double.
+// Head h of q reads head h / (H / Hk) of k and h / (H / Hv) of v, and has state h / (H / Hs). With
+// ranges, B is 1, and sequence i has the tokens [ranges[i][0], ranges[i][1]); else S is B. Scratch
+// and states are contiguous, and double if the inputs are, else float. Parameters, positions and
+// their gradients are contiguous doubles. Absent arguments are null.
 typedef struct {
   int64_t B, T, H, D, E, S, Hk, Hv, Hs;
   const int64_t *ranges;  // [S, 2] or null
@@ -38,22 +38,22 @@ typedef struct {
   int64_t Hf, W, L, Bp;
   const double *freq, *positions;
   FastpeTensor q, k, v, o;
-  void *den;               // [B, H, T], the sum of weights before eps; null if not wanted
-  const void *s0, *z0;     // [S, Hs, R, E], [S, Hs, Rz]
-  void *s, *z;             // final state
-  // one token after a state: what rounding took from s and z, [S, Hs, R E + Rz], before and after;
+  void *den;            // [B, H, T], the sum of weights before eps; null if not wanted
+  const void *s0, *z0;  // [S, Hs, R, E], [S, Hs, Rz]
+  void *s, *z;          // final state
+  // for a step: the digits that s and z lost, [S, Hs, R E + Rz], before and after the token;
   // both null or neither
   const void *lost0;
   void *lost;
-  // gradient; `grad_o` and what follows are read or written by causal_dot_backward only
-  FastpeTensor grad_o, grad_q, grad_k, grad_v;  // H heads each: those of keys that share are to be added
+  // only for causal_dot_backward; H heads each, even if k and v have fewer
+  FastpeTensor grad_o, grad_q, grad_k, grad_v;
   const void *grad_s, *grad_z;
   void *grad_s0, *grad_z0;  // [S, H, R, E], [S, H, Rz]
   double *grad_freq;        // [S, H, W, L]
   double *grad_positions;   // [B, H, T, L]
   // CUDA only
   void *stream;
-  void *scratch;           // [2, B, H, T], for a gradient with a normaliser
+  void *scratch;  // [2, B, H, T], for a gradient with a normaliser
 } FastpeCausalDot;
 
 // Features of SPE and F-StrIPE, and their gradient. Head h reads the head h / (H / Hx) of x.
@@ -67,33 +67,30 @@ typedef struct {
   const double *gate;       // [H, D]
   const void *noise;        // [H, D, J, R], arithmetic type
   FastpeTensor x, y;
-  FastpeTensor grad_y, grad_x;  // H heads each
+  FastpeTensor grad_y, grad_x;                              // H heads each
   double *grad_freq, *grad_offset, *grad_gain, *grad_gate;  // shapes as above
   double *grad_positions;                                   // [B, H, T, L]
   // CUDA only
   void *stream;
-  int64_t slices;   // of the tokens, that gradients of parameters add up in
-  double *scratch;  // [slices, H, D K (2 + L) + D], for these gradients
+  int64_t slices;   // parts of the tokens with sums of their own
+  double *scratch;  // these sums: [slices, H, D K (2 + L) + D]
 } FastpeSineFeatures;
 
-// Standard normal numbers [hd, rows, r], MATH section 9.
+// Standard normal numbers [hd, rows, r], by Philox (docs/math.md).
 typedef struct {
   uint64_t seed;
   uint32_t step, module, kind;
-  uint32_t first;  // row of the counter that row 0 is
+  uint32_t first;  // the counter of row 0
   int32_t threads, isa, dtype;
   int64_t hd, rows, r;
   void *out;
 } FastpePhiloxNormal;
 
-// A number that setup.py makes of the text of this file, and the sizes of the structs.
-// fastpe/backends/native/library.py compares them with its own before it fills a struct, which a library of
-// another version would read in another way.
-#define FASTPE_ABI_TABLE                                                              \
-  {                                                                                   \
-    FASTPE_ABI, sizeof(FastpeTensor), sizeof(FastpeCausalDot), sizeof(FastpeSineFeatures), \
-        sizeof(FastpePhiloxNormal)                                                    \
-  }
+// A hash of this file, which setup.py computes, and the sizes of the structs. Python compares both
+// with its own before it fills a struct (fastpe/backends/native/library.py).
+#define FASTPE_ABI_TABLE                                                                  \
+  {FASTPE_ABI, sizeof(FastpeTensor), sizeof(FastpeCausalDot), sizeof(FastpeSineFeatures), \
+   sizeof(FastpePhiloxNormal)}
 const int64_t *fastpe_abi(void);
 
 // 0 on success, else the message of fastpe_error()
@@ -101,16 +98,16 @@ int fastpe_causal_dot(const FastpeCausalDot *args);
 int fastpe_causal_dot_backward(const FastpeCausalDot *args);
 int fastpe_sine_features(const FastpeSineFeatures *args);
 int fastpe_sine_features_backward(const FastpeSineFeatures *args);
-// one token after a state; q and k: features to be made first, into y, or both null
+// one token after a state; q and k make its features first, into y, unless both are null
 int fastpe_step(const FastpeCausalDot *args, const FastpeSineFeatures *q,
                 const FastpeSineFeatures *k);
 int fastpe_philox_normal(const FastpePhiloxNormal *args);
 const char *fastpe_error(void);
-// FASTPE_ISA_* that an isa of 0 stands for; the largest that was built
+// the FASTPE_ISA_* that an isa of 0 chooses
 int fastpe_best_isa(void);
 int fastpe_openmp(void);
 
-// the same in the CUDA library, of device memory and on a stream; nothing waits or is allocated
+// The same on device memory and a stream. These functions do not wait and do not allocate.
 int fastpe_cuda_causal_dot(const FastpeCausalDot *args);
 int fastpe_cuda_causal_dot_backward(const FastpeCausalDot *args);
 int fastpe_cuda_sine_features(const FastpeSineFeatures *args);
@@ -119,7 +116,7 @@ int fastpe_cuda_step(const FastpeCausalDot *args, const FastpeSineFeatures *q,
                      const FastpeSineFeatures *k);
 const char *fastpe_cuda_error(void);
 const int64_t *fastpe_cuda_abi(void);
-// the most shared memory, in bytes, that a block of causal_dot or its gradient needs
+// the bytes of shared memory that a block of causal_dot or its gradient needs at most
 int fastpe_cuda_shared_memory(const FastpeCausalDot *args);
 
 #ifdef __cplusplus

@@ -1,14 +1,14 @@
-// Features of SPE and F-StrIPE through codes, made once for equal positions, and their gradient.
+// Features of SPE and F-StrIPE, and their gradient, by codes that equal positions share.
 //
-// At one position and head the map is a matrix, its code [D, R]: y = x code. Codes are made for a
-// few different positions at a time, used for all tokens at these positions, and forgotten:
+// At one position of one head, the map is a matrix [D, R], its code: y = x code. The kernel makes
+// the codes of a few positions, uses them for all tokens at these positions, and forgets them:
 //
 //     noise    code_d = sum_k gain_dk (cos Z_d,2k + sin Z_d,2k+1) + gate_d Z_d,2K     a product
 //     pooled   code_d = (gain_dk cos, gain_dk sin)_k
 //     kept     no sum over d: y_dj = x_d row_dj
 //
-// Gradients of the parameters come from the gradient of the code, sum of x (x) grad_y over the
-// tokens at a position.
+// The gradient of a code is the sum of x (x) grad_y over the tokens at its position. Gradients of
+// the parameters follow from it.
 #pragma once
 #include "gemm.h"
 #include "sine_block.h"
@@ -16,44 +16,35 @@
 namespace fastpe {
 namespace {
 
-template <class S>
-class CodedSines {
+template <class S> class CodedSines {
  public:
-  // noise: [H, D, J, padded R]; by_row: [H, D, R, 2 kp], what place() says, if parameters learn
+  // noise: [H, D, J, padded R]; by_row: its transpose [H, D, R, 2 kp], in the order of place(),
+  // used for gradients of parameters
   CodedSines(const FastpeSineFeatures &args, const Groups &groups, const S *noise, const S *by_row)
-      : args_(args),
-        at_(args, groups),
-        noise_(noise),
-        by_row_(by_row),
-        parameters_(wants_parameters(args)),
-        keep_(!args.noise && !args.pool),
-        width_(args.noise ? padded<S>(args.R) : 2 * at_.kp),
-        code_(at_.at_once * at_.ldx * width_),
+      : args_(args), at_(args, groups), noise_(noise), by_row_(by_row),
+        parameters_(wants_parameters(args)), keep_(!args.noise && !args.pool),
+        width_(args.noise ? padded<S>(args.R) : 2 * at_.kp), code_(at_.at_once * at_.ldx * width_),
         code_grad_(args.grad_y.data ? at_.at_once * at_.ldx * width_ : 1),
         slope_code_(args.grad_positions ? at_.ldx * width_ : 1),
         slope_cos_(args.grad_positions ? at_.ldk : 1),
-        slope_sin_(args.grad_positions ? at_.ldk : 1),
-        code_transposed_(width_ * at_.ldx),
-        x_(kTokens * at_.ldx),
-        grad_x_(kTokens * at_.ldx),
-        y_(kTokens * width_),
-        projected_(kTokens * width_),
-        row_(padded<S>(args.R)),
-        by_sine_(kPositions * 2 * at_.kp) {}
+        slope_sin_(args.grad_positions ? at_.ldk : 1), code_transposed_(width_ * at_.ldx),
+        x_(kTokens * at_.ldx), grad_x_(kTokens * at_.ldx), y_(kTokens * width_),
+        projected_(kTokens * width_), row_(padded<S>(args.R)), by_sine_(kPositions * 2 * at_.kp) {}
 
-  // where row `row` of a component stands: cosines and the gate, then sines
+  // the place of row `row` of a component: cosines and the gate, then sines
   static int64_t place(const FastpeSineFeatures &args, int64_t row) {
     return row == 2 * args.K ? args.K : row / 2 + (row % 2) * SineBlock<S>::half(args);
   }
 
   void run(int64_t h, int64_t begin, int64_t end, double *partial) {
-    h_ = h, at_.enter(h);
+    h_ = h;
+    at_.enter(h);
     for (int64_t u = begin; u < end; u += kPositions) {
       const int64_t n = smaller(kPositions, end - u);
       at_.make_rows(u, n);
       if (!keep_) make_codes(n, at_.row_cosines, at_.row_sines, true, code_);
       if (args_.grad_y.data) {
-        memset((void *)(S *)code_grad_, 0, sizeof(S) * size_t(n * at_.ldx * width_));
+        zero<S>(code_grad_, n * at_.ldx * width_);
         for (int64_t p = 0; p < n; ++p) backward(p, u + p);
         if (parameters_) add_parameters(u, n, partial);
       } else {
@@ -65,7 +56,7 @@ class CodedSines {
  private:
   static constexpr int64_t kTokens = 32;  // at a time
 
-  // codes [n, ldx, width] from weighted cosines and sines [n, ldk]
+  // make codes [n, ldx, width] from weighted cosines and sines [n, ldk]
   void make_codes(int64_t n, const S *row_cos, const S *row_sin, bool gated, S *code) {
     const int64_t k = args_.K, stride = at_.ldx * width_;
     for (int64_t d = 0; d < args_.D; ++d) {
@@ -80,22 +71,29 @@ class CodedSines {
         for (int64_t p = 0; p < n; ++p) {
           S *row = code + p * stride + d * width_;
           const S *cos = row_cos + p * at_.ldk + d * k, *sin = row_sin + p * at_.ldk + d * k;
-          for (int64_t j = 0; j < k; ++j) row[j] = cos[j], row[at_.kp + j] = sin[j];
+          copy_n(row, cos, k);
+          copy_n(row + at_.kp, sin, k);
         }
       }
     }
   }
 
-  // gradients by features into blocks of cosines and sines
+  // read the gradient by the features in blocks of cosines and sines
   void read_features(int64_t b, int64_t t, S *out) {
     if (args_.noise) return at_.read_grad(b, t, out);
     const S *row = Rows<S>(args_.grad_y, b, h_, args_.R).get(t, row_);
-    for (int64_t j = 0; j < args_.K; ++j) out[j] = row[2 * j], out[at_.kp + j] = row[2 * j + 1];
+    for (int64_t j = 0; j < args_.K; ++j) {
+      out[j] = row[2 * j];
+      out[at_.kp + j] = row[2 * j + 1];
+    }
   }
   void write_features(int64_t b, int64_t t, const S *y) {
     Rows<S> out(args_.y, b, h_, args_.R);
     if (args_.noise) return out.put(t, y);
-    for (int64_t j = 0; j < args_.K; ++j) row_[2 * j] = y[j], row_[2 * j + 1] = y[at_.kp + j];
+    for (int64_t j = 0; j < args_.K; ++j) {
+      row_[2 * j] = y[j];
+      row_[2 * j + 1] = y[at_.kp + j];
+    }
     out.put(t, row_);
   }
 
@@ -110,13 +108,12 @@ class CodedSines {
     }
     for (int64_t i = 0; i < total; i += kTokens) {
       const int64_t end = smaller(total, i + kTokens);
-      at_.tokens(u, i, end, [&](int64_t n, int64_t b, int64_t t) {
-        at_.read_x(b, t, x_ + n * at_.ldx);
-      });
+      at_.tokens(u, i, end,
+                 [&](int64_t n, int64_t b, int64_t t) { at_.read_x(b, t, x_ + n * at_.ldx); });
       Product<S> product = {args_.D, x_, at_.ldx, 1, code_ + p * at_.ldx * width_, width_};
       multiply<S>(end - i, width_, &product, 1, {y_, width_});
       at_.tokens(u, i, end,
-             [&](int64_t n, int64_t b, int64_t t) { write_features(b, t, y_ + n * width_); });
+                 [&](int64_t n, int64_t b, int64_t t) { write_features(b, t, y_ + n * width_); });
     }
   }
 
@@ -125,13 +122,17 @@ class CodedSines {
     const S *row_cos = at_.row_cosines + p * at_.ldk, *row_sin = at_.row_sines + p * at_.ldk;
     const int64_t k = args_.K, rows = args_.J;
     if (rows == 2) {
-      for (int64_t d = 0; d < args_.D; ++d)
-        y[2 * d] = x[d] * row_cos[d], y[2 * d + 1] = x[d] * row_sin[d];
+      for (int64_t d = 0; d < args_.D; ++d) {
+        y[2 * d] = x[d] * row_cos[d];
+        y[2 * d + 1] = x[d] * row_sin[d];
+      }
       return;
     }
     for (int64_t d = 0; d < args_.D; ++d, y += rows) {
-      for (int64_t j = 0; j < k; ++j)
-        y[2 * j] = x[d] * row_cos[d * k + j], y[2 * j + 1] = x[d] * row_sin[d * k + j];
+      for (int64_t j = 0; j < k; ++j) {
+        y[2 * j] = x[d] * row_cos[d * k + j];
+        y[2 * j + 1] = x[d] * row_sin[d * k + j];
+      }
       if (args_.gate) y[2 * k] = x[d] * at_.gate[d];
     }
   }
@@ -174,7 +175,7 @@ class CodedSines {
         } else {
           for (int64_t k = 0; k < n; ++k)
             for (int64_t d = 0; d < args_.D; ++d)
-              grad_x_[k * at_.ldx + d] = dot(y_ + k * width_, code + d * width_);
+              grad_x_[k * at_.ldx + d] = dot<S>(y_ + k * width_, code + d * width_, width_);
         }
         at_.tokens(u, i, end, [&](int64_t k, int64_t b, int64_t t) {
           Rows<S>(args_.grad_x, b, h_, args_.D).put(t, grad_x_ + k * at_.ldx);
@@ -182,7 +183,8 @@ class CodedSines {
       }
       if (parameters_) {
         Product<S> product = {n, x_, 1, at_.ldx, y_, width_};
-        multiply<S>(args_.D, width_, &product, 1, {code_grad_ + p * at_.ldx * width_, width_, true});
+        multiply<S>(args_.D, width_, &product, 1,
+                    {code_grad_ + p * at_.ldx * width_, width_, true});
       }
       if (args_.grad_positions) {
         for (int64_t l = 0; l < args_.L; ++l) {
@@ -191,20 +193,15 @@ class CodedSines {
           Product<S> product = {args_.D, x_, at_.ldx, 1, slope_code_, width_};
           multiply<S>(n, width_, &product, 1, {projected_, width_});
           at_.tokens(u, i, end, [&](int64_t k, int64_t b, int64_t t) {
-            at_.grad_position(b, t, l) = double(dot(projected_ + k * width_, y_ + k * width_));
+            const S *by_position = projected_ + k * width_;
+            at_.grad_position(b, t, l) = double(dot<S>(by_position, y_ + k * width_, width_));
           });
         }
       }
     }
   }
 
-  S dot(const S *a, const S *b) const {
-    Vec<S> total = {};
-    for (int64_t j = 0; j < width_; j += kLanes<S>) total += load(a + j) * load(b + j);
-    return sum<S>(total);
-  }
-
-  // the weighted rows by component l of the position
+  // the derivative of the weighted rows by component l of the position
   void make_slopes(int64_t p, int64_t l) {
     for (int64_t i = 0; i < at_.dk; ++i) {
       const S factor = S(kTwoPi * at_.freq[l * at_.ldk + i]);
@@ -213,7 +210,7 @@ class CodedSines {
     }
   }
 
-  // grad_x_ from the gradient y of what keep_rows gave for x_; code_grad_ gathers x_d y_dj
+  // the adjoint of keep_rows: make grad_x_ from the gradient y, and add x_d y_dj to code_grad_
   void keep_rows_adjoint(int64_t p, const S *y) {
     const S *row_cos = at_.row_cosines + p * at_.ldk, *row_sin = at_.row_sines + p * at_.ldk;
     const int64_t k = args_.K;
@@ -221,9 +218,13 @@ class CodedSines {
       S *code = code_grad_ + p * at_.ldx * width_ + d * width_, total = 0;
       for (int64_t j = 0; j < k; ++j) {
         total += row_cos[d * k + j] * y[2 * j] + row_sin[d * k + j] * y[2 * j + 1];
-        code[j] += x_[d] * y[2 * j], code[at_.kp + j] += x_[d] * y[2 * j + 1];
+        code[j] += x_[d] * y[2 * j];
+        code[at_.kp + j] += x_[d] * y[2 * j + 1];
       }
-      if (args_.gate) total += at_.gate[d] * y[2 * k], code[k] += x_[d] * y[2 * k];
+      if (args_.gate) {
+        total += at_.gate[d] * y[2 * k];
+        code[k] += x_[d] * y[2 * k];
+      }
       grad_x_[d] = total;
     }
   }
@@ -233,18 +234,20 @@ class CodedSines {
     double *by_gate = partial + (2 + args_.L) * at_.dk;
     const int64_t k = args_.K, lanes = kLanes<S>;
     for (int64_t d = 0; d < args_.D; ++d) {
-      // gradients by the unweighted rows, [n, 2 kp]
+      // the gradient by the rows without their gains, [n, 2 kp]
       S *rows = code_grad_ + d * width_;
       int64_t ld = at_.ldx * width_;
       if (args_.noise) {
         const S *z = by_row_ + (h_ * args_.D + d) * args_.R * 2 * at_.kp;
         Product<S> product = {args_.R, rows, ld, 1, z, 2 * at_.kp};
         multiply<S>(n, 2 * at_.kp, &product, 1, {by_sine_, 2 * at_.kp});
-        rows = by_sine_, ld = 2 * at_.kp;
+        rows = by_sine_;
+        ld = 2 * at_.kp;
       }
-      if (args_.gate)
-        for (int64_t p = 0; p < n; ++p)
-          by_gate[d] += double(rows[p * ld + k]), rows[p * ld + k] = 0;
+      for (int64_t p = 0; args_.gate && p < n; ++p) {
+        by_gate[d] += double(rows[p * ld + k]);
+        rows[p * ld + k] = 0;
+      }
       for (int64_t j = 0; j < k; j += lanes) {
         Vec<S> gain = {}, phase = {}, phases[kPositions];
         for (int64_t p = 0; p < n; ++p) {

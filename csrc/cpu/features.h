@@ -1,29 +1,30 @@
-// Features of one query or key, row by row: feature map and rotation, in either order.
+// The features of one query or key: feature map and rotation, in either order.
 #pragma once
 #include "simd.h"
 
 namespace fastpe {
 namespace {
 
-template <class S>
-class FeatureMap {
+template <class S> class FeatureMap {
  public:
   explicit FeatureMap(const FastpeCausalDot &args) : args_(args) {}
 
   bool rotates() const { return args_.freq != nullptr; }
-  // the normaliser sees features that are not rotated
+  // the normaliser takes features without the rotation
   bool split() const { return rotates() && args_.map_first; }
-  // psi of x itself is among the features
+  // the feature map takes x itself, before any rotation
   bool content_known() const { return !rotates() || args_.map_first; }
   int64_t width() const { return args_.pool ? args_.W : args_.D; }
 
-  const double *freq(int64_t h) const { return args_.freq + (args_.Hf == 1 ? 0 : h) * args_.W * args_.L; }
-  // [L], of the token t of batch row b
+  const double *freq(int64_t h) const {
+    return args_.freq + (args_.Hf == 1 ? 0 : h) * args_.W * args_.L;
+  }
+  // [L], of token t in batch row b
   const double *position(int64_t b, int64_t t) const {
     return args_.positions + ((args_.Bp == 1 ? 0 : b) * args_.T + t) * args_.L;
   }
 
-  // table row i: cosines [ld], then signed sines [ld], of token begin + i step
+  // row i of the table is for token begin + i step: cosines [ld], then signed sines [ld]
   void prepare(int64_t b, int64_t h, int64_t begin, int64_t step, int64_t n, S *table, int64_t ld) {
     const double *f = freq(h);
     const int64_t pairs = args_.W, lanes = kLanes<S>;
@@ -45,28 +46,33 @@ class FeatureMap {
         }
         Vec<S> sin, cos;
         sincos_of<S>(load(turns), sin, cos);
-        store(cos_of, cos * scale), store(sin_of, sin * scale);
-        S *c = cosines + (args_.interleaved ? 2 * w0 : w0);
-        S *s = sines + (args_.interleaved ? 2 * w0 : w0);
+        store(cos_of, cos * scale);
+        store(sin_of, sin * scale);
+        const int64_t at = args_.interleaved ? 2 * w0 : w0;
+        S *c = cosines + at, *s = sines + at;
         if (args_.interleaved) {
           for (int64_t w = 0; w < count; ++w) {
             c[2 * w] = c[2 * w + 1] = cos_of[w];
-            s[2 * w] = -sin_of[w], s[2 * w + 1] = sin_of[w];
+            s[2 * w] = -sin_of[w];
+            s[2 * w + 1] = sin_of[w];
           }
         } else {
           for (int64_t w = 0; w < count; ++w) {
             c[w] = c[w + pairs] = cos_of[w];
-            s[w] = -sin_of[w], s[w + pairs] = sin_of[w];
+            s[w] = -sin_of[w];
+            s[w + pairs] = sin_of[w];
           }
         }
       }
-      for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j)
-        cosines[j] = j < args_.D ? scale : S(0), sines[j] = 0;
+      for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j) {
+        cosines[j] = j < args_.D ? scale : S(0);
+        sines[j] = 0;
+      }
     }
   }
 
-  // x [D] into out [R], and into norm [D] what the normaliser sees, if it is split and wanted;
-  // space: two rows
+  // Map x [D] to out [R]. `norm` [D] receives the features of the normaliser, unless it is null.
+  // `space` has two rows.
   void value(const S *x, const S *turn, int64_t ld, S *out, S *norm, S *space) const {
     if (!rotates()) return psi(x, args_.D, out);
     if (args_.map_first) {
@@ -79,13 +85,16 @@ class FeatureMap {
     }
   }
 
-  // g: the gradient by the features [R] on entry, by x [D] on return, the normaliser's part
-  // factor * running [D or R] included; known: psi(x) [D] or null; turn_gradient [W] by the angles,
-  // if not null; space: three rows
+  // Turn g from the gradient by the features [R] into that by x [D], and add the normaliser's part,
+  // factor * running [D or R]. `known` is psi(x) [D] or null. `turn_gradient` [W] receives the
+  // gradient by the angles, unless it is null. `space` has three rows.
   void gradient(const S *x, const S *known, const S *turn, int64_t ld, S *g, const S *running,
                 S factor, S *space, S *turn_gradient) const {
     if (content_known()) {
-      if (!known) psi(x, args_.D, space), known = space;
+      if (!known) {
+        psi(x, args_.D, space);
+        known = space;
+      }
       if (rotates()) {
         encode_adjoint(g, turn, ld, space + ld);
         if (turn_gradient) by_angle(known, g, turn_gradient);
@@ -104,18 +113,20 @@ class FeatureMap {
   }
 
  private:
+  // distances in memory: from a pair to the next, and from the first of a pair to the second
+  int64_t between_pairs() const { return args_.interleaved ? 2 : 1; }
+  int64_t inside_pair() const { return args_.interleaved ? 1 : args_.W; }
+
   struct Exp {
     FASTPE_HD Vec<S> operator()(Vec<S> x) const { return exp_of(x); }
   };
 
-  template <class Map>
-  static void map_row(const S *x, int64_t width, S *out) {
+  template <class Map> static void map_row(const S *x, int64_t width, S *out) {
     for (int64_t j = 0; j < width; j += kLanes<S>)
       store(out + j, Map::template value<S>(load(x + j), Exp()));
     for (int64_t j = width; j < padded<S>(width); ++j) out[j] = 0;
   }
-  template <class Map>
-  static void slope_row(const S *x, const S *value, int64_t width, S *g) {
+  template <class Map> static void slope_row(const S *x, const S *value, int64_t width, S *g) {
     for (int64_t j = 0; j < width; j += kLanes<S>)
       store(g + j, load(g + j) * Map::template slope<S>(load(x + j), load(value + j)));
   }
@@ -144,12 +155,12 @@ class FeatureMap {
       store(g + j, load(g + j) + load(running + j) * factor);
   }
 
-  // x [D] with the two of each pair in each other's place; null if the vectors can do it
+  // x [D] with each pair exchanged; null if pairs are neighbours, which vectors exchange
   const S *partners(const S *x, S *out) const {
     const int64_t pairs = args_.W;
     if (args_.interleaved) return nullptr;
-    memcpy(out, x + pairs, sizeof(S) * size_t(pairs));
-    memcpy(out + pairs, x, sizeof(S) * size_t(pairs));
+    copy_n(out, x + pairs, pairs);
+    copy_n(out + pairs, x, pairs);
     for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j) out[j] = 0;
     return out;
   }
@@ -164,33 +175,29 @@ class FeatureMap {
     }
   }
 
-  // x [D] rotated into out, pairs summed if pooled; space: one row
+  // rotate x [D] into out, and sum pairs if pooled; `space` has one row
   void encode(const S *x, const S *turn, int64_t ld, S *space, S *out) const {
-    const int64_t pairs = args_.W;
     turn_row<false>(x, turn, ld, space, out);
     if (!args_.pool) return;
-    const int64_t first = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : pairs;
-    for (int64_t w = 0; w < pairs; ++w) out[w] = out[first * w] + out[first * w + second];
-    for (int64_t w = pairs; w < padded<S>(args_.D); ++w) out[w] = 0;
+    const int64_t first = between_pairs(), second = inside_pair();
+    for (int64_t w = 0; w < args_.W; ++w) out[w] = out[first * w] + out[first * w + second];
+    for (int64_t w = args_.W; w < padded<S>(args_.D); ++w) out[w] = 0;
   }
 
   void encode_adjoint(S *g, const S *turn, int64_t ld, S *space) const {
-    const int64_t pairs = args_.W;
     if (args_.pool) {
-      const int64_t first = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : pairs;
-      for (int64_t w = 0; w < pairs; ++w) space[first * w] = space[first * w + second] = g[w];
-      for (int64_t j = 2 * pairs; j < padded<S>(args_.D); ++j) space[j] = 0;
-      memcpy(g, space, sizeof(S) * size_t(padded<S>(args_.D)));
+      const int64_t first = between_pairs(), second = inside_pair();
+      for (int64_t w = 0; w < args_.W; ++w) space[first * w] = space[first * w + second] = g[w];
+      for (int64_t j = 2 * args_.W; j < padded<S>(args_.D); ++j) space[j] = 0;
+      copy_n(g, space, padded<S>(args_.D));
     }
     turn_row<true>(g, turn, ld, space, g);
   }
 
-  // x1 g2 - x2 g1 of each pair: the gradient by its angle
+  // the gradient by the angle of each pair: x1 g2 - x2 g1
   void by_angle(const S *x, const S *g, S *out) const {
-    const int64_t pairs = args_.W;
-    const int64_t first = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : pairs;
-    for (int64_t w = 0; w < pairs; ++w) {
-      const int64_t i = first * w, j = i + second;
+    for (int64_t w = 0; w < args_.W; ++w) {
+      const int64_t i = between_pairs() * w, j = i + inside_pair();
       out[w] = x[i] * g[j] - x[j] * g[i];
     }
   }

@@ -1,5 +1,4 @@
-// The one matrix product that everything else is made of: small, in cache, any shape. And sums that
-// stay accurate however many chunks are added to them.
+// Products of small matrices of any shape that lie in the caches, and compensated sums.
 #pragma once
 #include "simd.h"
 
@@ -26,8 +25,8 @@ FASTPE_HD void accumulate(Vec<S> (&acc)[kRows][kVectors], int64_t depth, const S
   }
 }
 
-// acc [kRows, kVectors] += A [kRows, kRows] up to its diagonal, times B. Nothing is multiplied by the
-// zeros beyond it, so a NaN or an infinity in a row of B does not reach the rows above its own.
+// acc [kRows, kVectors] += tril(A) B, with A [kRows, kRows]. The zeros of tril(A) are skipped, so a
+// NaN or an infinity in a row of B does not reach the rows above.
 template <class S, int kRows, int kVectors>
 FASTPE_HD void accumulate_triangle(Vec<S> (&acc)[kRows][kVectors], const S *a, int64_t a_row,
                                    int64_t a_col, const S *b, int64_t ldb) {
@@ -45,10 +44,9 @@ FASTPE_HD void accumulate_triangle(Vec<S> (&acc)[kRows][kVectors], const S *a, i
   }
 }
 
-// A [m, depth] by row and column strides, B [depth, n] by its row stride; with `triangle` as many
-// columns of A and rows of B follow as a block of rows has, of which row i takes the first i + 1
-template <class S>
-struct Product {
+// A [m, depth] and B [depth, n], with their strides. With `triangle` a block of rows of A has a
+// lower triangle behind column `depth`, and B has the rows that it multiplies.
+template <class S> struct Product {
   int64_t depth;
   const S *a;
   int64_t a_row, a_col;
@@ -57,10 +55,9 @@ struct Product {
   bool triangle = false;
 };
 
-// Where products go, [m, n]: in place of what is there, or added to it. With `lost`, which lies as
-// `data` does, sums are compensated: it has what is too small for the digits of `data`.
-template <class S>
-struct Sum {
+// The place of the result [m, n]: written, or with `add` added to. With `lost` the sum is
+// compensated: `lost` has the layout of `data` and keeps the digits that do not fit in there.
+template <class S> struct Sum {
   S *data;
   int64_t ld;
   bool add = false;
@@ -80,7 +77,7 @@ FASTPE_HD void put(const Vec<S> (&acc)[kRows][kVectors], const Sum<S> &out) {
     for (int j = 0; j < kVectors; ++j) store(out.data + i * out.ld + j * kLanes<S>, acc[i][j]);
 }
 
-// acc: the products, and what was lost before; added as a whole, so that one rounding is lost of it
+// acc holds the products and the old `lost`: one addition to `data` loses digits once
 template <class S, int kRows, int kVectors>
 FASTPE_HD void put_compensated(const Vec<S> (&acc)[kRows][kVectors], const Sum<S> &out) {
 #pragma GCC unroll 4
@@ -89,15 +86,16 @@ FASTPE_HD void put_compensated(const Vec<S> (&acc)[kRows][kVectors], const Sum<S
     for (int j = 0; j < kVectors; ++j) {
       const int64_t at = i * out.ld + j * kLanes<S>;
       const Vec<S> before = load(out.data + at), total = before + acc[i][j];
-      store(out.lost + at, acc[i][j] - (total - before)), store(out.data + at, total);
+      store(out.lost + at, acc[i][j] - (total - before));
+      store(out.data + at, total);
     }
 }
 
-// out [kRows, kVectors * lanes] (+)= the sum of `count` products, from their `row` and `column` on
+// out [kRows, kVectors * lanes] (+)= the sum of `count` products, from `row` and `column` on
 template <class S, int kRows, int kVectors>
 void tile(const Product<S> *p, int count, int64_t row, int64_t column, const Sum<S> &out) {
   Vec<S> acc[kRows][kVectors];
-  // what lies in the second-level cache: this tile's totals, and what the tile below it lost
+  // fetch from the second-level cache: the data of this tile and `lost` of the tile below
   if (out.lost)
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVectors; j += kVectors > 1 ? kVectors - 1 : 1) {
@@ -121,12 +119,11 @@ void tile(const Product<S> *p, int count, int64_t row, int64_t column, const Sum
   out.lost ? put_compensated<S, kRows, kVectors>(acc, out) : put<S, kRows, kVectors>(acc, out);
 }
 
-// how many of the next `left` columns a tile takes: not so many that one vector is left alone
-template <class S>
-int64_t panel(int64_t left) {
+// the columns that a tile takes of the `left` ones; it leaves no single vector behind
+template <class S> int64_t panel(int64_t left) {
   const int64_t vectors = left / kLanes<S>;
   const bool one_more = vectors == kTileVectors + 1;
-  return kLanes<S> * (one_more ? vectors / 2 : smaller<int64_t>(vectors, kTileVectors));
+  return kLanes<S> * (one_more ? vectors / 2 : smaller(vectors, kTileVectors));
 }
 
 template <class S, int kRows>
@@ -144,7 +141,7 @@ void row_block(const Product<S> *p, int count, int64_t row, int64_t begin, int64
 }
 
 // rows [row, row + rows) and columns [begin, end) of out (+)= the sum of `count` products;
-// rows <= kTileRows, begin and end multiples of the lanes; `out` is where `row` goes
+// rows <= kTileRows; begin and end are multiples of the lanes; `out` starts at `row`
 template <class S>
 void few_rows(int64_t rows, const Product<S> *p, int count, int64_t row, int64_t begin, int64_t end,
               const Sum<S> &out) {
@@ -159,16 +156,16 @@ void few_rows(int64_t rows, const Product<S> *p, int count, int64_t row, int64_t
 // out [m, n] (+)= the sum of `count` products; n a multiple of the lanes
 template <class S>
 void multiply(int64_t m, int64_t n, const Product<S> *p, int count, const Sum<S> &out) {
-  // a panel of B that fits the first-level cache is used for all rows
+  // all rows use a panel of B before the next, as it fits the first-level cache
   for (int64_t j = 0, width; j < n; j += width) {
     width = panel<S>(n - j);
     for (int64_t i = 0; i < m; i += kTileRows)
-      few_rows<S>(smaller<int64_t>(m - i, kTileRows), p, count, i, j, j + width, out.from(i, 0));
+      few_rows<S>(smaller(m - i, kTileRows), p, count, i, j, j + width, out.from(i, 0));
   }
 }
 
-// x [n, kVectors * lanes], times a weight of each row if given: the sum of rows up to each, in place.
-// They begin with `running`, which goes on, compensated by `lost` as above.
+// Replace each row of x [n, kVectors * lanes] by running + the sum of the rows up to it, weighted
+// if `weight` is given. Add all of them to `running`, compensated by `lost` as above.
 template <class S, int kVectors>
 FASTPE_HD void running_sums(S *x, int64_t ld, int64_t n, const S *weight, int64_t step, S *running,
                             S *lost) {
@@ -183,7 +180,8 @@ FASTPE_HD void running_sums(S *x, int64_t ld, int64_t n, const S *weight, int64_
   for (int j = 0; j < kVectors; ++j) {
     inside[j] += load(lost + j * lanes);
     const Vec<S> total = before[j] + inside[j];
-    store(lost + j * lanes, inside[j] - (total - before[j])), store(running + j * lanes, total);
+    store(lost + j * lanes, inside[j] - (total - before[j]));
+    store(running + j * lanes, total);
   }
 }
 

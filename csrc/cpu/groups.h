@@ -1,18 +1,18 @@
-// Positions that are equal, found once: labels repeat, and their codes need to be made once.
+// Find tokens at equal positions, so that the sines of a position are made once.
 #pragma once
 #include "simd.h"
 
 namespace fastpe {
 namespace {
 
-// Rows [begin(u), end(u)) of the order are the indices of equal positions, in order of appearance.
+// Group u has the rows row(i) for i in [begin(u), end(u)). Groups are in order of appearance.
 class Groups {
  public:
   // positions [rows, width]
   Groups(const double *positions, int64_t rows, int64_t width, bool group)
       : order_(rows + 1), start_(rows + 1) {
     if (!group) {
-      for (int64_t i = 0; i < rows; ++i) order_[i] = i, start_[i + 1] = i + 1;
+      for (int64_t i = 0; i <= rows; ++i) order_[i] = start_[i] = i;
       size_ = rows;
       return;
     }
@@ -25,11 +25,17 @@ class Groups {
       int64_t slot = int64_t(hash(p, width) & uint64_t(slots - 1));
       while (table[slot] && !equal(positions + first[table[slot] - 1] * width, p, width))
         slot = (slot + 1) & (slots - 1);
-      if (!table[slot]) first[size_] = i, table[slot] = ++size_;
+      if (!table[slot]) {
+        first[size_] = i;
+        table[slot] = ++size_;
+      }
       group_of[i] = table[slot] - 1;
       ++start_[table[slot]];
     }
-    for (int64_t u = 0; u < size_; ++u) start_[u + 1] += start_[u], next[u] = start_[u];
+    for (int64_t u = 0; u < size_; ++u) {
+      next[u] = start_[u];
+      start_[u + 1] += start_[u];
+    }
     for (int64_t i = 0; i < rows; ++i) order_[next[group_of[i]]++] = i;
   }
 
@@ -42,7 +48,7 @@ class Groups {
   static uint64_t hash(const double *p, int64_t width) {
     uint64_t h = 1469598103934665603u;
     for (int64_t l = 0; l < width; ++l) {
-      double x = p[l] + 0.0;  // -0 and 0 are one position
+      double x = p[l] + 0.0;  // -0 and 0 are equal
       uint64_t bits;
       memcpy(&bits, &x, 8);
       h = (h ^ bits) * 0x9E3779B97F4A7C15u;

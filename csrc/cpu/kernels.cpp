@@ -1,15 +1,14 @@
-// The CPU loops, compiled once for each instruction set (setup.py).
+// The CPU kernels. setup.py compiles this file once for each instruction set.
 #include "causal_dot.h"
-#include "sine_features.h"
 #include "noise.h"
+#include "sine_features.h"
 
 namespace fastpe {
 namespace {
 
-template <class S>
-void causal_dot(const FastpeCausalDot &args, bool backward) {
+template <class S> void causal_dot(const FastpeCausalDot &args, bool backward) {
   const int64_t heads = Scan<S>::heads_at_once(args), groups = (args.H + heads - 1) / heads;
-  // a step of decoding is over before a second thread has woken
+  // a decoding step ends before a second thread would start
   const bool small = args.B * args.T * args.H * args.D * args.E < (1 << 18);
 #pragma omp parallel num_threads(small ? 1 : args.threads)
   {
@@ -22,10 +21,10 @@ void causal_dot(const FastpeCausalDot &args, bool backward) {
   }
 }
 
-template <class S>
-void philox_normal(const FastpePhiloxNormal &args) {
+template <class S> void philox_normal(const FastpePhiloxNormal &args) {
 #pragma omp parallel for num_threads(args.threads) schedule(static)
-  for (int64_t i = 0; i < args.hd * args.rows; ++i) normal_row<S>(args, i / args.rows, i % args.rows);
+  for (int64_t i = 0; i < args.hd * args.rows; ++i)
+    normal_row<S>(args, i / args.rows, i % args.rows);
 }
 
 }  // namespace

@@ -1,41 +1,39 @@
-// Entry points of the CPU library: they pick the widest instruction set that the machine has.
+// The entry points of the CPU library, which choose the widest instruction set of the machine.
 #include "../fastpe.h"
 
 #define FASTPE_EXPORT __attribute__((visibility("default")))
 
-#define FASTPE_DECLARE(isa)                                               \
-  extern "C" void fastpe_causal_dot_##isa(const FastpeCausalDot *, int);  \
+#define FASTPE_DECLARE(isa)                                                    \
+  extern "C" void fastpe_causal_dot_##isa(const FastpeCausalDot *, int);       \
   extern "C" void fastpe_sine_features_##isa(const FastpeSineFeatures *, int); \
   extern "C" void fastpe_philox_normal_##isa(const FastpePhiloxNormal *);
+#define FASTPE_KERNELS(isa) \
+  {fastpe_causal_dot_##isa, fastpe_sine_features_##isa, fastpe_philox_normal_##isa}
 
 FASTPE_DECLARE(portable)
-#ifdef FASTPE_HAS_AVX2
 FASTPE_DECLARE(avx2)
-#define FASTPE_RUN_AVX2(op, ...) \
-  case FASTPE_ISA_AVX2: fastpe_##op##_avx2(__VA_ARGS__); break;
-#else
-#define FASTPE_RUN_AVX2(op, ...)
-#endif
-#ifdef FASTPE_HAS_AVX512
 FASTPE_DECLARE(avx512)
-#define FASTPE_RUN_AVX512(op, ...) \
-  case FASTPE_ISA_AVX512: fastpe_##op##_avx512(__VA_ARGS__); break;
-#else
-#define FASTPE_RUN_AVX512(op, ...)
-#endif
-
-#define FASTPE_RUN(op, args, ...)                                       \
-  switch (choose((args)->isa)) {                                        \
-    case -1: return 1;                                                  \
-      FASTPE_RUN_AVX2(op, args, ##__VA_ARGS__)                          \
-      FASTPE_RUN_AVX512(op, args, ##__VA_ARGS__)                        \
-    default: fastpe_##op##_portable(args, ##__VA_ARGS__);               \
-  }                                                                     \
-  return 0;
 
 namespace {
 
 thread_local const char *error = "";
+
+struct Kernels {
+  void (*causal_dot)(const FastpeCausalDot *, int backward);
+  void (*sine_features)(const FastpeSineFeatures *, int backward);
+  void (*philox_normal)(const FastpePhiloxNormal *);
+};
+// by FASTPE_ISA_*
+const Kernels kKernels[] = {
+    {},
+    FASTPE_KERNELS(portable),
+#ifdef FASTPE_HAS_AVX2
+    FASTPE_KERNELS(avx2),
+#endif
+#ifdef FASTPE_HAS_AVX512
+    FASTPE_KERNELS(avx512),
+#endif
+};
 
 int best() {
 #ifdef FASTPE_HAS_AVX512
@@ -49,28 +47,33 @@ int best() {
   return FASTPE_ISA_PORTABLE;
 }
 
-int choose(int wanted) {
-  if (wanted == FASTPE_ISA_BEST) return best();
-  if (wanted < 0 || wanted > best()) {
+// call a kernel of the instruction set asked for; 1 if the machine does not have it
+template <class Args, class... More>
+int run(void (*Kernels::*kernel)(const Args *, More...), const Args *args, More... more) {
+  const int isa = args->isa == FASTPE_ISA_BEST ? best() : args->isa;
+  if (isa < 0 || isa > best()) {
     error = "this machine does not have the instruction set asked for";
-    return -1;
+    return 1;
   }
-  return wanted;
+  (kKernels[isa].*kernel)(args, more...);
+  return 0;
 }
 
 }  // namespace
 
 extern "C" {
 
-FASTPE_EXPORT int fastpe_causal_dot(const FastpeCausalDot *args) { FASTPE_RUN(causal_dot, args, 0) }
+FASTPE_EXPORT int fastpe_causal_dot(const FastpeCausalDot *args) {
+  return run(&Kernels::causal_dot, args, 0);
+}
 FASTPE_EXPORT int fastpe_causal_dot_backward(const FastpeCausalDot *args) {
-  FASTPE_RUN(causal_dot, args, 1)
+  return run(&Kernels::causal_dot, args, 1);
 }
 FASTPE_EXPORT int fastpe_sine_features(const FastpeSineFeatures *args) {
-  FASTPE_RUN(sine_features, args, 0)
+  return run(&Kernels::sine_features, args, 0);
 }
 FASTPE_EXPORT int fastpe_sine_features_backward(const FastpeSineFeatures *args) {
-  FASTPE_RUN(sine_features, args, 1)
+  return run(&Kernels::sine_features, args, 1);
 }
 FASTPE_EXPORT int fastpe_step(const FastpeCausalDot *args, const FastpeSineFeatures *q,
                               const FastpeSineFeatures *k) {
@@ -78,7 +81,7 @@ FASTPE_EXPORT int fastpe_step(const FastpeCausalDot *args, const FastpeSineFeatu
   return fastpe_causal_dot(args);
 }
 FASTPE_EXPORT int fastpe_philox_normal(const FastpePhiloxNormal *args) {
-  FASTPE_RUN(philox_normal, args)
+  return run(&Kernels::philox_normal, args);
 }
 FASTPE_EXPORT const char *fastpe_error(void) { return error; }
 FASTPE_EXPORT const int64_t *fastpe_abi(void) {

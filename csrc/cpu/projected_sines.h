@@ -1,6 +1,6 @@
-// Sines projected by noise where no two tokens share a position, as SineSPE's: without codes.
+// Sines projected by noise (SineSPE), without codes: for tokens that all have different positions.
 //
-// Token by token y = u Z and du = dy Z^T, with u = x_d (gain cos, gain sin, gate)_d.
+// For each token y = u Z and du = dy Z^T, with u = x_d (gain cos, gain sin, gate)_d.
 #pragma once
 #include "gemm.h"
 #include "sine_block.h"
@@ -8,38 +8,30 @@
 namespace fastpe {
 namespace {
 
-template <class S>
-class ProjectedSines {
+template <class S> class ProjectedSines {
  public:
-  // noise: [H, D, J, padded R]; by_row: [H, R, ld_noise], what place() says, if there is a gradient
+  // noise: [H, D, J, padded R]; by_row: its transpose [H, R, ld_noise], in the order of place(),
+  // used for gradients
   ProjectedSines(const FastpeSineFeatures &args, const Groups &groups, const S *noise,
                  const S *by_row)
-      : args_(args),
-        at_(args, groups),
-        noise_(noise),
-        by_row_(by_row),
-        parameters_(wants_parameters(args)),
-        width_(padded<S>(args.R)),
-        ldj_(ld_noise(args)),
-        x_(kPositions * at_.ldx),
-        y_(kPositions * width_),
-        sum_(args.grad_y.data ? 1 : kPositions * width_),
-        expanded_(at_.ldk),
-        grad_x_(at_.ldx),
-        u_(args.grad_y.data ? kPositions * ldj_ : 1),
-        sums_((2 + args.L) * at_.ldk) {}
+      : args_(args), at_(args, groups), noise_(noise), by_row_(by_row),
+        parameters_(wants_parameters(args)), width_(padded<S>(args.R)), ldj_(ld_noise(args)),
+        x_(kPositions * at_.ldx), y_(kPositions * width_),
+        sum_(args.grad_y.data ? 1 : kPositions * width_), expanded_(at_.ldk), grad_x_(at_.ldx),
+        u_(args.grad_y.data ? kPositions * ldj_ : 1), sums_((2 + args.L) * at_.ldk) {}
 
   static int64_t ld_noise(const FastpeSineFeatures &args) {
     return padded<S>(args.D * args.J) + kLanes<S>;
   }
-  // where row `row` of component d stands: cosines, then sines, then gates
+  // the place of row `row` of component d: cosines, then sines, then gates
   static int64_t place(const FastpeSineFeatures &args, int64_t d, int64_t row) {
     const int64_t dk = args.D * args.K;
     return row == 2 * args.K ? 2 * dk + d : (row % 2) * dk + d * args.K + row / 2;
   }
 
   void run(int64_t h, int64_t begin, int64_t end, double *partial) {
-    h_ = h, at_.enter(h);
+    h_ = h;
+    at_.enter(h);
     for (int64_t u = begin; u < end; u += kPositions) {
       const int64_t n = smaller(kPositions, end - u);
       at_.make_rows(u, n);
@@ -53,10 +45,10 @@ class ProjectedSines {
   }
 
  private:
-  // whose noise stays in the first-level cache; their sums are rounded apart from the others'
+  // components at a time: their noise fits the first-level cache, and their sum is rounded alone
   static constexpr int64_t kComponents = 4;
 
-  // x_d at every sine of component d
+  // repeat x_d for each sine of component d
   void expand(const S *x) {
     for (int64_t d = 0, i = 0; d < args_.D; ++d)
       for (int64_t j = 0; j < args_.K; ++j, ++i) expanded_[i] = x[d];
@@ -68,13 +60,14 @@ class ProjectedSines {
       for (int64_t i = 0; i < at_.dk; i += kLanes<S>) {
         Vec<S> content = load(expanded_ + i);
         S *cos = at_.row_cosines + p * at_.ldk + i, *sin = at_.row_sines + p * at_.ldk + i;
-        store(cos, load(cos) * content), store(sin, load(sin) * content);
+        store(cos, load(cos) * content);
+        store(sin, load(sin) * content);
       }
       for (int64_t d = 0; d < args_.D; d += kLanes<S>)
         store(x_ + p * at_.ldx + d, load(x_ + p * at_.ldx + d) * load(at_.gate + d));
     }
     const int64_t k = args_.K;
-    memset((void *)(S *)y_, 0, sizeof(S) * size_t(n * width_));
+    zero<S>(y_, n * width_);
     for (int64_t first = 0; first < args_.D; first += kComponents) {
       Product<S> terms[3 * kComponents];
       int count = 0;
@@ -98,19 +91,20 @@ class ProjectedSines {
     const int64_t k = args_.K;
     Product<S> product = {args_.R, y_, width_, 1, by_row_ + h_ * args_.R * ldj_, ldj_};
     multiply<S>(n, ldj_, &product, 1, {u_, ldj_});
-    memset((void *)(S *)sums_, 0, sizeof(S) * size_t((2 + args_.L) * at_.ldk));
+    zero<S>(sums_, (2 + args_.L) * at_.ldk);
     for (int64_t p = 0; p < n; ++p) {
       const S *x = x_ + p * at_.ldx, *by_cos = u_ + p * ldj_, *by_sin = by_cos + at_.dk;
       const S *by_gate = by_sin + at_.dk;
       const S *cos = at_.cosines + p * at_.ldk, *sin = at_.sines + p * at_.ldk;
       expand(x);
-      // the gradients by x_d, before the sum over k, and by the phases take the weights' places
+      // the weighted rows make room for the gradients by x_d (not yet summed over k) and phases
       S *by_x = at_.row_cosines + p * at_.ldk, *by_phase = at_.row_sines + p * at_.ldk;
       for (int64_t i = 0; i < at_.dk; i += kLanes<S>) {
         Vec<S> c = load(cos + i), s = load(sin + i), gc = load(by_cos + i), gs = load(by_sin + i);
         Vec<S> value = gc * c + gs * s, content = load(expanded_ + i), gain = load(at_.gain + i);
         Vec<S> slope = (gs * c - gc * s) * content;
-        store(by_x + i, value * gain), store(by_phase + i, slope * gain);
+        store(by_x + i, value * gain);
+        store(by_phase + i, slope * gain);
         store(sums_ + i, load(sums_ + i) + value * content);
         store(sums_ + at_.ldk + i, load(sums_ + at_.ldk + i) + slope);
         for (int64_t l = 0; l < args_.L; ++l) {
@@ -137,7 +131,8 @@ class ProjectedSines {
     }
     if (!parameters_) return;
     for (int64_t i = 0; i < at_.dk; ++i) {
-      partial[i] += double(sums_[i]), partial[at_.dk + i] += double(sums_[at_.ldk + i]);
+      partial[i] += double(sums_[i]);
+      partial[at_.dk + i] += double(sums_[at_.ldk + i]);
       for (int64_t l = 0; l < args_.L; ++l)
         partial[2 * at_.dk + i * args_.L + l] += double(sums_[(2 + l) * at_.ldk + i]);
     }

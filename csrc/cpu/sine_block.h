@@ -1,8 +1,7 @@
-// What all features of sines share: cosines and sines of a few positions of one head, made at a
-// time, and the tokens that stand there.
+// Cosines and sines of one head at a few positions at a time, and the tokens at these positions.
 //
-// Inside, cosines stand before sines in blocks of `kp` (the gate behind the cosines); tensors have
-// them in turn, as published.
+// A row of features has a block of `kp` cosines, the gate behind them, then a block of `kp` sines.
+// Tensors have them in the published order: cos, sin, cos, sin, ..., gate.
 #pragma once
 #include "groups.h"
 
@@ -15,38 +14,24 @@ inline bool wants_parameters(const FastpeSineFeatures &args) {
   return args.grad_gain || args.grad_freq || args.grad_offset || args.grad_gate;
 }
 
-template <class S>
-class SineBlock {
+template <class S> class SineBlock {
  public:
   SineBlock(const FastpeSineFeatures &args, const Groups &groups)
-      : kp(half(args)),
-        dk(args.D * args.K),
-        ldk(padded<S>(dk) + kp),
-        ldx(padded<S>(args.D)),
-        at_once(smaller(kPositions, groups.size())),
-        cosines(at_once * ldk),
-        sines(at_once * ldk),
-        row_cosines(at_once * ldk),
-        row_sines(at_once * ldk),
-        gain(ldk),
-        gate(ldx),
-        freq(args.L * ldk),
-        args_(args),
-        groups_(groups),
-        space_(padded<S>(larger(args.R, args.D))),
+      : kp(half(args)), dk(args.D * args.K), ldk(padded<S>(dk) + kp), ldx(padded<S>(args.D)),
+        at_once(smaller(kPositions, groups.size())), cosines(at_once * ldk), sines(at_once * ldk),
+        row_cosines(at_once * ldk), row_sines(at_once * ldk), gain(ldk), gate(ldx),
+        freq(args.L * ldk), args_(args), groups_(groups), space_(padded<S>(larger(args.R, args.D))),
         step_cos_(at_once > 2 ? kPositions * ldk : 1),
-        step_sin_(at_once > 2 ? kPositions * ldk : 1),
-        offset_(ldk),
-        step_(args.L),
+        step_sin_(at_once > 2 ? kPositions * ldk : 1), offset_(ldk), step_(args.L),
         multiple_(args.L) {}
 
-  // room for the sines of one component, and its gate
+  // kp: the cosines of one component and its gate
   static int64_t half(const FastpeSineFeatures &args) {
     return padded<S>(args.K + (args.gate ? 1 : 0));
   }
 
   const int64_t kp, dk, ldk, ldx, at_once;
-  // [at_once, ldk]: at each position, and times the gains
+  // [at_once, ldk]: of each position; `row_` are multiplied by the gains
   const Scratch<S> cosines, sines, row_cosines, row_sines;
   const Scratch<S> gain, gate;  // [ldk], [ldx]
   const Scratch<double> freq;   // [L, ldk], cycles
@@ -67,7 +52,7 @@ class SineBlock {
     return args_.positions + groups_.row(groups_.begin(u)) * args_.L;
   }
 
-  // cosines and sines of n positions from the u-th on
+  // make the cosines and sines of positions [u, u + n)
   void make_rows(int64_t u, int64_t n) {
     const bool even = evenly_spaced(u, n);
     for (int64_t p = 0; p < n; ++p) {
@@ -75,12 +60,13 @@ class SineBlock {
       if (p == 0 || !even) {
         sincos_row(position(u + p), offset_, cos, sin);
       } else {
-        // turned on from the first by a multiple of the step
+        // turn the first position by p steps
         const S *step_cos = step_cos_ + p * ldk, *step_sin = step_sin_ + p * ldk;
         for (int64_t i = 0; i < dk; i += kLanes<S>) {
           Vec<S> c = load(cosines + i), s = load(sines + i);
           Vec<S> dc = load(step_cos + i), ds = load(step_sin + i);
-          store(cos + i, c * dc - s * ds), store(sin + i, s * dc + c * ds);
+          store(cos + i, c * dc - s * ds);
+          store(sin + i, s * dc + c * ds);
         }
       }
       for (int64_t i = 0; i < dk; i += kLanes<S>) {
@@ -91,9 +77,8 @@ class SineBlock {
     }
   }
 
-  // calls visit(n, b, t) for the tokens of group u from the i-th to the end-th
-  template <class Visit>
-  void tokens(int64_t u, int64_t i, int64_t end, Visit visit) const {
+  // call visit(n, b, t) for the tokens [i, end) of group u; n counts from 0
+  template <class Visit> void tokens(int64_t u, int64_t i, int64_t end, Visit visit) const {
     const int64_t times = args_.Bp == 1 ? args_.B : 1, first = groups_.begin(u);
     for (int64_t n = 0; i < end; ++i, ++n) {
       const int64_t row = groups_.row(first + i / times);
@@ -107,7 +92,7 @@ class SineBlock {
   void read_x(int64_t b, int64_t t, S *out) {
     read(Rows<S>(args_.x, b, head_ / (args_.H / args_.Hx), args_.D), t, out);
   }
-  // gradients by features, [R]
+  // the gradient by the features, [R]
   void read_grad(int64_t b, int64_t t, S *out) {
     read(Rows<S>(args_.grad_y, b, head_, args_.R), t, out);
   }
@@ -122,7 +107,7 @@ class SineBlock {
     for (int64_t j = 0; j < x.width; j += kLanes<S>) store(out + j, load(row + j));
   }
 
-  // whether the positions are first + p step; then makes step_cos_ and step_sin_ for that step
+  // Return whether the positions are first + p step. If so, make step_cos_ and step_sin_.
   bool evenly_spaced(int64_t u, int64_t n) {
     if (n < 3) return false;
     const double *first = position(u), *second = position(u + 1);
@@ -153,7 +138,8 @@ class SineBlock {
       for (int64_t j = 0; j < lanes; ++j) reduced[j] = S(reduce_turns(turns[j]));
       Vec<S> c, s;
       sincos_of<S>(load(reduced), s, c);
-      store(cos + i, c), store(sin + i, s);
+      store(cos + i, c);
+      store(sin + i, s);
     }
   }
 

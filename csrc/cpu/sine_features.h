@@ -1,4 +1,4 @@
-// Features of SPE and F-StrIPE, and their gradient: which kernel, its noise, its threads.
+// Features of SPE and F-StrIPE, and their gradient: choose the kernel and share out the work.
 #pragma once
 #include "coded_sines.h"
 #include "projected_sines.h"
@@ -6,12 +6,7 @@
 namespace fastpe {
 namespace {
 
-// doubles that gradients of parameters add up in: d gain, d phase [DK each], d phase * position
-// [DK, L], d gate [D]
-inline int64_t partial_size(const FastpeSineFeatures &args) {
-  return (2 + args.L) * args.D * args.K + args.D;
-}
-
+// add the sums of one slice, of partial_size, to the gradients of the parameters
 inline void add_partial(const FastpeSineFeatures &args, int64_t h, const double *x) {
   const int64_t dk = args.D * args.K;
   for (int64_t i = 0; i < dk; ++i) {
@@ -25,22 +20,21 @@ inline void add_partial(const FastpeSineFeatures &args, int64_t h, const double 
     args.grad_gate[h * args.D + d] += x[(2 + args.L) * dk + d];
 }
 
-template <class S>
-void sine_features(const FastpeSineFeatures &args, bool backward) {
+template <class S> void sine_features(const FastpeSineFeatures &args, bool backward) {
   const int64_t hd = args.H * args.D, r = args.R, rp = padded<S>(r), j = args.J;
   const Groups groups(args.positions, args.Bp * args.T, args.L, args.group);
   // no two tokens share a position
   const bool alone = args.noise && groups.size() == args.B * args.T;
   const bool parameters = wants_parameters(args);
-  // the noise as the products want it: rows of whole vectors, and transposed
+  // the products take noise with rows of whole vectors, and transposed
   const bool pad = args.noise && rp != r;
   const bool transpose = args.noise && backward && (alone || parameters);
   const int64_t ld = alone ? ProjectedSines<S>::ld_noise(args) : 2 * SineBlock<S>::half(args);
   Scratch<S> rows(pad ? hd * j * rp : 1);
   Scratch<S> transposed(!transpose ? 1 : (alone ? args.H : hd) * r * ld);
-  const S *noise = pad ? (const S *)rows : (const S *)args.noise;
-  // the positions of a head are shared out in slices, whatever the number of threads
-  const int64_t slices = smaller<int64_t>(16, (groups.size() + 7) / 8);
+  const S *given = as<const S>(args.noise), *noise = pad ? rows : given;
+  // slices, and so the sums, do not depend on the number of threads
+  const int64_t slices = smaller(16, (groups.size() + 7) / 8);
   const int64_t size = partial_size(args), units = args.H * slices;
   Scratch<double> partial(parameters ? units * size : 1);
 
@@ -50,8 +44,8 @@ void sine_features(const FastpeSineFeatures &args, bool backward) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < hd; ++i)
         for (int64_t row = 0; row < j; ++row) {
-          const S *z = (const S *)args.noise + (i * j + row) * r;
-          if (pad) memcpy(rows + (i * j + row) * rp, z, sizeof(S) * size_t(r));
+          const S *z = given + (i * j + row) * r;
+          if (pad) copy_n(rows + (i * j + row) * rp, z, r);
           if (!transpose) continue;
           const int64_t column = alone ? ProjectedSines<S>::place(args, i % args.D, row)
                                        : CodedSines<S>::place(args, row);

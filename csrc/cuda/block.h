@@ -1,15 +1,15 @@
-// What the CUDA kernels are written against: a block of threads, shared memory, products of tiles.
+// The CUDA kernels are written with these: a block of threads, shared memory, products of tiles.
 //
-// nvcc makes kernels of them; a host compiler makes loops that take the same steps with operands
-// rounded the same, so that they are tested where there is no GPU. Iterations of one `each` may run
-// in any order: with FASTPE_BACKWARDS the host takes them from the last to the first.
+// A host compiler turns the kernels into loops for tests without a GPU: they take the same steps
+// and round operands the same. Iterations of one `each` may run in any order. FASTPE_BACKWARDS runs
+// them in reverse on the host, to catch iterations that read each other's output.
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "../fastpe.h"
 #include "../elementwise.h"
+#include "../fastpe.h"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,8 +23,6 @@ namespace {
 
 constexpr int kThreads = 256, kTile = 16;
 
-FASTPE_HD int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
-FASTPE_HD int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 FASTPE_HD int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 FASTPE_HD int tiled(int64_t n) { return int(parts_of(n, kTile)) * kTile; }
 
@@ -35,31 +33,23 @@ struct Float16 {
   uint16_t bits;
 };
 
-// of a dtype of inputs: the type of arithmetic, and that of products' operands in memory
-template <class T>
-struct Types {
+// for inputs of type T: S is the type of arithmetic, Operand that of tiles to be multiplied
+template <class T> struct Types {
   using S = T;
   using Operand = T;
 };
-template <>
-struct Types<BFloat16> {
+template <> struct Types<BFloat16> {
   using S = float;
   using Operand = BFloat16;
 };
-template <>
-struct Types<Float16> {
+template <> struct Types<Float16> {
   using S = float;
   using Operand = float;  // tf32 has its mantissa, and does not overflow
 };
 
 FASTPE_DEVICE float widen(float x) { return x; }
 FASTPE_DEVICE double widen(double x) { return x; }
-FASTPE_DEVICE float widen(BFloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
+FASTPE_DEVICE float widen(BFloat16 x) { return from_bf16(x.bits); }
 FASTPE_DEVICE float widen(Float16 x) {
 #ifdef __CUDACC__
   return __half2float(__ushort_as_half(x.bits));
@@ -70,24 +60,16 @@ FASTPE_DEVICE float widen(Float16 x) {
 #endif
 }
 
-// to the nearest of a type
-template <class T, class S>
-FASTPE_DEVICE T narrow(S x) {
-  return x;
-}
-template <>
-FASTPE_DEVICE BFloat16 narrow<BFloat16>(float x) {
+// round to the nearest number of type T
+template <class T, class S> FASTPE_DEVICE T narrow(S x) { return x; }
+template <> FASTPE_DEVICE BFloat16 narrow<BFloat16>(float x) {
 #ifdef __CUDACC__
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if (x != x) return {uint16_t(bits >> 16 | 64)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  return {to_bf16(x)};
 #endif
 }
-template <>
-FASTPE_DEVICE Float16 narrow<Float16>(float x) {
+template <> FASTPE_DEVICE Float16 narrow<Float16>(float x) {
 #ifdef __CUDACC__
   return {__half_as_ushort(__float2half_rn(x))};
 #else
@@ -108,37 +90,34 @@ FASTPE_DEVICE uint32_t to_tf32(float x) {
   return bits;
 }
 
-// one (b, h) of a tensor
-template <class T>
-struct Rows {
+// the rows of one (b, h) of a tensor
+template <class T> struct Rows {
   T *data;
   int64_t row, column;
 
   FASTPE_DEVICE Rows(const FastpeTensor &x, int64_t b, int64_t h)
-      : data((T *)x.data + b * x.stride[0] + h * x.stride[2]),
-        row(x.stride[1]),
+      : data(as<T>(x.data) + b * x.stride[0] + h * x.stride[2]), row(x.stride[1]),
         column(x.stride[3]) {}
   FASTPE_DEVICE auto get(int64_t t, int64_t j) const { return widen(data[t * row + j * column]); }
-  template <class S>
-  FASTPE_DEVICE void put(int64_t t, int64_t j, S x) const {
+  template <class S> FASTPE_DEVICE void put(int64_t t, int64_t j, S x) const {
     data[t * row + j * column] = narrow<T>(x);
   }
 };
 
 #ifdef __CUDACC__
-// where a thread goes in a matrix of so many columns; divides once
+// the entries of a matrix that a thread visits; it divides only once
 struct Walk {
   int columns, down, right, i, j;
 
   FASTPE_DEVICE explicit Walk(int columns_)
-      : columns(columns_),
-        down(kThreads / columns_),
-        right(kThreads % columns_),
-        i(int(threadIdx.x) / columns_),
-        j(int(threadIdx.x) % columns_) {}
+      : columns(columns_), down(kThreads / columns_), right(kThreads % columns_),
+        i(int(threadIdx.x) / columns_), j(int(threadIdx.x) % columns_) {}
   FASTPE_DEVICE void next() {
-    i += down, j += right;
-    if (j >= columns) j -= columns, ++i;
+    i += down;
+    j += right;
+    if (j < columns) return;
+    j -= columns;
+    ++i;
   }
 };
 #endif
@@ -147,9 +126,8 @@ struct Block {
   int64_t index;
   char *memory;
 
-  // f(i) for i < n, which write nothing that another of them reads
-  template <class F>
-  FASTPE_DEVICE void each(int n, F f) const {
+  // f(i) for i < n; no f(i) reads what another one writes
+  template <class F> FASTPE_DEVICE void each(int n, F f) const {
 #ifdef __CUDACC__
     for (int i = int(threadIdx.x); i < n; i += kThreads) f(i);
     __syncthreads();
@@ -160,8 +138,7 @@ struct Block {
 #endif
   }
   // f(i, j) for i < rows and j < columns
-  template <class F>
-  FASTPE_DEVICE void each(int rows, int columns, F f) const {
+  template <class F> FASTPE_DEVICE void each(int rows, int columns, F f) const {
 #ifdef __CUDACC__
     for (Walk at(columns); at.i < rows; at.next()) f(at.i, at.j);
     __syncthreads();
@@ -169,7 +146,7 @@ struct Block {
     each(rows * columns, [&](int n) { f(n / columns, n % columns); });
 #endif
   }
-  // write(i, j, read(i, j)), which does not wait for one read after another
+  // write(i, j, read(i, j)), with several reads in flight
   template <class Read, class Write>
   FASTPE_DEVICE void move(int rows, int columns, Read read, Write write) const {
 #ifdef __CUDACC__
@@ -190,9 +167,8 @@ struct Block {
     each(rows, columns, [&](int i, int j) { write(i, j, read(i, j)); });
 #endif
   }
-  // the same, each by a whole warp
-  template <class F>
-  FASTPE_DEVICE void each_warp(int n, F f) const {
+  // f(i) for i < n, each by a whole warp
+  template <class F> FASTPE_DEVICE void each_warp(int n, F f) const {
 #ifdef __CUDACC__
     for (int i = int(threadIdx.x) / 32; i < n; i += kThreads / 32) f(i);
     __syncthreads();
@@ -202,14 +178,13 @@ struct Block {
   }
 };
 
-// Two matrices to be multiplied, each with its rows one after another in memory, or its columns.
-template <bool kColumnsA, bool kColumnsB, class A, class B>
-struct Term {
+// Two matrices to be multiplied, each stored by rows or by columns.
+template <bool kColumnsA, bool kColumnsB, class A, class B> struct Term {
   const A *a;
   int lda;
   const B *b;
   int ldb, depth;
-  bool lower;  // a is zero right of its diagonal
+  bool lower;  // a is zero above its diagonal
 
   FASTPE_DEVICE const A *left(int i, int k) const {
     return a + (kColumnsA ? k * lda + i : i * lda + k);
@@ -227,32 +202,30 @@ FASTPE_DEVICE Term<kColumnsA, kColumnsB, A, B> term(const A *a, int lda, const B
 
 #ifdef __CUDACC__
 
-// 16 x 16 sums of a warp, of which a lane holds eight, where the tensor cores want them
-template <class S>
-struct Tile {
+// 16 x 16 sums of a warp: a lane holds eight, in the order of the tensor cores
+template <class S> struct Tile {
   S value[8] = {};  // [half of the columns][half of the rows][2]
 
   FASTPE_DEVICE static int group() { return int(threadIdx.x) % 32 / 4; }
   FASTPE_DEVICE static int within() { return int(threadIdx.x) % 4; }
-  template <class F>
-  FASTPE_DEVICE void visit(F f) const {
+  template <class F> FASTPE_DEVICE void visit(F f) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       f(group() + i / 2 % 2 * 8, within() * 2 + i / 4 * 8 + i % 2, value[i]);
   }
 };
 
-// two neighbours in the depth as the tensor cores take them, `step` apart in memory
+// two neighbours along the depth, `step` apart in memory, packed for the tensor cores
 FASTPE_DEVICE uint32_t pack(const BFloat16 *x, int step) {
-  if (step == 1) return *(const uint32_t *)x;
+  if (step == 1) return *as<const uint32_t>(x);
   return x[0].bits | uint32_t(x[step].bits) << 16;
 }
 FASTPE_DEVICE uint32_t pack(const float *x, int step) {
   __nv_bfloat162 two = __floats2bfloat162_rn(x[0], x[step]);
-  return *(const uint32_t *)&two;
+  return *as<const uint32_t>(&two);
 }
 
-// the product of 16 rows from row i on and 16 columns from column j on
+// tile += rows [i, i + 16) of the product, columns [j, j + 16)
 template <bool kColumnsA, bool kColumnsB, class A, class B>
 FASTPE_DEVICE void accumulate(Tile<float> &tile, const Term<kColumnsA, kColumnsB, A, B> &x, int i,
                               int j, BFloat16) {
@@ -296,31 +269,30 @@ FASTPE_DEVICE void accumulate(Tile<float> &tile, const X &x, int i, int j, Float
 template <class S, class X>
 FASTPE_DEVICE void accumulate(Tile<S> &tile, const X &x, int i, int j, S) {
   const int g = Tile<S>::group(), w = Tile<S>::within() * 2, depth = x.depth_at(i);
-#pragma unroll 2  // with more the registers run out
+#pragma unroll 2  // more would run out of registers
   for (int k = 0; k < depth; ++k) {
     const S a0 = *x.left(i + g, k), a1 = *x.left(i + g + 8, k);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const S b = *x.right(k, j + w + n / 2 * 8 + n % 2);
-      tile.value[n / 2 * 4 + n % 2] += a0 * b, tile.value[n / 2 * 4 + 2 + n % 2] += a1 * b;
+      tile.value[n / 2 * 4 + n % 2] += a0 * b;
+      tile.value[n / 2 * 4 + 2 + n % 2] += a1 * b;
     }
   }
 }
 
 #else
 
-template <class S>
-struct Tile {
+template <class S> struct Tile {
   S value[kTile][kTile] = {};
 
-  template <class F>
-  void visit(F f) const {
+  template <class F> void visit(F f) const {
     for (int i = 0; i < kTile; ++i)
       for (int j = 0; j < kTile; ++j) f(i, j, value[i][j]);
   }
 };
 
-// what an operand is rounded to
+// round an operand as the tensor cores do
 inline float operand(float x, BFloat16) { return widen(narrow<BFloat16>(x)); }
 inline float operand(float x, Float16) {
   uint32_t bits = to_tf32(x);
@@ -346,8 +318,8 @@ void accumulate(Tile<S> &tile, const X &x, int i, int j, T type) {
 
 #endif
 
-// out(i, j, x) for each x of the sum of the terms, [rows, columns]; with `lower` only where a tile
-// touches the diagonal or lies below it; all sizes are multiples of 16
+// Call out(i, j, x) for each entry x of the sum of the terms, [rows, columns]. `lower` leaves out
+// the tiles above the diagonal. All sizes are multiples of 16.
 template <class T, class Out, class... Terms>
 FASTPE_DEVICE void product(const Block &block, int rows, int columns, bool lower, Out out,
                            const Terms &...terms) {
@@ -361,7 +333,7 @@ FASTPE_DEVICE void product(const Block &block, int rows, int columns, bool lower
   });
 }
 
-// where in shared memory things lie
+// the layout of shared memory
 struct Layout {
   int bytes = 0;
   int take(int64_t count, int64_t size) {
@@ -370,11 +342,8 @@ struct Layout {
     return at;
   }
 };
-// the row of a matrix whose tiles warps read without meeting in a bank
-template <class X>
-FASTPE_HD int row_length(int width) {
-  return width + 16 / int(sizeof(X));
-}
+// the row length of a matrix whose tiles a warp reads without bank conflicts
+template <class X> FASTPE_HD int row_length(int width) { return width + 16 / int(sizeof(X)); }
 
 }  // namespace
 }  // namespace fastpe

@@ -1,5 +1,5 @@
-// The scan of ../cpu/causal_dot.h in its roles, for CUDA: a block walks the chunks of one head of a
-// sequence with its columns of the state in shared memory.
+// The scans of ../cpu/causal_dot.h for CUDA. A block walks the chunks of one head of a sequence,
+// and keeps its columns of the state in shared memory.
 //
 //     role      a [inner]  b [inner]  c [outer]   tokens       after it
 //     forward   phi        psi        v           in order     divide by the normaliser
@@ -7,8 +7,8 @@
 //     grad_k    v          g          phi         backwards    the same
 //     grad_v    psi        phi        g           backwards
 //
-// A block has the whole inner width, and a slice of the outer: the outputs of different slices do
-// not depend on one another, so that however many there are, the bits are the same.
+// A block has the whole inner width and a slice of the outer. Slices do not depend on one another,
+// so their number does not change the bits.
 #pragma once
 #include "normalizer.h"
 #include "plan.h"
@@ -16,8 +16,7 @@
 namespace fastpe {
 namespace {
 
-template <class T, Role role>
-struct ScanKernel {
+template <class T, Role role> struct ScanKernel {
   using S = typename Types<T>::S;
   struct Args {
     FastpeCausalDot dot;
@@ -49,24 +48,15 @@ struct ScanKernel {
   int n_ = 0, rows_ = 0;  // tokens of this chunk, and up to a multiple of 16
 
   FASTPE_DEVICE ScanKernel(const Block &block, const Args &args)
-      : block_(block),
-        args_(args.dot),
-        plan_(args.plan),
-        map_(args_),
+      : block_(block), args_(args.dot), plan_(args.plan), map_(args_),
         slice_(args.first_slice + int(block.index % args.slices)),
-        head_(args_, block.index / args.slices),
-        a_tile_((Operand *)(block.memory + plan_.a)),
-        b_tile_((Operand *)(block.memory + plan_.b)),
-        c_tile_((Operand *)(block.memory + plan_.c)),
-        weights_((Operand *)(block.memory + plan_.weights)),
-        lost_((Lost *)(block.memory + plan_.lost)),
-        state_((S *)(block.memory + plan_.state)),
-        out_((S *)(block.memory + plan_.out)),
-        sums_((S *)(block.memory + plan_.sums)),
-        base_((S *)(block.memory + plan_.base)),
-        running_((S *)(block.memory + plan_.running)),
-        by_row_((S *)(block.memory + plan_.by_row)),
-        turn_((Pair<S> *)(block.memory + plan_.turn)),
+        head_(args_, block.index / args.slices), a_tile_(as<Operand>(block.memory + plan_.a)),
+        b_tile_(as<Operand>(block.memory + plan_.b)), c_tile_(as<Operand>(block.memory + plan_.c)),
+        weights_(as<Operand>(block.memory + plan_.weights)),
+        lost_(as<Lost>(block.memory + plan_.lost)), state_(as<S>(block.memory + plan_.state)),
+        out_(as<S>(block.memory + plan_.out)), sums_(as<S>(block.memory + plan_.sums)),
+        base_(as<S>(block.memory + plan_.base)), running_(as<S>(block.memory + plan_.running)),
+        by_row_(as<S>(block.memory + plan_.by_row)), turn_(as<Pair<S>>(block.memory + plan_.turn)),
         column_(slice_ * plan_.outer),
         norm_column_(kOfFeatures ? column_ / map_.stride() * map_.norm_stride() : 0),
         pair_(kOfFeatures ? column_ / map_.stride() : 0) {}
@@ -74,12 +64,12 @@ struct ScanKernel {
   FASTPE_DEVICE bool normalizes() const { return args_.normalize != FASTPE_NORM_NONE; }
   FASTPE_DEVICE bool positional() const { return args_.grad_freq || args_.grad_positions; }
   FASTPE_DEVICE int64_t token(int i) const { return kBack ? begin_ - i : begin_ + i; }
-  // what NormalizerKernel left: of each token 1 / divisor, and d loss / d den behind them
+  // from NormalizerKernel: 1 / divisor of each token, then d loss / d den of each
   FASTPE_DEVICE S inverse(int64_t t) const {
-    return normalizes() ? ((const S *)args_.scratch)[head_.row * args_.T + t] : S(1);
+    return normalizes() ? as<const S>(args_.scratch)[head_.row * args_.T + t] : S(1);
   }
   FASTPE_DEVICE S delta(int64_t t) const {
-    return ((const S *)args_.scratch)[(args_.B * args_.H + head_.row) * args_.T + t];
+    return as<const S>(args_.scratch)[(args_.B * args_.H + head_.row) * args_.T + t];
   }
 
   FASTPE_DEVICE void scan() {
@@ -88,14 +78,14 @@ struct ScanKernel {
     int64_t left = range ? range[1] - range[0] : args_.T;
     begin_ = (range ? range[0] : 0) + (kBack ? left - 1 : 0);
     for (; left > 0; left -= plan_.chunk, begin_ += kBack ? -plan_.chunk : plan_.chunk) {
-      n_ = int(smaller(plan_.chunk, left)), rows_ = tiled(n_);
+      n_ = int(smaller(plan_.chunk, left));
+      rows_ = tiled(n_);
       if (plan_.turns)
         block_.each(n_, plan_.turns, [&](int i, int p) {
           if (pair_ + p < args_.W)
             turn_[i * plan_.turns + p] = map_.turn(head_.b, head_.h, token(i), pair_ + p);
         });
-      if (kOfFeatures && plan_.norm)
-        block_.each(n_, [&](int i) { by_row_[i] = delta(token(i)); });
+      if (kOfFeatures && plan_.norm) block_.each(n_, [&](int i) { by_row_[i] = delta(token(i)); });
       load();
       const int ld = plan_.ld_inner;
       product<T>(
@@ -160,7 +150,7 @@ struct ScanKernel {
     }
   }
 
-  // out [rows, columns] = x from column `first` on, by the normaliser if `scaled`
+  // out [rows, columns] = x from column `first` on, divided by the normaliser if `scaled`
   FASTPE_DEVICE void values(const Rows<T> &x, Operand *out, int ld, int first, int columns,
                             bool scaled) {
     block_.move(
@@ -173,21 +163,19 @@ struct ScanKernel {
         [&](int i, int j, S value) { out[i * ld + j] = narrow<Operand>(value); });
   }
 
-  // out [rows, columns] = features of this slice; norm(i, j, x): what the normaliser sees
+  // out [rows, columns] = features of this slice; norm(i, j, x) receives those of the normaliser
   template <class Norm>
   FASTPE_DEVICE void features(const Rows<T> &x, Operand *out, int ld, int columns, Norm norm) {
     const int stride = map_.stride(), norm_stride = map_.norm_stride(), pairs = columns / stride;
     auto exists = [&](int i, int p) { return i < n_ && stride * (pair_ + p) < map_.width(); };
     block_.move(
         rows_, pairs,
-        [&](int i, int p) {
-          return exists(i, p) ? map_.read(x, token(i), pair_ + p) : Pair<S>{};
-        },
+        [&](int i, int p) { return exists(i, p) ? map_.read(x, token(i), pair_ + p) : Pair<S>{}; },
         [&](int i, int p, Pair<S> content) {
           const int w = pair_ + p;
           Pair<S> y = {}, seen = {};
           if (exists(i, p)) y = map_.value(content, w, turn(i, p), seen);
-          // a last column that is alone
+          // the last of an odd number of columns has no partner
           if (2 * w + 1 >= args_.D) y.second = seen.second = 0;
           out[i * ld + stride * p] = narrow<Operand>(y.first);
           if (stride == 2) out[i * ld + stride * p + 1] = narrow<Operand>(y.second);
@@ -199,7 +187,7 @@ struct ScanKernel {
     return map_.rotated(pair_ + p) ? turn_[i * plan_.turns + p] : Pair<S>{};
   }
 
-  // sums of the normaliser's features: inside groups of eight tokens, and before each group
+  // sum the normaliser's features inside groups of eight tokens, and before each group
   FASTPE_DEVICE void accumulate_norm() {
     const int width = plan_.norm, ld = plan_.ld_norm, groups = rows_ / 8;
     block_.each(groups, width, [&](int group, int j) {
@@ -213,20 +201,21 @@ struct ScanKernel {
         base_[i * ld + j] = before + inside;
         inside += sums_[(i * 8 + 7) * ld + j];
       }
-      // compensated (Kahan): a sum over a million tokens keeps its last digits
+      // compensated (Kahan), so that long sums keep their last digits
       S &compensation = running_[width + j];
       inside -= compensation;
       const S total = before + inside, kept = total - before;
-      compensation = kept - inside, running_[j] = total;
+      compensation = kept - inside;
+      running_[j] = total;
     });
   }
   FASTPE_DEVICE S norm_sum(int i, int j) const {
     return base_[i / 8 * plan_.ld_norm + j] + sums_[i * plan_.ld_norm + j];
   }
 
-  // by_row: 1 / divisor, from the products of q's features with the sums of k's
+  // by_row_ = 1 / divisor, from sums_: the features of q times the sums of those of k
   FASTPE_DEVICE void normalizer() {
-    S *parts = (S *)(block_.memory + plan_.parts);
+    S *parts = as<S>(block_.memory + plan_.parts);
     block_.each(n_ * 8, [&](int e) {
       const S *x = sums_ + e / 8 * plan_.ld_norm;
       S total = 0;
@@ -237,7 +226,7 @@ struct ScanKernel {
       S den = 0, sign;
       for (int j = 0; j < 8; ++j) den += parts[i * 8 + j];
       by_row_[i] = 1 / divisor(args_, den, sign);
-      if (args_.den && slice_ == 0) ((S *)args_.den)[head_.row * args_.T + token(i)] = den;
+      if (args_.den && slice_ == 0) as<S>(args_.den)[head_.row * args_.T + token(i)] = den;
     });
   }
 
@@ -253,7 +242,7 @@ struct ScanKernel {
     }
   }
 
-  // from the gradient by the features in out_ to that by q or k
+  // turn the gradient by the features in out_ into that by q or k
   FASTPE_DEVICE void finish() {
     const FastpeTensor &to = role == kGradQ ? args_.grad_q : args_.grad_k;
     const Rows<T> x = role == kGradQ ? head_.rows(args_.q) : head_.k();
@@ -281,7 +270,7 @@ struct ScanKernel {
     if (positional()) finish_positional(int(smaller(pairs, args_.W - pair_)));
   }
 
-  // from the gradients by the angles, in radians, of `pairs` pairs, which finish() leaves in out_
+  // add to the gradients of freq and positions: finish() leaves those by the angles in out_
   FASTPE_DEVICE void finish_positional(int pairs) {
     const int levels = int(args_.L), stride = map_.stride();
     const double *positions = args_.positions + (args_.Bp == 1 ? 0 : head_.b) * args_.T * levels;
@@ -293,7 +282,7 @@ struct ScanKernel {
           total += double(out_[i * plan_.ld_state + p * stride]) * positions[token(i) * levels + l];
         args_.grad_freq[(head_.index * args_.W + pair_ + p) * levels + l] += kTwoPi * total;
       });
-    // slices come one after another, if this is wanted
+    // backward() in kernels.cu launches the slices one after another
     if (args_.grad_positions)
       block_.each(n_, levels, [&](int i, int l) {
         double total = 0;
@@ -304,8 +293,7 @@ struct ScanKernel {
       });
   }
 
-  // where entry (i, j) of the state [inner, outer] of a head is in [heads, R, E]; negative where
-  // there is none
+  // the place of entry (i, j) of a state [inner, outer] in [heads, R, E]; negative for padding
   FASTPE_DEVICE int64_t state_at(int64_t head, int i, int j) const {
     const int r = kAlongFeatures ? i : column_ + j, e = kAlongFeatures ? column_ + j : i;
     if (r >= map_.width() || e >= args_.E) return -1;
@@ -317,11 +305,11 @@ struct ScanKernel {
   }
 
   FASTPE_DEVICE void get_state() {
-    // gradients by a state count once, for the first of its heads
+    // only one of the heads that share a state takes its gradient
     const bool none = kBack && !head_.owner();
     const int64_t head = head_.state();
-    const S *s = (const S *)(none ? nullptr : kBack ? args_.grad_s : args_.s0);
-    const S *z = (const S *)(none ? nullptr : kBack ? args_.grad_z : args_.z0);
+    const S *s = none ? nullptr : as<const S>(kBack ? args_.grad_s : args_.s0);
+    const S *z = none ? nullptr : as<const S>(kBack ? args_.grad_z : args_.z0);
     block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
       const int64_t at = s ? state_at(head, i, j) : -1;
       state_[i * plan_.ld_state + j] = at < 0 ? S(0) : s[at];
@@ -329,7 +317,8 @@ struct ScanKernel {
     });
     block_.each(plan_.norm, [&](int j) {
       const int64_t at = z ? norm_at(head, j) : -1;
-      running_[j] = at < 0 ? S(0) : z[at], running_[plan_.norm + j] = 0;
+      running_[j] = at < 0 ? S(0) : z[at];
+      running_[plan_.norm + j] = 0;
     });
     if (role == kGradQ && args_.grad_freq)
       block_.each(int(smaller(plan_.outer / map_.stride(), args_.W - pair_) * args_.L), [&](int e) {
@@ -340,8 +329,8 @@ struct ScanKernel {
   FASTPE_DEVICE void put_state() {
     if (role == kForward && !head_.owner()) return;
     const int64_t head = role == kForward ? head_.state() : head_.index;
-    S *s = (S *)(role == kForward ? args_.s : role == kGradV ? args_.grad_s0 : nullptr);
-    S *z = (S *)(role == kForward ? args_.z : role == kGradK ? args_.grad_z0 : nullptr);
+    S *s = as<S>(role == kForward ? args_.s : role == kGradV ? args_.grad_s0 : nullptr);
+    S *z = as<S>(role == kForward ? args_.z : role == kGradK ? args_.grad_z0 : nullptr);
     if (s)
       block_.each(plan_.inner, plan_.outer, [&](int i, int j) {
         const int64_t at = state_at(head, i, j);

@@ -1,6 +1,6 @@
-// The CUDA kernels and how they are launched, compiled once for each dtype of inputs (setup.py).
-#include "launch.h"
+// Choose tiles and launch the CUDA kernels. setup.py compiles this file once for each dtype.
 #include "causal_dot.h"
+#include "launch.h"
 #include "sine_features_backward.h"
 #include "step.h"
 
@@ -9,13 +9,12 @@ namespace {
 
 using T = FASTPE_TYPE;
 
-// every card of compute capability 8.0 and later has it
+// shared memory that every card from compute capability 8.0 on has
 constexpr int kShared = 99 << 10;
-// blocks that are enough for a large card
+// enough blocks for a large card
 constexpr int kFill = 128;
 
-template <Role role>
-ScanPlan plan(const FastpeCausalDot &args) {
+template <Role role> ScanPlan plan(const FastpeCausalDot &args) {
   constexpr int kChoices[][2] = {
       {64, 64}, {32, 64}, {32, 32}, {16, 32}, {16, 16}};  // chunk, columns
   ScanPlan p = {};
@@ -23,7 +22,7 @@ ScanPlan plan(const FastpeCausalDot &args) {
     p = scan_plan<T, role>(args, choice[0], choice[1]);
     if (p.bytes <= kShared) break;
   }
-  // the widest heads leave no room for what sums lose
+  // the widest heads leave no room to compensate sums
   const bool compensated = p.compensated && p.bytes <= kShared;
   if (p.compensated != compensated) p = scan_plan<T, role>(args, p.chunk, p.outer, false);
   while (p.outer > kTile && args.S * args.H * p.blocks < kFill)
@@ -31,8 +30,7 @@ ScanPlan plan(const FastpeCausalDot &args) {
   return p;
 }
 
-template <Role role>
-const char *scan(const FastpeCausalDot &args, bool slice_by_slice = false) {
+template <Role role> const char *scan(const FastpeCausalDot &args, bool slice_by_slice = false) {
   using Kernel = ScanKernel<T, role>;
   const ScanPlan p = plan<role>(args);
   const char *error = nullptr;
@@ -45,7 +43,7 @@ const char *scan(const FastpeCausalDot &args, bool slice_by_slice = false) {
 
 const char *backward(const FastpeCausalDot &args) {
   const bool positional = args.grad_freq || args.grad_positions;
-  const bool by_slice = args.grad_positions;  // the slices add to it in turn
+  const bool by_slice = args.grad_positions;  // the slices add to them in turn
   const char *error = nullptr;
   if (args.normalize != FASTPE_NORM_NONE) {
     using Kernel = NormalizerKernel<T>;
@@ -83,7 +81,8 @@ const char *step(const FastpeCausalDot &args, const FastpeSineFeatures *q,
                  const FastpeSineFeatures *k) {
   using Kernel = StepKernel<T>;
   Kernel::Args all = {args, {}, {}};
-  if (q) all.sines[0] = *q, all.sines[1] = *k;
+  if (q) all.sines[0] = *q;
+  if (q) all.sines[1] = *k;
   all.plan = Kernel::plan(all);
   return launch<Kernel>(all, Kernel::blocks(all), all.plan.bytes, args.stream);
 }
@@ -108,8 +107,7 @@ const char *FASTPE_NAME(FASTPE_TYPE, sine_features)(const FastpeSineFeatures *ar
 const char *FASTPE_NAME(FASTPE_TYPE, sine_features_backward)(const FastpeSineFeatures *args) {
   return fastpe::features_backward(*args);
 }
-const char *FASTPE_NAME(FASTPE_TYPE, step)(const FastpeCausalDot *args,
-                                           const FastpeSineFeatures *q,
+const char *FASTPE_NAME(FASTPE_TYPE, step)(const FastpeCausalDot *args, const FastpeSineFeatures *q,
                                            const FastpeSineFeatures *k) {
   return fastpe::step(*args, q, k);
 }

@@ -1,4 +1,4 @@
-// From a kernel's class to its launch: on the device a grid, on the host a loop over the blocks.
+// Launch a kernel class: as a grid on the device, as a loop over the blocks on the host.
 #pragma once
 #include "block.h"
 #ifdef __CUDACC__
@@ -12,7 +12,7 @@ namespace {
 
 #ifdef __CUDACC__
 
-// two blocks to a multiprocessor leave 128 registers to a thread; doubles take more
+// two blocks on a multiprocessor leave 128 registers to a thread; doubles need more
 template <class Kernel>
 __global__ void __launch_bounds__(kThreads, sizeof(typename Kernel::S) == 8 ? 1 : 2)
     run(const __grid_constant__ typename Kernel::Args args) {
@@ -20,26 +20,31 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Kernel::S) == 8 ? 1 
   Kernel::run(Block{int64_t(blockIdx.x), memory}, args);
 }
 
-// null, or what went wrong
+// return null, or a message that says what went wrong
 template <class Kernel>
 const char *launch(const typename Kernel::Args &args, int64_t blocks, int bytes, void *stream) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more blocks than a launch can have";
-  constexpr int kFree = 48 << 10, kDevices = 64;  // shared memory that need not be asked for
+  constexpr int kFree = 48 << 10, kDevices = 64;  // bytes of shared memory that need no request
   if (bytes > kFree) {
-    // all that the card has, so that threads which ask at one time ask for the same
+    // request all that the card has, so that threads never request different sizes
     static std::atomic<bool> asked[kDevices];
     int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess && (device >= kDevices || !asked[device])) {
       error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
       if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        error =
+            cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
       if (error == cudaSuccess && device < kDevices) asked[device] = true;
     }
-    if (error != cudaSuccess) return cudaGetLastError(), cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // clears it
+      return cudaGetErrorString(error);
+    }
   }
-  run<Kernel><<<unsigned(blocks), kThreads, size_t(bytes), (cudaStream_t)stream>>>(args);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  run<Kernel><<<unsigned(blocks), kThreads, size_t(bytes), queue>>>(args);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -48,7 +53,7 @@ const char *launch(const typename Kernel::Args &args, int64_t blocks, int bytes,
 
 template <class Kernel>
 const char *launch(const typename Kernel::Args &args, int64_t blocks, int bytes, void *) {
-  // of double for its alignment
+  // double is aligned as the kernels need
   std::vector<double> memory(size_t(bytes) / sizeof(double) + 1);
   for (int64_t i = 0; i < blocks; ++i) {
 #ifdef FASTPE_BACKWARDS
@@ -56,9 +61,9 @@ const char *launch(const typename Kernel::Args &args, int64_t blocks, int bytes,
 #else
     const int64_t index = i;
 #endif
-    // NaN, whatever it is read as
-    memset((void *)memory.data(), 0xff, memory.size() * sizeof(double));
-    Kernel::run(Block{index, (char *)memory.data()}, args);
+    // NaN in every type
+    memset(memory.data(), 0xff, memory.size() * sizeof(double));
+    Kernel::run(Block{index, as<char>(memory.data())}, args);
   }
   return nullptr;
 }

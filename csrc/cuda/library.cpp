@@ -1,16 +1,15 @@
-// Entry points of the CUDA library: they pick the kernels of the dtype.
+// The entry points of the CUDA library, which choose the kernels of the dtype.
 #include "../fastpe.h"
 
 #define FASTPE_EXPORT __attribute__((visibility("default")))
 
-#define FASTPE_DECLARE(type)                                                                  \
-  extern "C" const char *fastpe_cuda_causal_dot_##type(const FastpeCausalDot *);              \
-  extern "C" const char *fastpe_cuda_causal_dot_backward_##type(const FastpeCausalDot *);     \
-  extern "C" const char *fastpe_cuda_sine_features_##type(const FastpeSineFeatures *);      \
+#define FASTPE_DECLARE(type)                                                                    \
+  extern "C" const char *fastpe_cuda_causal_dot_##type(const FastpeCausalDot *);                \
+  extern "C" const char *fastpe_cuda_causal_dot_backward_##type(const FastpeCausalDot *);       \
+  extern "C" const char *fastpe_cuda_sine_features_##type(const FastpeSineFeatures *);          \
   extern "C" const char *fastpe_cuda_sine_features_backward_##type(const FastpeSineFeatures *); \
-  extern "C" const char *fastpe_cuda_step_##type(const FastpeCausalDot *,                     \
-                                                 const FastpeSineFeatures *,                 \
-                                                 const FastpeSineFeatures *);                \
+  extern "C" const char *fastpe_cuda_step_##type(                                               \
+      const FastpeCausalDot *, const FastpeSineFeatures *, const FastpeSineFeatures *);         \
   extern "C" int fastpe_cuda_shared_memory_##type(const FastpeCausalDot *);
 
 FASTPE_DECLARE(float)

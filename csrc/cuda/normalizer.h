@@ -1,23 +1,12 @@
-// What weights are divided by, and its part in the gradient.
+// The normaliser's part in the gradient.
 #pragma once
 #include "block.h"
 
 namespace fastpe {
 namespace {
 
-// what the weights are divided by, and its sign (0 where it is clamped)
-template <class S>
-FASTPE_DEVICE S divisor(const FastpeCausalDot &args, S den, S &sign) {
-  const S eps = S(args.eps);
-  if (args.normalize == FASTPE_NORM_SUM) return sign = 1, den + eps;
-  const S size = den < 0 ? -den : den;
-  sign = size < eps ? S(0) : den < 0 ? S(-1) : S(1);
-  return size < eps ? eps : size;
-}
-
-// before the sweeps of the gradient: of each token 1 / divisor and d loss / d den, into scratch
-template <class T>
-struct NormalizerKernel {
+// Write 1 / divisor and d loss / d den of each token to scratch, before the scans of the gradient.
+template <class T> struct NormalizerKernel {
   using S = typename Types<T>::S;
   static constexpr int kTokens = 32, kParts = 8, kBytes = kTokens * kParts * int(sizeof(S));
   using Args = FastpeCausalDot;
@@ -30,7 +19,7 @@ struct NormalizerKernel {
     const int n = int(smaller(kTokens, args.T - first));
     const int64_t b = head / args.H, h = head % args.H;
     const Rows<T> g(args.grad_o, b, h), o(args.o, b, h);
-    S *parts = (S *)block.memory;
+    S *parts = as<S>(block.memory);
     block.each(n, kParts, [&](int i, int part) {
       S total = 0;
       const int64_t t = first + i;
@@ -41,9 +30,10 @@ struct NormalizerKernel {
       const int64_t at = head * args.T + first + i;
       S total = 0, sign;
       for (int j = 0; j < kParts; ++j) total += parts[i * kParts + j];
-      const S inverse = 1 / divisor(args, ((const S *)args.den)[at], sign);
-      S *out = (S *)args.scratch;
-      out[at] = inverse, out[args.B * args.H * args.T + at] = -sign * total * inverse;
+      const S inverse = 1 / divisor(args, as<const S>(args.den)[at], sign);
+      S *out = as<S>(args.scratch);
+      out[at] = inverse;
+      out[args.B * args.H * args.T + at] = -sign * total * inverse;
     });
   }
 };

@@ -1,6 +1,6 @@
 // Features of queries and keys, a pair of columns at a time: feature map and rotation.
 //
-// Inside, the two columns of a rotated pair are neighbours, whatever their places in memory.
+// In tiles the two columns of a rotated pair are neighbours, whatever their places in memory.
 #pragma once
 #include "heads.h"
 
@@ -8,10 +8,7 @@ namespace fastpe {
 namespace {
 
 struct Exp {
-  template <class S>
-  FASTPE_HD S operator()(S x) const {
-    return ::exp(x);
-  }
+  template <class S> FASTPE_HD S operator()(S x) const { return ::exp(x); }
 };
 
 FASTPE_HD void sincos_of(float turns, float &sin, float &cos) {
@@ -21,34 +18,33 @@ FASTPE_HD void sincos_of(double turns, double &sin, double &cos) {
 #ifdef __CUDA_ARCH__
   sincospi(2 * turns, &sin, &cos);
 #else
-  sin = ::sin(kTwoPi * turns), cos = ::cos(kTwoPi * turns);
+  sin = ::sin(kTwoPi * turns);
+  cos = ::cos(kTwoPi * turns);
 #endif
 }
 
-template <class S>
-struct Pair {
+template <class S> struct Pair {
   S first, second;
 };
 
-template <class S>
-class PairMap {
+template <class S> class PairMap {
  public:
   FASTPE_HD explicit PairMap(const FastpeCausalDot &args) : args_(args) {}
 
   FASTPE_HD bool rotates() const { return args_.freq != nullptr; }
-  // the normaliser sees features that are not rotated
+  // the normaliser takes features without the rotation
   FASTPE_HD bool split() const { return rotates() && args_.map_first; }
   FASTPE_HD bool content_known() const { return !rotates() || args_.map_first; }
   FASTPE_HD int width() const { return int(args_.pool ? args_.W : args_.D); }
   FASTPE_HD int norm_width() const {
     return args_.normalize == FASTPE_NORM_NONE ? 0 : split() ? int(args_.D) : width();
   }
-  // columns that a pair makes of features, and of what the normaliser sees
+  // how many columns a pair has in the features, and in those of the normaliser
   FASTPE_HD int stride() const { return args_.pool ? 1 : 2; }
   FASTPE_HD int norm_stride() const { return split() ? 2 : stride(); }
   FASTPE_HD bool rotated(int w) const { return rotates() && w < args_.W; }
 
-  // the place in memory of column j of x, of the features, of the normaliser's
+  // the place in memory of column j of x, of the features, of the normaliser's features
   FASTPE_HD int column(int j) const {
     const int pairs = int(args_.W);
     return !rotates() || args_.interleaved || j >= 2 * pairs ? j : j / 2 + j % 2 * pairs;
@@ -67,14 +63,13 @@ class PairMap {
     return {cos * S(args_.scale), sin * S(args_.scale)};
   }
 
-  // pair w of token t; the second is 0 where there is none
-  template <class T>
-  FASTPE_DEVICE Pair<S> read(const Rows<T> &x, int64_t t, int w) const {
+  // pair w of token t; a missing second is 0
+  template <class T> FASTPE_DEVICE Pair<S> read(const Rows<T> &x, int64_t t, int w) const {
     return {S(x.get(t, column(2 * w))),
             2 * w + 1 < args_.D ? S(x.get(t, column(2 * w + 1))) : S(0)};
   }
 
-  // features of x, pooled in the first; and what the normaliser sees
+  // the features of x, a pooled one as the first, and those of the normaliser
   FASTPE_DEVICE Pair<S> value(Pair<S> x, int w, Pair<S> turn, Pair<S> &norm) const {
     if (content_known()) {
       norm = psi(x);
@@ -83,8 +78,8 @@ class PairMap {
     return norm = psi(encode(x, w, turn));
   }
 
-  // the gradient by x from that by the features, g, and by what the normaliser sees, `norm`;
-  // angle: by the angle of the rotation
+  // The gradient by x. `g` is the gradient by the features, `norm` that by the features of the
+  // normaliser. `angle` receives the gradient by the angle.
   FASTPE_DEVICE Pair<S> gradient(Pair<S> x, int w, Pair<S> turn, Pair<S> g, Pair<S> norm,
                                  S &angle) const {
     if (content_known()) {
@@ -113,8 +108,7 @@ class PairMap {
       default: return x;
     }
   }
-  template <class Map>
-  FASTPE_DEVICE static Pair<S> map(Pair<S> x) {
+  template <class Map> FASTPE_DEVICE static Pair<S> map(Pair<S> x) {
     return {Map::template value<S>(x.first, Exp()), Map::template value<S>(x.second, Exp())};
   }
 

@@ -1,4 +1,4 @@
-// How the scan of causal_dot.h cuts its work: tokens of a chunk, columns of a block, shared memory.
+// The tiles of the scan in causal_dot.h: tokens of a chunk, columns of a block, shared memory.
 #pragma once
 #include "pairs.h"
 
@@ -7,10 +7,9 @@ namespace {
 
 enum Role { kForward, kGradQ, kGradK, kGradV };
 
-// Whether sums of products are compensated: half precision rounds its results more than they do, and
-// double has the digits. What a sum lost is kept to eight digits, in the room of half a number.
-template <class T>
-constexpr bool kCompensated = sizeof(T) == sizeof(float);
+// Only float compensates the sums of the state: half precision rounds its results more than these
+// sums, and double has digits to spare. BFloat16 keeps eight bits of the lost digits.
+template <class T> constexpr bool kCompensated = sizeof(T) == sizeof(float);
 using Lost = BFloat16;
 
 struct ScanPlan {
@@ -21,7 +20,7 @@ struct ScanPlan {
   bool compensated;
 };
 
-// of this length of chunks and this many outer columns; `outer` is cut to what there is
+// the tiles for these chunks and at most `outer` columns
 template <class T, Role role>
 ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer,
                    bool compensated = kCompensated<T>) {
@@ -31,7 +30,7 @@ ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer,
   const PairMap<S> map(args);
   const int64_t width = along_features ? args.E : map.width();
   ScanPlan p = {};
-  p.chunk = chunk;  // whatever T: a packed sequence then has the bits that it has alone
+  p.chunk = chunk;  // does not depend on T: a sequence has the same bits packed and alone
   if (args.chunk > 0) p.chunk = int(smaller(p.chunk, args.chunk));
   p.rows = tiled(p.chunk);
   p.inner = tiled(along_features ? map.width() : args.E);
@@ -41,8 +40,10 @@ ScanPlan scan_plan(const FastpeCausalDot &args, int chunk, int outer,
     p.norm = (role == kForward ? p.inner : p.outer) / map.stride() * map.norm_stride();
   if (map.rotates())
     p.turns = int(smaller((along_features ? p.inner : p.outer) / map.stride(), args.W));
-  p.ld_inner = row_length<Operand>(p.inner), p.ld_outer = row_length<Operand>(p.outer);
-  p.ld_weights = row_length<Operand>(p.rows), p.ld_state = row_length<S>(p.outer);
+  p.ld_inner = row_length<Operand>(p.inner);
+  p.ld_outer = row_length<Operand>(p.outer);
+  p.ld_weights = row_length<Operand>(p.rows);
+  p.ld_state = row_length<S>(p.outer);
   p.ld_norm = row_length<S>(p.norm);
   Layout memory;
   p.a = memory.take(p.rows * p.ld_inner, sizeof(Operand));

@@ -1,15 +1,15 @@
-// Features of SPE and F-StrIPE, and their gradient, for CUDA.
+// Features of SPE and F-StrIPE, for CUDA.
 //
-// Sines of a tile of tokens are made a few at a time, modulate the content in shared memory, and
-// are projected from there: y = u Z and du = dy Z^T with u = x_d (gain cos, gain sin, gate)_d. Rows
-// come as (cos, sin) of each (d, k) in turn, then the gates.
+// A block makes a few sines for a tile of tokens, multiplies them by x in shared memory, and
+// projects the product: y = u Z with u = x_d (gain cos, gain sin, gate)_d. The gradient is du = dy
+// Z^T. The rows of Z are cos and sin of each (d, k), then the gates.
 #pragma once
 #include "pairs.h"
 
 namespace fastpe {
 namespace {
 
-// what is done at a time: tokens, sines of each, features; and where it lies
+// the tile of a block: its tokens, sines and features, and its layout in shared memory
 struct SinePlan {
   int tokens, sines, columns, slices;
   int ld_rows, ld_noise, ld_sums, ld_x;
@@ -17,13 +17,11 @@ struct SinePlan {
   int bytes;
 };
 
-template <class S>
-struct SineMapOf {
+template <class S> struct SineMapOf {
   const FastpeSineFeatures &args;
   const int64_t h;
 
-  template <class T>
-  FASTPE_DEVICE Rows<T> x(int64_t b) const {
+  template <class T> FASTPE_DEVICE Rows<T> x(int64_t b) const {
     return Rows<T>(args.x, b, shared_head(h, args.H, args.Hx));
   }
   FASTPE_DEVICE const double *position(int64_t b, int64_t t) const {
@@ -42,12 +40,12 @@ struct SineMapOf {
   FASTPE_DEVICE S gain(int i) const { return S(args.gain[h * args.D * args.K + i]); }
   FASTPE_DEVICE S gate(int d) const { return S(args.gate[h * args.D + d]); }
 
-  // In depth blocks of 2 `sines` rows: those of sines, then those of gates.
+  // Depth blocks have 2 `sines` rows: first the blocks of sines, then those of gates.
   FASTPE_DEVICE int sine_blocks(int sines) const { return int(parts_of(args.D * args.K, sines)); }
   FASTPE_DEVICE int depth_blocks(int sines) const {
     return sine_blocks(sines) + (args.gate ? int(parts_of(args.D, 2 * sines)) : 0);
   }
-  // where row j of a depth block is in the published order, d J + row; negative where there is none
+  // the place of row j of a depth block in the published order, d J + row; negative for padding
   FASTPE_DEVICE int64_t row(int depth_block, int sines, int j) const {
     const int gates = depth_block - sine_blocks(sines);
     if (gates < 0) {
@@ -59,7 +57,7 @@ struct SineMapOf {
   }
 };
 
-// the noise of a depth block, [2 sines, columns] from column `first` on
+// load the noise of a depth block, [2 sines, columns] from column `first` on
 template <class T>
 FASTPE_DEVICE void load_noise(const Block &block, const FastpeSineFeatures &args, int64_t h,
                               int depth_block, int sines, int first, int columns,
@@ -71,13 +69,12 @@ FASTPE_DEVICE void load_noise(const Block &block, const FastpeSineFeatures &args
       [&](int j, int r) {
         const int64_t row = map.row(depth_block, sines, j);
         if (row < 0 || first + r >= args.R) return S(0);
-        return ((const S *)args.noise)[(h * args.D * args.J + row) * args.R + first + r];
+        return as<const S>(args.noise)[(h * args.D * args.J + row) * args.R + first + r];
       },
       [&](int j, int r, S x) { out[j * ld + r] = narrow<typename Types<T>::Operand>(x); });
 }
 
-template <class T>
-struct SineKernel {
+template <class T> struct SineKernel {
   using S = typename Types<T>::S;
   using Operand = typename Types<T>::Operand;
   struct Args {
@@ -88,9 +85,11 @@ struct SineKernel {
   static SinePlan plan(const FastpeSineFeatures &args) {
     SinePlan p = {};
     p.tokens = int(smaller(sizeof(S) == 8 ? 32 : 64, tiled(larger(args.T, 1))));
-    p.sines = 32, p.columns = int(smaller(64, tiled(args.R)));
+    p.sines = 32;
+    p.columns = int(smaller(64, tiled(args.R)));
     p.slices = args.noise ? int(parts_of(args.R, p.columns)) : 1;
-    p.ld_rows = row_length<Operand>(2 * p.sines), p.ld_noise = row_length<Operand>(p.columns);
+    p.ld_rows = row_length<Operand>(2 * p.sines);
+    p.ld_noise = row_length<Operand>(p.columns);
     p.ld_sums = row_length<S>(p.columns);
     if (!args.noise) return p;
     Layout memory;
@@ -126,8 +125,8 @@ struct SineKernel {
   FASTPE_DEVICE static void projected(const Block &block, const FastpeSineFeatures &args,
                                       const SinePlan &p, const SineMapOf<S> &map, int64_t b,
                                       int64_t first, int n, const Rows<T> &x, const Rows<T> &y) {
-    Operand *u = (Operand *)(block.memory + p.rows), *noise = (Operand *)(block.memory + p.noise);
-    S *sums = (S *)(block.memory + p.sums);
+    Operand *u = as<Operand>(block.memory + p.rows), *noise = as<Operand>(block.memory + p.noise);
+    S *sums = as<S>(block.memory + p.sums);
     const int column = int(block.index % p.slices) * p.columns, rows = tiled(n);
     block.each(rows, p.columns, [&](int t, int r) { sums[t * p.ld_sums + r] = 0; });
     for (int depth = 0; depth < map.depth_blocks(p.sines); ++depth) {
@@ -139,7 +138,8 @@ struct SineKernel {
           if (t < n && i < args.D * args.K) {
             const Pair<S> sine = map.sine(b, first + t, int(i));
             const S content = x.get(first + t, i / args.K) * map.gain(int(i));
-            first_row = content * sine.first, second_row = content * sine.second;
+            first_row = content * sine.first;
+            second_row = content * sine.second;
           }
         } else if (t < n) {
           const int d = (gates * p.sines + j) * 2;
@@ -170,9 +170,11 @@ struct SineKernel {
       for (int i = column; i < d * k; i += k) {
         const Pair<S> sine = map.sine(b, t, i);
         const S content = x.get(t, i / k) * map.gain(i);
-        by_cos += content * sine.first, by_sin += content * sine.second;
+        by_cos += content * sine.first;
+        by_sin += content * sine.second;
       }
-      y.put(t, column * 2, by_cos), y.put(t, column * 2 + 1, by_sin);
+      y.put(t, column * 2, by_cos);
+      y.put(t, column * 2 + 1, by_sin);
     });
     if (args.gate)
       block.each(n, [&](int i) {
@@ -190,7 +192,8 @@ struct SineKernel {
       const int64_t t = first + row, at = i / args.K * args.J + i % args.K * 2;
       const Pair<S> sine = map.sine(b, t, i);
       const S content = x.get(t, i / args.K) * map.gain(i);
-      y.put(t, at, content * sine.first), y.put(t, at + 1, content * sine.second);
+      y.put(t, at, content * sine.first);
+      y.put(t, at + 1, content * sine.second);
     });
     if (args.gate)
       block.each(n, d, [&](int row, int i) {

@@ -5,25 +5,20 @@
 namespace fastpe {
 namespace {
 
-// doubles that gradients of parameters add up in: d gain, d phase [DK each], d phase * position
-// [DK, L], d gate [D]
-FASTPE_HD int64_t partial_size(const FastpeSineFeatures &args) {
-  return (2 + args.L) * args.D * args.K + args.D;
-}
-
-// A block has a head and one of the slices of the tokens, tile by tile.
-template <class T>
-struct SineGradientKernel {
+// A block takes one head and one slice of the tokens, tile by tile.
+template <class T> struct SineGradientKernel {
   using S = typename Types<T>::S;
   using Operand = typename Types<T>::Operand;
   using Args = typename SineKernel<T>::Args;
 
   static SinePlan plan(const FastpeSineFeatures &args, int tokens, int sines) {
     SinePlan p = {};
-    p.tokens = int(smaller(tokens, tiled(larger(args.T, 1)))), p.sines = sines,
+    p.tokens = int(smaller(tokens, tiled(larger(args.T, 1))));
+    p.sines = sines;
     p.columns = tiled(args.R);
     p.slices = int(args.slices);
-    p.ld_sums = row_length<S>(2 * sines), p.ld_x = int(args.D);
+    p.ld_sums = row_length<S>(2 * sines);
+    p.ld_x = int(args.D);
     p.ld_rows = p.ld_noise = row_length<Operand>(p.columns);
     Layout memory;
     if (args.noise) {
@@ -54,15 +49,10 @@ struct SineGradientKernel {
   int n_ = 0;
 
   FASTPE_DEVICE SineGradientKernel(const Block &block, const Args &all)
-      : block_(block),
-        args_(all.sines),
-        p_(all.plan),
-        map_{args_, block.index % args_.H},
-        by_y_((Operand *)(block.memory + p_.rows)),
-        noise_((Operand *)(block.memory + p_.noise)),
-        sums_((S *)(block.memory + p_.sums)),
-        by_x_((S *)(block.memory + p_.by_x)),
-        by_position_((double *)(block.memory + p_.by_position)),
+      : block_(block), args_(all.sines), p_(all.plan), map_{args_, block.index % args_.H},
+        by_y_(as<Operand>(block.memory + p_.rows)), noise_(as<Operand>(block.memory + p_.noise)),
+        sums_(as<S>(block.memory + p_.sums)), by_x_(as<S>(block.memory + p_.by_x)),
+        by_position_(as<double>(block.memory + p_.by_position)),
         partial_(args_.scratch ? args_.scratch + block.index * partial_size(args_) : nullptr) {}
 
   FASTPE_DEVICE void slice() {
@@ -70,7 +60,8 @@ struct SineGradientKernel {
     const int64_t slice = block_.index / args_.H;
     if (partial_) block_.each(int(partial_size(args_)), [&](int i) { partial_[i] = 0; });
     for (int64_t i = tiles * slice / p_.slices; i < tiles * (slice + 1) / p_.slices; ++i) {
-      b_ = i / per_sequence, first_ = i % per_sequence * p_.tokens;
+      b_ = i / per_sequence;
+      first_ = i % per_sequence * p_.tokens;
       n_ = int(smaller(p_.tokens, args_.T - first_));
       tile();
     }
@@ -101,7 +92,7 @@ struct SineGradientKernel {
       });
   }
 
-  // sums [tokens, 2 sines]: the gradient by the rows of a depth block
+  // sums_ [tokens, 2 sines] = the gradient by the rows of a depth block
   FASTPE_DEVICE void load_sums(int depth, int rows, const Rows<T> &by_y) {
     const int width = 2 * p_.sines;
     if (!args_.noise) {
@@ -118,11 +109,11 @@ struct SineGradientKernel {
         term<false, true>(by_y_, p_.ld_rows, noise_, p_.ld_noise, p_.columns));
   }
 
-  // sines [first, first + sines)
+  // the gradients by sines [first, first + sines)
   FASTPE_DEVICE void sines(int first, const Rows<T> &x) {
     const int k = int(args_.K), dk = int(args_.D) * k, levels = int(args_.L), ld = p_.ld_sums;
     const int count = int(smaller(p_.sines, dk - first));
-    // MATH section 10: a and b, both without the gain
+    // replace the gradients by cos and sin by those by gain and phase, both without the gain
     block_.each(n_, count, [&](int t, int i) {
       S *g = sums_ + t * ld + i * 2;
       const Pair<S> sine = map_.sine(b_, first_ + t, first + i);
@@ -130,7 +121,7 @@ struct SineGradientKernel {
       g[0] = by_cos * sine.first + by_sin * sine.second;
       g[1] = by_sin * sine.first - by_cos * sine.second;
     });
-    // the components that these sines belong to
+    // these sines belong to these components
     const int begin = first / k, components = (first + count - 1) / k - begin + 1;
     block_.each(n_, components, [&](int t, int component) {
       const int d = begin + component;
@@ -155,14 +146,13 @@ struct SineGradientKernel {
       for (int t = 0; t < n_; ++t) {
         const S *g = sums_ + t * ld + j * 2;
         const S term = x.get(first_ + t, i / k) * (what == 0 ? g[0] : g[1]);
-        total += what < 2 ? double(term)
-                          : double(term) * map_.position(b_, first_ + t)[what - 2];
+        total += what < 2 ? double(term) : double(term) * map_.position(b_, first_ + t)[what - 2];
       }
       partial_[what < 2 ? what * dk + i : 2 * dk + i * levels + what - 2] += total;
     });
   }
 
-  // the gates of components [first, first + 2 sines)
+  // the gradients by the gates of components [first, first + 2 sines)
   FASTPE_DEVICE void gate(int first, const Rows<T> &x) {
     const int count = int(smaller(2 * p_.sines, args_.D - first));
     block_.each(n_, count, [&](int t, int j) {
@@ -178,7 +168,7 @@ struct SineGradientKernel {
   }
 };
 
-// gradients of parameters from the sums over each slice, in their order
+// Add the sums of the slices, in order, to the gradients of the parameters.
 struct SineParametersKernel {
   using S = double;
   using Args = FastpeSineFeatures;

@@ -1,4 +1,4 @@
-// One token after a state, for CUDA, in one launch: features of q and k, the state, the output.
+// One token after a state, for CUDA: one launch makes the features, the state and the output.
 #pragma once
 #include "normalizer.h"
 #include "sine_features.h"
@@ -6,15 +6,14 @@
 namespace fastpe {
 namespace {
 
-// Features are [2, width], those of q and of k, in their order in memory.
+// Features are [2, width]: those of q, then those of k.
 struct StepPlan {
-  int columns, slices, depth, parts;  // rows of u = D J; groups of rows of u that are summed apart
+  int columns, slices, depth, parts;  // depth: D J rows of u; parts: groups of rows with own sums
   int features, norm, rows, sums;
   int bytes;
 };
 
-template <class T>
-struct StepKernel {
+template <class T> struct StepKernel {
   using S = typename Types<T>::S;
   struct Args {
     FastpeCausalDot dot;
@@ -26,14 +25,15 @@ struct StepKernel {
     const FastpeSineFeatures &sines = args.sines[0];
     const PairMap<S> map(args.dot);
     StepPlan p = {};
-    // features of sines are too dear to be made by several blocks
+    // features of sines cost too much to make them in several blocks
     p.columns = int(sines.x.data ? args.dot.E : smaller(32, args.dot.E));
     p.slices = int(parts_of(args.dot.E, p.columns));
     Layout memory;
     p.features = memory.take(2 * map.width(), sizeof(S));
     p.norm = memory.take(2 * map.norm_width(), sizeof(S));
     if (sines.x.data) {
-      p.depth = int(sines.D * sines.J), p.parts = parts(int(sines.R));
+      p.depth = int(sines.D * sines.J);
+      p.parts = parts(int(sines.R));
       p.rows = memory.take(2 * p.depth, sizeof(S));
     }
     p.sums = memory.take(larger(larger(parts(p.columns) * p.columns, kThreads + kFew),
@@ -49,7 +49,7 @@ struct StepKernel {
   }
 
  private:
-  static constexpr int kFew = 16, kAhead = 8;  // reads that do not wait for one another
+  static constexpr int kFew = 16, kAhead = 8;  // kAhead: reads in flight
   FASTPE_HD static int parts(int columns) { return int(larger(1, kThreads / columns)); }
 
   const Block &block_;
@@ -62,17 +62,10 @@ struct StepKernel {
   S *features_, *norm_, *rows_, *sums_;
 
   FASTPE_DEVICE StepKernel(const Block &block, const Args &args)
-      : block_(block),
-        all_(args),
-        args_(args.dot),
-        p_(args.plan),
-        map_(args_),
-        slice_(int(block.index % p_.slices)),
-        head_(args_, block.index / p_.slices),
-        features_((S *)(block.memory + p_.features)),
-        norm_((S *)(block.memory + p_.norm)),
-        rows_((S *)(block.memory + p_.rows)),
-        sums_((S *)(block.memory + p_.sums)) {}
+      : block_(block), all_(args), args_(args.dot), p_(args.plan), map_(args_),
+        slice_(int(block.index % p_.slices)), head_(args_, block.index / p_.slices),
+        features_(as<S>(block.memory + p_.features)), norm_(as<S>(block.memory + p_.norm)),
+        rows_(as<S>(block.memory + p_.rows)), sums_(as<S>(block.memory + p_.sums)) {}
 
   FASTPE_DEVICE void step() {
     all_.sines[0].x.data ? make_sine_features() : make_features();
@@ -80,11 +73,14 @@ struct StepKernel {
     const int width = map_.width(), columns = p_.columns, groups = parts(columns);
     const int64_t size = width * args_.E, first = int64_t(slice_) * columns;
     const Rows<T> v = head_.v(), o = head_.rows(args_.o);
-    const S *s0 = (const S *)args_.s0 + head_.state() * size;
-    S *s = (S *)args_.s + head_.state() * size;
-    const S *lost0 = (const S *)args_.lost0;
-    S *lost = (S *)args_.lost;
-    if (lost) lost0 += lost_at(), lost += lost_at();
+    const S *s0 = as<const S>(args_.s0) + head_.state() * size;
+    S *s = as<S>(args_.s) + head_.state() * size;
+    const S *lost0 = as<const S>(args_.lost0);
+    S *lost = as<S>(args_.lost);
+    if (lost) {
+      lost0 += lost_at();
+      lost += lost_at();
+    }
     const bool owner = head_.owner();
     block_.each(groups, columns, [&](int group, int j) {
       const int64_t e = first + j;
@@ -149,7 +145,8 @@ struct StepKernel {
       const Pair<S> sine = map.sine(head_.b, 0, i);
       const S content = map.template x<T>(head_.b).get(0, i / k) * map.gain(i);
       S *row = rows_ + side * depth + i / k * j + i % k * 2;
-      row[0] = content * sine.first, row[1] = content * sine.second;
+      row[0] = content * sine.first;
+      row[1] = content * sine.second;
     });
     if (one.gate)
       block_.each(2, d, [&](int side, int i) {
@@ -172,11 +169,11 @@ struct StepKernel {
     });
   }
 
-  // sums [2, parts, R] of u Z; q and k share the noise as a rule
+  // sums_ [2, parts, R] = u Z; q and k usually share the noise
   FASTPE_DEVICE void project() {
     const int width = map_.width(), depth = p_.depth, parts = p_.parts;
-    const S *for_q = (const S *)all_.sines[0].noise + head_.h * depth * width;
-    const S *for_k = (const S *)all_.sines[1].noise + head_.h * depth * width;
+    const S *for_q = as<const S>(all_.sines[0].noise) + head_.h * depth * width;
+    const S *for_k = as<const S>(all_.sines[1].noise) + head_.h * depth * width;
     block_.each(parts, width, [&](int part, int r) {
       S by_q = 0, by_k = 0;
 #pragma unroll 8
@@ -185,25 +182,29 @@ struct StepKernel {
         by_q += rows_[i] * z;
         by_k += rows_[depth + i] * (for_k == for_q ? z : for_k[i * width + r]);
       }
-      sums_[part * width + r] = by_q, sums_[(parts + part) * width + r] = by_k;
+      sums_[part * width + r] = by_q;
+      sums_[(parts + part) * width + r] = by_k;
     });
   }
 
-  // where the part of this state begins in what rounding took
+  // where the lost digits of this state begin
   FASTPE_DEVICE int64_t lost_at() const {
     return head_.state() * (map_.width() * args_.E + map_.norm_width());
   }
 
-  // 1 / divisor; the running sum goes on
+  // return 1 / divisor, and update the running sum
   FASTPE_DEVICE S normalize() {
     const int width = map_.norm_width();
     if (!width) return 1;
-    const S *z0 = (const S *)args_.z0 + head_.state() * width;
-    S *z = (S *)args_.z + head_.state() * width, *few = sums_ + kThreads;
+    const S *z0 = as<const S>(args_.z0) + head_.state() * width;
+    S *z = as<S>(args_.z) + head_.state() * width, *few = sums_ + kThreads;
     const int64_t size = map_.width() * args_.E;
-    const S *lost0 = (const S *)args_.lost0;
-    S *lost = (S *)args_.lost;
-    if (lost) lost0 += lost_at() + size, lost += lost_at() + size;
+    const S *lost0 = as<const S>(args_.lost0);
+    S *lost = as<S>(args_.lost);
+    if (lost) {
+      lost0 += lost_at() + size;
+      lost += lost_at() + size;
+    }
     block_.each(kThreads, [&](int e) {
       S total = 0;
       for (int j = e; j < width; j += kThreads) {
@@ -224,7 +225,7 @@ struct StepKernel {
     for (int i = 0; i < kFew; ++i) den += few[i];
     const S inverse = 1 / divisor(args_, den, sign);
     block_.each(1, [&](int) {
-      if (args_.den && slice_ == 0) ((S *)args_.den)[head_.row] = den;
+      if (args_.den && slice_ == 0) as<S>(args_.den)[head_.row] = den;
     });
     return inverse;
   }

@@ -33,7 +33,7 @@ def features(
         setting: How to attend.
     """
     psi = setting.feature_map
-    if backends.load(setting.backend).IN_PYTORCH or isinstance(psi, FeatureMap):
+    if setting.backend in backends.IN_PYTORCH or isinstance(psi, FeatureMap):
         x = x.to(compute_dtype(x))
     x, position_map = custom(x, positions, side, setting)
     if isinstance(psi, FeatureMap):

@@ -63,7 +63,7 @@ def attend(
     packed = padding is not None or bounds is not None
     dtype, mapped = v.dtype, not isinstance(psi, str)
     rotation = maps[0] if maps is not None and isinstance(maps[0], Rotation) else None
-    if mapped or backends.load(backend).IN_PYTORCH:
+    if mapped or backend in backends.IN_PYTORCH:
         q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
     if mapped or (encoding is not None and (maps is None or (packed and rotation is None))):
         q, k = (
@@ -94,7 +94,7 @@ def attend(
     if bounds is not None:
         bounds = bounds.long()
         ranges = torch.stack((bounds[:-1], bounds[1:]), 1)
-    elif padding is not None and not backends.load(backend).IN_PYTORCH:
+    elif padding is not None and backend not in backends.IN_PYTORCH:
         rows = Rows(padding)
         ranges, q, k, v = rows.ranges, *(rows.join(x) for x in (q, k, v))
         if positions is not None:

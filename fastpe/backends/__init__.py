@@ -18,6 +18,8 @@ from .._torch import constant_in_graphs
 from .native import forks as forks  # before a process can fork
 
 _MODULES = {"cpu": "native", "triton": "triton", "cuda": "native.cuda", "reference": "reference"}
+# autograd differentiates these, any number of times, and they take padding as a mask
+IN_PYTORCH = frozenset({"reference"})
 # what "auto" tries, by type of device
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 NAMES = ("auto", *_MODULES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -226,6 +227,8 @@ class _Recomputed:
     def __init__(self) -> None:
         self._known: weakref.WeakValueDictionary[int, _Record] = weakref.WeakValueDictionary()
         self._newest: _Record | None = None
+        # only with a torch that does not tell which checkpoint a forward belongs to
+        self._kept: deque[_Record] = deque(maxlen=4096)
 
     def __reduce__(self) -> tuple[type, tuple]:
         # a copy knows no forwards
@@ -241,6 +244,8 @@ class _Recomputed:
             # two forwards with one token but different noise cannot be told apart
             known.step_code = record.step_code = None
         self._known[token] = self._newest = record
+        if _torch.MISSING:
+            self._kept.append(record)
         for holder in _checkpoints():
             holder.__dict__.setdefault("_fastpe_records", []).append(record)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import reference
 from ..backends.specs import Rotation, ScanOptions, SineMap, compute_dtype, state_heads
 from .register import differentiable, direct
 
@@ -72,11 +73,10 @@ def causal_dot(
         options: How features and weights are made, and the backend.
         padding: [B, T], True at padding; only for a backend in PyTorch, whose outputs are 0 there.
     """
-    backend = backends.load(options.backend)
-    if backend.IN_PYTORCH:
-        o, _, s, z = backend.causal_dot(*tensors, options, padding=padding)
+    if options.backend in backends.IN_PYTORCH:
+        o, _, s, z = reference.causal_dot(*tensors, options, padding=padding)
     elif direct(tensors):
-        o, _, s, z = backend.causal_dot(*tensors, options, save=False)
+        o, _, s, z = backends.load(options.backend).causal_dot(*tensors, options, save=False)
     else:
         o, s, z = CausalDot.apply(*tensors, options)
     return o, s, z
@@ -100,8 +100,10 @@ def step(
         options: As in `causal_dot`.
         lost: The part of s0 and z0 that float32 rounded off, [S, Hs, R E + Rz]; default nothing.
     """
-    backend = backends.load(options.backend)
     of_maps = [] if maps is None else [x for x in (*maps[0], *maps[1]) if isinstance(x, Tensor)]
-    if not hasattr(backend, "step") or not direct((*tensors, lost, positions, *of_maps)):
+    if not direct((*tensors, lost, positions, *of_maps)):
+        return None
+    backend = backends.load(options.backend)
+    if not hasattr(backend, "step"):
         return None
     return backend.step(*tensors, positions, maps, options, lost)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import backends
+from ..backends import reference
 from ..backends.specs import SineMap
 from .register import differentiable, direct
 
@@ -64,7 +65,9 @@ def sine_features(
         group: Make codes once for equal positions; False is for measurements.
         backend: Name of a backend.
     """
-    module, tensors = backends.load(backend), (x, positions, *sines[:-1])
-    if module.IN_PYTORCH or direct(tensors):
-        return module.sine_features(x, positions, sines, group)
+    tensors = x, positions, *sines[:-1]
+    if backend in backends.IN_PYTORCH:
+        return reference.sine_features(x, positions, sines)
+    if direct(tensors):
+        return backends.load(backend).sine_features(x, positions, sines, group)
     return SineFeatures.apply(*tensors, SineOptions(sines.pool, group, backend))

@@ -60,7 +60,9 @@ def test_imports_point_down(file):
     if here is None:  # __init__.py, which has what users import
         return
     for module, name in _imports(file):
-        assert module, f"{name} is imported from the top"
+        assert module or name == "__version__", f"{name} is imported from the top"
+        if not module:
+            continue
         assert _floor(module) is not None, f"{'.'.join(module)} is on no floor"
         assert _floor(module) >= here, f"{name} of {'.'.join(module)} lies above"
 
@@ -119,11 +121,12 @@ def test_private_functions_of_torch_are_in_one_file():
                 names = ast.unparse(node).split(".")
             else:
                 continue
-            assert not any(name.startswith("_") for name in names), f"{file}:{node.lineno}"
+            private = [x for x in names if x.startswith("_") and not x.startswith("__")]
+            assert not private, f"{file}:{node.lineno}"
 
 
 def test_torch_has_what_is_called():
-    """A private function that this torch lacks has a fallback, which is slower: look for a new one."""
+    """A private function that this torch lacks has a slower fallback: find its new name."""
     assert _torch.MISSING == []
 
 
@@ -132,12 +135,12 @@ def test_a_torch_that_lacks_private_functions(tmp_path):
     results = []
     for blind in ("", "blind"):
         run = subprocess.run(
-            [sys.executable, "-c", WITHOUT, str(PACKAGE), f"{tmp_path}/{blind}.pt", blind],
+            [sys.executable, "-c", WITHOUT, str(PACKAGE), f"{tmp_path}/out{blind}.pt", blind],
             capture_output=True,
             text=True,
         )
         assert run.returncode == 0, run.stderr
-        results.append(torch.load(f"{tmp_path}/{blind}.pt"))
+        results.append(torch.load(f"{tmp_path}/out{blind}.pt"))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -183,7 +186,9 @@ def test_private_names_stay_in_their_file():
     for file in FILES:
         for module, name in _imports(file):
             is_module = module and module[-1] == name
-            assert is_module or name[0] != "_", f"{name} of {'.'.join(module)} in {file.name}"
+            assert is_module or name[0] != "_" or name == "__version__", (
+                f"{name} of {'.'.join(module)} in {file.name}"
+            )
 
 
 def test_nothing_cites_what_is_not_here():

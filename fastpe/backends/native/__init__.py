@@ -12,7 +12,6 @@ from .step import step
 __all__ = [
     "CPU",
     "CUDA",
-    "IN_PYTORCH",
     "ISAS",
     "Library",
     "causal_dot",
@@ -27,6 +26,3 @@ __all__ = [
     "unavailable",
     "unsupported",
 ]
-
-
-IN_PYTORCH = False

@@ -10,7 +10,6 @@ from .sine_features import sine_features, sine_features_backward
 from .step import step
 
 __all__ = [
-    "IN_PYTORCH",
     "causal_dot",
     "causal_dot_backward",
     "describe",
@@ -20,9 +19,6 @@ __all__ = [
     "unavailable",
     "unsupported",
 ]
-
-
-IN_PYTORCH = False
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -27,7 +27,6 @@ from .sine_features import phases, sine_features, spread
 
 __all__ = [
     "FEATURE_MAPS",
-    "IN_PYTORCH",
     "absorb",
     "causal_dot",
     "chunked",
@@ -46,10 +45,6 @@ __all__ = [
     "unavailable",
     "unsupported",
 ]
-
-
-# autograd differentiates it, any number of times, and it takes padding as a mask
-IN_PYTORCH = True
 
 
 def unavailable(device: torch.device) -> None:

@@ -20,7 +20,6 @@ from .common import INTERPRETED
 from .sine_features_launch import philox_normal, sine_features, sine_features_backward
 
 __all__ = [
-    "IN_PYTORCH",
     "causal_dot",
     "causal_dot_backward",
     "describe",
@@ -37,9 +36,6 @@ WIDEST = 256
 # errors of the check that are no fault of the compiler or the card, by type and by text
 _PASSING = torch.OutOfMemoryError, torch.AcceleratorError
 _PASSING_TEXTS = ("out of memory", "capturing")
-
-
-IN_PYTORCH = False
 
 
 def unavailable(device: torch.device) -> str | None:
