@@ -1,12 +1,12 @@
-"""How far the kernels are from what the card allows: bars on ratios of things timed in turn.
+"""How close the kernels come to the card's limits: bars on ratios of cases timed in turn.
 
     python benchmarks/bars.py --device cuda --backend triton
     python benchmarks/bars.py --device cuda --parts scan --seconds 0.2
 
-The floor is the time to move q, k, v and o once (11 times one of them for forward+backward) at the
-rate of a copy on the card. Every case is compared with float64 first. Times are the device's, with
-everything launched ahead; the crossover is given as one waits for it too ("with the host").
-Writes DIR/bars.jsonl: every time, every memory, and the bars themselves, as they come.
+The floor is the time to move q, k, v and o once at the rate of a copy on the card; forward+backward
+moves 11 tensors of that size. Every case is compared with float64 first. Times are the device's,
+with everything launched ahead. The crossover is also given with the time to launch ("with the
+host"). Writes each time, each memory and each bar to DIR/bars.jsonl at once.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 
-import devices
-import options
-import report
 import torch
-from harness import BASELINE, FORWARD, MODES, TRAINING, Setup, environment
-from turns import Bench, Key, ratio
+from timing import command
+from timing.measure import BASELINE, FORWARD, MODES, TRAINING
+from timing.turns import Bench, Key, ratio
+
+from fastpe_lab.clocks import clock
+from fastpe_lab.records import Setup, describe, environment, markdown
 
 NONE, ROPE, SPE, CODES = "fastpe", "fastpe-rope", "fastpe-sinespe", "spe-codes"
-# rows of T H numbers moved: q, k, v and o; backward reads q, k, v and do and writes three gradients
+# tensors moved: q, k, v and o; the backward reads q, k, v and do, and writes three gradients
 UNITS = {FORWARD: 4, TRAINING: 11}
 FLOOR = {FORWARD: 0.45, TRAINING: 0.33}
-# by the first and the second of --bar-lengths
+# for the first and the second of --bar-lengths
 OVER_FLASH, SPE_OVER_FLASH = (6.0, 20.0), (1.5, 5.0)
 OVER_CODES = (20.0, 50.0)  # in time, in memory
 ROTATION, CLIFF, CROSSOVER = 1.1, 2.0, 1024
@@ -38,13 +39,13 @@ class Bar:
     """One line of the result.
 
     Args:
-        case: What was measured.
-        mode: Forward or forward+backward.
-        limit: What is asked.
-        measured: What was found, None if it could not be measured.
-        least: The limit is the least allowed, else the most.
+        case: the ratio that was measured.
+        mode: forward or forward+backward.
+        limit: the target.
+        measured: the ratio found, or None if there is none.
+        least: whether the limit is the least value allowed, or the largest.
         unit: "%", "x" or "tokens".
-        note: Why there is nothing, or how it was measured.
+        note: the reason for None, or a remark.
     """
 
     case: str
@@ -57,7 +58,7 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        """Whether the measured value is there and allowed."""
+        """Whether there is a measured value, and the limit allows it."""
         if self.measured is None:
             return False
         return self.measured >= self.limit if self.least else self.measured <= self.limit
@@ -76,8 +77,8 @@ class Bar:
 
 
 def scan_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
-    """Return the bars of the scan: the floor, what a rotation costs, FlashAttention."""
-    rates = devices.copy_rate(args.device, int(args.copy * 1e9))
+    """Return the scan's bars: the floor, the cost of a rotation, FlashAttention."""
+    rates = copy_rate(args.device, int(args.copy * 1e9))
     rate = statistics.median(rates)
     bench.record("copy", size=int(args.copy * 1e9), bytes_per_second=rates)
     print(f"copy: {rate / 1e12:.3g} TB/s, {args.copy:g} GB read and written", flush=True)
@@ -111,7 +112,7 @@ def crossover_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
         ratios: dict[Key, dict[int, float]] = {key: {} for key in keys[1:]}
         reason = ""
         for length in args.lengths:
-            # there is no bar for the forward alone, but a record
+            # the forward alone has no bar, but a record
             bench.turns(keys, length, FORWARD, host)
             times = bench.turns(keys, length, TRAINING, host)
             for key in keys[1:]:
@@ -121,7 +122,7 @@ def crossover_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
                     ratios[key][length] = x
         for key in keys[1:]:
             found = None
-            # at the longest it must be faster: from there down to the first where it is not
+            # go down from the longest length to the first one where it is slower
             for length in sorted(ratios[key], reverse=True):
                 if ratios[key][length] <= 1:
                     break
@@ -138,7 +139,7 @@ def crossover_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
 
 
 def spe_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
-    """Return the bars of SineSPE: over FlashAttention, and over codes in time and memory."""
+    """Return SineSPE's bars: over FlashAttention, and over codes in time and memory."""
     width, bars = args.head_dim, []
     keys = [(BASELINE, width), (SPE, width), (CODES, width)]
     for i, length in enumerate(args.bar_lengths):
@@ -151,7 +152,7 @@ def spe_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
             known = "; ".join(
                 f"{name}: {y if isinstance(y, str) else f'{y:.1f} MB'}" for name, y in mb.items()
             )
-            # codes that do not fit beyond the first length are no failure of ours
+            # codes may exceed the memory beyond the first length
             if i == 0 or x:
                 bars.append(Bar(f"{SPE} over codes, {at}", mode, OVER_CODES[0], x, note=note))
             x = None
@@ -166,7 +167,7 @@ def spe_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
 
 
 def cliff_bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
-    """Return how much longer a byte takes at the widest head than at half of it."""
+    """Return how much longer a byte takes at the widest head than at half its width."""
     narrow, wide = args.widths[1:3]
     length, bars = args.bar_lengths[0], []
     for mode in MODES:
@@ -183,26 +184,42 @@ PARTS = {"scan": scan_bars, "spe": spe_bars, "cliff": cliff_bars, "crossover": c
 
 
 def bytes_of(setup: Setup, length: int, width: int) -> int:
-    """Return the bytes of one of q, k, v and o."""
+    """Return the bytes of one tensor among q, k, v and o."""
     return setup.batch * length * setup.heads * width * getattr(torch, setup.dtype).itemsize
+
+
+def copy_rate(device: str, size: int, repeats: int = 20) -> list[float]:
+    """Return the bytes a second that copies on the device read and write together.
+
+    Args:
+        device: "cpu" or "cuda".
+        size: bytes of the tensor that is copied.
+        repeats: number of copies that are timed, after two more that are not.
+    """
+    source = torch.empty(size // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    watch = clock(device, host=False)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    times = [watch(copy) for _ in range(repeats + 2)][2:]
+    return [2 * 4 * source.numel() / (ms * 1e-3) for ms in times]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add(parser, batch=4, heads=16, dtype="bfloat16", device="cuda")
+    parser = command.parser(__doc__, batch=4, heads=16, dtype="bfloat16", device="cuda")
     lengths = [256, 512, 768, 1024, 2048, 4096]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="for the crossover")
     parser.add_argument("--bar-lengths", type=int, nargs=2, default=[8192, 32768])
     parser.add_argument("--widths", type=int, nargs=3, default=[64, 128, 256], help="head dims")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=0.5, help="for what is timed in turn")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for cases that take turns")
     parser.add_argument("--gate", type=int, default=1000, help="tokens compared with float64")
     parser.add_argument("--copy", type=float, default=2.0, metavar="GB", help="size of the copy")
     args = parser.parse_args(argv)
-    options.check(parser, args, "lengths", "bar_lengths", "widths", "gate")
+    command.check(parser, args, "lengths", "bar_lengths", "widths", "gate")
     args.peers = () if args.device == "cpu" else ("sdpa-cudnn", "fla", "fla-rope")
     return args
 
@@ -210,18 +227,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 3 if a bar is not met or could not be measured."""
     args = parse(argv)
-    path, setup = args.out / "bars.jsonl", options.setup(args, max(args.bar_lengths))
+    path, setup = args.out / "bars.jsonl", command.setup(args, max(args.bar_lengths))
     bench = Bench(setup, args.seconds, args.gate, path)
     bars: list[Bar] = []
     for part in args.parts:
         found = PARTS[part](bench, args)
         for bar in found:
-            bench.write({"kind": "bar", **asdict(bar), "met": bar.met})
+            bench.lines.write({"kind": "bar", **asdict(bar), "met": bar.met})
         rows = [["case", "mode", "bar", "measured", ""], *(bar.row() for bar in found)]
-        print(report.markdown(rows), flush=True)
+        print(markdown(rows), flush=True)
         bars += found
     print("\n".join(f"- {bar.case}, {bar.mode}: {bar.note}" for bar in bars if bar.note))
-    print(report.describe(asdict(setup) | environment(setup)))
+    print(describe(asdict(setup) | environment(setup)))
     return 0 if all(bar.met for bar in bars) else 3
 
 

@@ -1,48 +1,46 @@
-"""Decoding one token at a time, as the context grows: microseconds a token, tokens a second.
+"""Decoding one token at a time as the context grows: microseconds a token, tokens a second.
 
     python benchmarks/decode.py --quick    less than a minute on two cores
     python benchmarks/decode.py
     python benchmarks/decode.py --device cuda --dtype bfloat16
 
-At two levels, the attention alone and the layer with its projections: fastpe's step on its state,
-the same in plain PyTorch, and softmax attention over a cache of keys and values, all timed in turn
-in one process per encoding and context; on a GPU each backend that it has, and everything as a CUDA
-graph too. Writes DIR/decode.jsonl and DIR/decode.png.
+Measures the attention alone, and the layer with its projections. Each row times in turn, in one
+process, fastpe's step on its state, the same step in plain PyTorch, and softmax attention with a
+cache of keys and values. A GPU adds each of its backends, and all of this as CUDA graphs. Writes
+DIR/decode.jsonl and DIR/decode.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-import cases
-import devices
-import options
 import report
 import torch
-from harness import TOLERANCE, Setup, alternate, environment, relative_error, spread
-from isolated import runner
+from cases import ours
+from timing import command
+from timing.isolated import runner
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import fastpe
+from fastpe_lab.clocks import TOLERANCE, alternate, relative_error, spread
+from fastpe_lab.records import Setup, brief, describe, environment, markdown
 
 STEPS = 64
 LEVELS = ("attention", "layer")
 SOFTMAX = "softmax, KV cache"
-# case of report.COLOURS: (label, encoding, positions of the piece)
-ENCODINGS: dict[str, tuple[str, cases.MakeEncoding | None, str | None]] = {
+# {case of report.COLOURS: (label, encoding, field of the piece with the positions)}
+ENCODINGS: dict[str, tuple[str, ours.MakeEncoding | None, str | None]] = {
     "fastpe": ("no encoding", None, None),
-    "fastpe-rope": ("RoPE", cases.rope, None),
-    "fastpe-ropepool": ("RoPEPool", cases.ropepool, None),
-    "fastpe-sinespe": ("SineSPE", cases.sinespe, None),
-    "fastpe-fstripe-sff": ("F-StrIPE:SFF", cases.fstripe_sff, "chord"),
-    "fastpe-fstripe-pooled": ("F-StrIPE pooled", cases.fstripe_pooled, "chord"),
+    "fastpe-rope": ("RoPE", ours.rope, None),
+    "fastpe-ropepool": ("RoPEPool", ours.ropepool, None),
+    "fastpe-sinespe": ("SineSPE", ours.sinespe, None),
+    "fastpe-fstripe-sff": ("F-StrIPE:SFF", ours.fstripe_sff, "chord"),
+    "fastpe-fstripe-pooled": ("F-StrIPE pooled", ours.fstripe_pooled, "chord"),
 }
 
 
@@ -64,34 +62,24 @@ class Attention:
     def prefill(self, length: int, backend: str) -> tuple[Tensor, fastpe.LinearAttentionState]:
         """Return output and state of the first `length` tokens."""
         where = None if self.where is None else self.where[:length]
-        return self._prefill(*(x[:, :length] for x in self.inputs), where, backend)
+        return self._prefill(*(x[:, :length] for x in self.inputs), backend, positions=where)
 
     def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, where: Tensor | None, backend: str
+        self, q: Tensor, k: Tensor, v: Tensor, backend: str, **where: Tensor | None
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
-        return fastpe.causal_linear_attention(
-            *(q, k, v),
-            pos_encoding=self.encoding,
-            positions=where,
-            output_final_state=True,
-            backend=backend,
-        )
+        options = {"pos_encoding": self.encoding, "output_final_state": True, "backend": backend}
+        return fastpe.causal_linear_attention(q, k, v, **options, **where)
 
     def _step(
-        self,
-        token: tuple[Tensor, ...],
-        state: fastpe.LinearAttentionState,
-        where: Tensor | None,
-        backend: str,
+        self, *token_and_state: object, backend: str, **where: Tensor | None
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
-        return fastpe.causal_linear_attention_step(
-            *token, state, pos_encoding=self.encoding, positions=where, backend=backend
-        )
+        options = {"pos_encoding": self.encoding, "backend": backend}
+        return fastpe.causal_linear_attention_step(*token_and_state, **options, **where)
 
     def steps(self, backend: str) -> Callable[[], Tensor]:
         """Return a call that decodes the last STEPS tokens and returns their outputs."""
         start = self.prefill(self.context, backend)[1]
-        # what a model has at hand: one token's inputs, one position
+        # a model has the inputs and the position of one token at hand
         last = range(self.context, self.context + STEPS)
         tokens = [tuple(x[:, t] for x in self.inputs) for t in last]
         where = [None] * STEPS if self.where is None else list(self.where[self.context :])
@@ -100,7 +88,7 @@ class Attention:
             state, outputs = start, []
             with torch.no_grad():
                 for token, position in zip(tokens, where, strict=True):
-                    o, state = self._step(token, state, position, backend)
+                    o, state = self._step(*token, state, backend=backend, positions=position)
                     outputs.append(o)
             return torch.stack(outputs, 1)
 
@@ -115,7 +103,7 @@ class Attention:
         return o.transpose(1, 2)
 
     def cached_softmax(self) -> Callable[[], Tensor]:
-        """Return the same for softmax attention over a cache of keys and values, [B, H, T, D]."""
+        """Return the same call for softmax attention with a cache of keys and values."""
         _, cache_k, cache_v = self._project(*self.inputs)
         last = range(self.context, self.context + STEPS)
         tokens = [[x[:, t : t + 1] for x in self.inputs] for t in last]
@@ -133,7 +121,7 @@ class Attention:
         return run
 
     def softmax(self) -> Tensor:
-        """Return softmax attention of the last STEPS tokens from its formula."""
+        """Return softmax attention for the last STEPS tokens, from its formula."""
         q, k, v = self._project(*self.inputs)
         logits = q[:, :, -STEPS:] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(self.context + 1)
@@ -141,7 +129,7 @@ class Attention:
 
 
 class Layer(Attention):
-    """fastpe.nn.CausalLinearAttention; softmax attention has its projections."""
+    """fastpe.nn.CausalLinearAttention; softmax attention shares its projections."""
 
     def __init__(self, setup: Setup, name: str) -> None:
         super().__init__(setup, name)
@@ -156,20 +144,16 @@ class Layer(Attention):
         self.inputs = (self.inputs[0].flatten(2),)
 
     def _prefill(
-        self, x: Tensor, where: Tensor | None, backend: str
+        self, x: Tensor, backend: str, **where: Tensor | None
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
         self.layer.backend = backend
-        return self.layer(x, positions=where, output_final_state=True)
+        return self.layer(x, output_final_state=True, **where)
 
     def _step(
-        self,
-        token: tuple[Tensor, ...],
-        state: fastpe.LinearAttentionState,
-        where: Tensor | None,
-        backend: str,
+        self, *token_and_state: object, backend: str, **where: Tensor | None
     ) -> tuple[Tensor, fastpe.LinearAttentionState]:
         self.layer.backend = backend
-        return self.layer.step(*token, state, positions=where)
+        return self.layer.step(*token_and_state, **where)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = self.layer.in_proj(x).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)
@@ -180,7 +164,7 @@ class Layer(Attention):
 
 
 def backends(setup: Setup) -> dict[str, str]:
-    """Return {provider: backend}: on a GPU every one that runs there, unless one was asked for."""
+    """Return {provider: backend}; on a GPU without --backend, every backend that runs there."""
     if setup.device == "cpu" or setup.backend != "auto":
         return {"fastpe": setup.backend}
     reasons = fastpe.available_backends()
@@ -191,7 +175,7 @@ def backends(setup: Setup) -> dict[str, str]:
 
 
 def measure(setup: Setup, name: str, level: str, seconds: float) -> dict:
-    """Return {provider: times of STEPS tokens in ms}, after a check of the steps."""
+    """Return {provider: times of STEPS tokens in ms}, after a comparison of the steps."""
     torch.set_num_threads(setup.threads)
     decoder = {"attention": Attention, "layer": Layer}[level](setup, name)
     with torch.no_grad():
@@ -203,7 +187,7 @@ def measure(setup: Setup, name: str, level: str, seconds: float) -> dict:
     if setup.device != "cpu":
         for provider in [p for p in calls if p != "PyTorch step"]:
             try:
-                calls[f"{provider}, graph"] = devices.graphed(calls[provider])
+                calls[f"{provider}, graph"] = graphed(calls[provider])
             except RuntimeError as error:
                 print(f"{name}, {provider}: no graph: {error}".splitlines()[0], file=sys.stderr)
                 continue
@@ -215,35 +199,47 @@ def measure(setup: Setup, name: str, level: str, seconds: float) -> dict:
     return {p: spread(t) for p, t in alternate(calls, setup.device, seconds).items()}
 
 
+def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a call that replays a CUDA graph; each replay overwrites the last output."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 if a row was wrong or failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", help="default 256 to 16384")
-    options.add(parser)
     parser.add_argument("--levels", choices=LEVELS, nargs="+", default=LEVELS)
     parser.add_argument("--quick", action="store_true", help="short contexts, fewer repeats")
     parser.add_argument("--seconds", type=float, help="for the repeats of a row, default 1")
     args = parser.parse_args(argv)
     args.contexts = args.contexts or ([256, 1024] if args.quick else [256, 1024, 4096, 16384])
     args.seconds = args.seconds or (0.1 if args.quick else 1.0)
-    options.check(parser, args, "contexts")
+    command.check(parser, args, "contexts")
     isolated, records = runner(args.device), []
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = args.out / "decode.jsonl"
-    lines.write_text("")
+    lines = command.Lines(args.out / "decode.jsonl")
     rows = [(n, c, level) for level in args.levels for n in ENCODINGS for c in args.contexts]
     for name, context, level in tqdm(rows, unit="row"):
-        setup = options.setup(args, context + STEPS)
+        setup = command.setup(args, context + STEPS)
         record = {"case": name, "row": ENCODINGS[name][0], "level": level, "context": context}
         record |= {"steps": STEPS} | asdict(setup) | environment(setup)
-        result = isolated(measure, setup, name, level, args.seconds)
-        records.append(
-            record | ({"error": result["error"]} if "error" in result else {"ms": result})
-        )
-        with lines.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        found = isolated(measure, setup, name, level, args.seconds)
+        records.append(lines.write(record | (found if "error" in found else {"ms": found})))
     print("\n\n".join(table(records, level) for level in args.levels))
-    report.plot_decoding(records, lines.with_suffix(".png"))
+    report.plot_decoding(records, lines.path.with_suffix(".png"))
     return int(any("error" in record for record in records))
 
 
@@ -257,10 +253,10 @@ def table(records: list[dict], level: str) -> str:
             cells = ["error"] * len(providers)
         else:
             times = [r["ms"].get(p) for p in providers]
-            cells = [report.brief(1e3 * t["median"] / STEPS) if t else "none" for t in times]
+            cells = [brief(1e3 * t["median"] / STEPS) if t else "none" for t in times]
         lines.append([r["row"], str(r["context"]), *cells])
-    errors = [f"- {r['row']}, {r['context']}: {r['error']}" for r in records if "error" in r]
-    return "\n".join([report.markdown(lines), *errors, "", report.describe(records[-1])])
+    errors = command.errors(records, "row", "context")
+    return "\n".join([markdown(lines), *errors, "", describe(records[-1])])
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     pytest benchmarks --benchmark-json=after.json
     pytest benchmarks --benchmark-autosave && pytest benchmarks --benchmark-compare
 
-Each group holds our operator and its baselines, on the same data: softmax attention
+A group holds our operator and its baselines, on the same data: softmax attention
 (`F.scaled_dot_product_attention`), plain PyTorch (`backend="reference"`), and for SPE's features a
-product of matrices with as many multiplications. B=1, H=8, D=E=64, float32.
+matrix product with as many multiplications. B=1, H=8, D=E=64, float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peers import sdpa
+from cases.peers import sdpa
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -28,7 +28,7 @@ Run = Callable[..., Tensor]
 
 
 def inputs(tokens: int = TOKENS) -> list[Tensor]:
-    """Return q, k and v, [1, tokens, HEADS, WIDTH], all of which learn."""
+    """Return q, k and v, [1, tokens, HEADS, WIDTH], with gradients."""
     generator = torch.Generator().manual_seed(0)
     shape = 1, tokens, HEADS, WIDTH
     return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]
@@ -41,12 +41,12 @@ def attention(backend: str, encoding: fastpe.PositionalEncoding | None = None, *
 
 
 def features(backend: str, encoding: fastpe.PositionalEncoding) -> Run:
-    """Return the features of queries alone."""
+    """Return the features of the queries as a function of q, k and v."""
     positions = torch.arange(TOKENS, dtype=torch.float64).view(1, -1, 1)
     if backend == PLAIN:
         return lambda q, k, v: encoding.features(q, positions, "q")
     return lambda q, k, v: sine_features(
-        q, positions, encoding.position_maps(q.device)[0], backend="cpu"
+        q, positions, encoding.make_maps(q.device)[0], backend="cpu"
     )
 
 
@@ -63,11 +63,11 @@ def sinespe() -> fastpe.SineSPE:
 
 
 def favor() -> fastpe.Favor:
-    """Return FAVOR+ of 128 features."""
+    """Return FAVOR+ with 128 features."""
     return fastpe.Favor(128, seed=0).eval()
 
 
-# {group: {name: what runs}}
+# {group: {name: maker of the function to time}}
 GROUPS: dict[str, dict[str, Callable[[], Run]]] = {
     "causal_dot": {
         "fastpe": lambda: attention(OURS),
@@ -96,7 +96,7 @@ CASES = [
 
 @pytest.mark.parametrize(("group", "name", "backward"), CASES)
 def test_operator(benchmark: BenchmarkFixture, group: str, name: str, backward: bool) -> None:
-    """Time a forward, or a forward and backward, of T = 2048 tokens."""
+    """Time a forward, or a forward and backward, with T = 2048 tokens."""
     run, leaves = GROUPS[group][name](), inputs()
     benchmark.group = f"{group}, {'forward and backward' if backward else 'forward'}"
     if not backward:
@@ -131,7 +131,7 @@ def test_step(benchmark: BenchmarkFixture, name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("length", [256, 4096])
 def test_step_of_softmax(benchmark: BenchmarkFixture, length: int) -> None:
-    """Time softmax attention of one token to a cache of keys and values."""
+    """Time softmax attention for one token with a cache of keys and values."""
     benchmark.group = "step, none"
     q, k, v = (x.detach().transpose(1, 2) for x in inputs(length))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Records of seq_scaling.py as a markdown table and a picture, those of decode.py as a picture.
+"""Show the records of seq_scaling.py as tables and a picture, and those of decode.py as a picture.
 
 python benchmarks/report.py benchmarks/out/seq_scaling.jsonl
 python benchmarks/report.py benchmarks/out/decode.jsonl
@@ -15,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import reach
-from harness import BASELINE, FORWARD, MODES
+from timing.measure import BASELINE, FORWARD, MODES, TRAINING
 
-import checks
+from fastpe_lab import checks
+from fastpe_lab.records import brief, describe, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# the memory whose length `reach` extrapolates
+LIMIT_GB = 16.0
 QUIET = "#9a9a9a"
 COLOURS = {
     "sdpa": "#4d4d4d",
@@ -38,7 +40,7 @@ COLOURS = {
 
 
 def ratio(record: dict, records: list[dict]) -> tuple[float, bool] | None:
-    """Return how many times faster than SDPA, and whether both were timed in turn."""
+    """Return how many times faster than SDPA a record is, and whether both took turns."""
     if record["status"] != "ok" or record["case"] == BASELINE:
         return None
     if record["sdpa_ms"]:
@@ -69,31 +71,8 @@ def crossover(rows: list[dict], records: list[dict]) -> str:
     return str(first) if first else "none" if complete else f"none to {last}"
 
 
-def describe(r: dict) -> str:
-    """Return one line on machine, versions and sizes."""
-    on = f"{r['cpu']}, {r['threads']} threads"
-    if r["device"] == "cuda":
-        on = f"{r['gpu']}, driver {r['driver']}, CUDA {r['cuda']}, Triton {r['triton']}"
-    return (
-        f"{on}; torch {r['torch']}, fastpe {r['fastpe']} ({r['commit']}), backend {r['backend']}, "
-        f"Python {r['python']}; B={r['batch']} H={r['heads']} D=E={r['head_dim']}, {r['dtype']}; "
-        f"{r['date'][:10]}"
-    )
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Return a table, the first line its head, with columns padded to be read as text too."""
-    head, *rest = lines
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rest]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
 def tables(records: list[dict]) -> str:
-    """Return the tables of both modes and the reasons for every gap, in markdown."""
+    """Return tables for both modes and the reason for every gap, in markdown."""
     parts = []
     lengths = sorted({r["length"] for r in records})
     peers_first = sorted(records, key=lambda r: r["ours"])
@@ -110,17 +89,18 @@ def tables(records: list[dict]) -> str:
             lines.append([shown, *(cells.get(length, "") for length in lengths), last])
         parts.append(f"**{mode.capitalize()}**\n\n{markdown(lines)}")
     parts.append(
-        "Each cell: ms, median / times as fast as SDPA / extra peak MB. Ratios are of times taken "
-        "in turn in one process; ~ marks those that are not. 'faster from': the shortest length "
-        "from which on the case is faster than SDPA. Forward is without gradients and with fixed "
-        "noise; forward+backward has the gradients of q, k, v and of what is learned, and draws "
-        "noise anew. SDPA is F.scaled_dot_product_attention with is_causal=True."
+        "A cell shows the median in ms / times as fast as SDPA / extra peak MB. Both sides of a "
+        "ratio took turns in one process, unless ~ marks it. 'faster from' is the shortest length "
+        "from which the case is faster than SDPA at every longer one. Forward has no gradients and "
+        "fixed noise; forward+backward has gradients of q, k, v and of all parameters, and draws "
+        "new noise. SDPA is F.scaled_dot_product_attention with is_causal=True."
     )
-    lines = reach.rows(peers_first)
+    lines = reach(peers_first)
     if len(lines) > 1:
         parts.append(
-            f"**{reach.LIMIT_GB:g} GB**\n\n{markdown(lines)}\n\nOf the extra memory of one "
-            "forward+backward, extrapolated from the two longest lengths measured."
+            f"**{LIMIT_GB:g} GB**\n\n{markdown(lines)}\n\nThe length at which one "
+            "forward+backward fills this extra memory, extrapolated from the two longest lengths "
+            "measured."
         )
     parts.append(_gaps(records))
     parts.append(describe(records[-1]))
@@ -137,9 +117,50 @@ def _cell(r: dict, records: list[dict]) -> str:
     return " / ".join([*cells, f"{mb:.0f}" if mb >= 1 else "<1"])
 
 
-def brief(x: float) -> str:
-    """Return x to two digits, or to one."""
-    return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
+def longest(points: list[tuple[int, float]], limit: float, quadratic: bool) -> float | None:
+    """Return the length at which memory reaches a limit, from the two longest lengths measured.
+
+    The curve through them is a T + b T^2 if memory is known to grow with the square, else a + b T.
+    From one length it is b T^2 or b T.
+
+    Args:
+        points: (T, memory) for one or more lengths.
+        limit: a memory in the same units.
+        quadratic: whether memory grows with the square.
+
+    Returns:
+        length: T, or None if the measured memory does not grow.
+    """
+    (x, y), (last, top) = [(0, 0.0), *sorted(points)][-2:]
+    if top <= y:
+        return None
+    if not quadratic:
+        return last + (limit - top) * (last - x) / (top - y)
+    a, b = 0.0, top / last**2
+    if x:
+        b = (top / last - y / x) / (last - x)
+        a = top / last - b * last
+    return ((a * a + 4 * b * limit) ** 0.5 - a) / (2 * b) if b > 0 else None
+
+
+def reach(records: list[dict]) -> list[list[str]]:
+    """Return a table of where each case runs out of memory in training, its head first."""
+    last = f"{LIMIT_GB:g} GB at T = (extrapolated)"
+    lines = [["case", "longest measured", "extra MB there", "grows as", last]]
+    # older records do not say how memory grows
+    found = [r for r in records if r["mode"] == TRAINING and "quadratic_memory" in r]
+    for name in dict.fromkeys(r["case"] for r in found):
+        of_case = [r for r in found if r["case"] == name and r["status"] == "ok"]
+        # below a megabyte, the allocator's rounding is measured
+        points = [(r["length"], r["extra_mb"]) for r in of_case if r["extra_mb"] >= 1]
+        if not points:
+            continue
+        quadratic = of_case[0]["quadratic_memory"]
+        length, megabytes = max(points)
+        end = longest(points, LIMIT_GB * 1e3, quadratic)
+        shown = "?" if end is None else f"{float(f'{end:.1e}'):,.0f}"
+        lines.append([name, str(length), f"{megabytes:.0f}", "T^2" if quadratic else "T", shown])
+    return lines
 
 
 def _gaps(records: list[dict]) -> str:
@@ -147,7 +168,7 @@ def _gaps(records: list[dict]) -> str:
     gaps: dict[tuple[str, str, str], dict[int, list[str]]] = {}
     for r in records:
         if r["status"] != "ok":
-            # predictions differ from length to length
+            # predictions differ with the length
             reason = re.sub(r"predicted [\d.]+ (GB|s a call), ", "", r["reason"])
             modes = gaps.setdefault((r["case"], r["status"], reason), {})
             modes.setdefault(r["length"], []).append(r["mode"])
@@ -165,65 +186,63 @@ def plot(records: list[dict], path: Path) -> bool:
     """Draw time and memory over the length, log-log, one panel for each mode.
 
     Returns:
-        Whether anything was measured: without that there is no picture.
+        drawn: whether anything was measured, and so drawn.
     """
+    good = [r for r in records if r["status"] == "ok"]
+    panels = []
+    for title, value in (
+        ("milliseconds", lambda r: r["ms"]["median"]),
+        ("extra peak MB", lambda r: max(r["extra_mb"], 0.5)),
+    ):
+        for mode in MODES:
+            name = "Forward" if mode == FORWARD else "Forward + backward"
+            panels.append(([r for r in good if r["mode"] == mode], value, f"{name}: {title}"))
+    title = "Causal attention on music: colour is fastpe, grey is everything else (lower is better)"
+    return _draw(path, good, title, panels, 2)
+
+
+def plot_decoding(records: list[dict], path: Path) -> bool:
+    """Draw tokens a second over the context, log-log, one panel for each level.
+
+    The fastest backend counts, called or as a CUDA graph. Softmax is measured beside each encoding;
+    its line is the median.
+
+    Returns:
+        drawn: whether anything was measured, and so drawn.
+    """
+    good = [r for r in records if "ms" in r]
+    panels = []
+    for level in dict.fromkeys(r["level"] for r in good):
+        lines = decoding_lines([r for r in good if r["level"] == level])
+        panels.append((lines, lambda r: r["rate"], f"{level.capitalize()}: tokens a second"))
+    return _draw(path, good, "Decoding after a context (higher is better)", panels, 1)
+
+
+def _draw(path: Path, records: list[dict], title: str, panels: list[tuple], rows: int) -> bool:
+    # panels are (rows, value of a row, title), drawn row by row
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    good = [r for r in records if r["status"] == "ok"]
-    if not good:
+    if not records:
         return False
     plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 12})
-    figure, axes = plt.subplots(2, 2, figsize=(15, 12.5), layout="constrained")
-    for column, mode in enumerate(MODES):
-        title = "Forward" if mode == FORWARD else "Forward + backward"
-        rows = [r for r in good if r["mode"] == mode]
-        _panel(axes[0, column], rows, lambda r: r["ms"]["median"], f"{title}: milliseconds")
-        _panel(axes[1, column], rows, lambda r: max(r["extra_mb"], 0.5), f"{title}: extra peak MB")
-    figure.suptitle(
-        "Causal attention on music: colour is fastpe, grey is everything else (lower is better)\n",
-        fontsize=15,
-        fontweight="bold",
-    )
-    figure.text(0.5, 0.962, describe(good[-1]), ha="center", fontsize=9.5, color="#555555")
+    columns = len(panels) // rows
+    size = 7.5 * columns, 6.25 * rows if rows > 1 else 6.5
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        _panel(ax, *panel)
+    figure.suptitle(f"{title}\n", fontsize=15, fontweight="bold")
+    height = 0.962 if rows > 1 else 0.925
+    figure.text(0.5, height, describe(records[-1]), ha="center", fontsize=9.5, color="#555555")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return True
 
 
-def plot_decoding(records: list[dict], path: Path) -> None:
-    """Draw tokens a second over the context, log-log, one panel for each level.
-
-    Of several backends, and of calls and their CUDA graphs, the fastest counts; the line of softmax
-    is the median of its measurements, one for each encoding.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    good = [r for r in records if "ms" in r]
-    if not good:
-        return
-    levels = list(dict.fromkeys(r["level"] for r in good))
-    plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 12})
-    figure, axes = plt.subplots(
-        1, len(levels), figsize=(7.5 * len(levels), 6.5), layout="constrained", squeeze=False
-    )
-    for ax, level in zip(axes[0], levels, strict=True):
-        rows = [r for r in good if r["level"] == level]
-        title = f"{level.capitalize()}: tokens a second"
-        _panel(ax, decoding_lines(rows), lambda r: r["rate"], title)
-    figure.suptitle("Decoding after a context (higher is better)\n", fontsize=15, fontweight="bold")
-    figure.text(0.5, 0.925, describe(good[-1]), ha="center", fontsize=9.5, color="#555555")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
 def decoding_lines(records: list[dict]) -> list[dict]:
-    """Return {case, label, ours, length, rate}, rate in tokens a second, of one level."""
+    """Return one level as {case, label, ours, length, rate}, with rate in tokens a second."""
     lines, softmax = [], {}
     for r in records:
         rates = {p: 1e3 * r["batch"] * r["steps"] / ms["median"] for p, ms in r["ms"].items()}
@@ -269,7 +288,7 @@ def _panel(ax: Axes, rows: list[dict], value: Callable[[dict], float], title: st
 
 
 def _label(ax: Axes, ends: list[tuple[float, str, str]], length: int, column: float | None) -> None:
-    # names beside the ends of lines, or in a column, moved apart where they are close together
+    # write names beside the ends of lines, or in a column, and move close ones apart
     low, high = (math.log10(y) for y in ax.get_ylim())
     left, right = (math.log2(x) for x in ax.get_xlim())
     if column is None:
@@ -309,7 +328,7 @@ def spaced(want: list[float], gap: float) -> list[float]:
     ]
 
 
-# of a size
+# the largest size in a record
 _LARGEST = 2**40
 _ON = {"length": int, "batch": int, "heads": int, "head_dim": int, "dtype": str, "device": str}
 _ON |= {"threads": int, "backend": str, "cpu": str, "date": str}
@@ -320,7 +339,7 @@ _DECODING = {"case": str, "row": str, "level": str, "context": int, "steps": int
 
 
 def check(record: object) -> None:
-    """Raise a ValueError unless a record, as it was read, has what is shown of it here."""
+    """Raise a ValueError unless a record has the fields that are shown here."""
     checks.record(record, _ON)
     if record["device"] == "cuda":
         checks.record(record, _ON_GPU)
@@ -362,7 +381,8 @@ def _times_of_decoding(record: dict) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of a file and draw its picture beside it; return 1 if nothing is in it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("file", type=Path, help="seq_scaling.jsonl or decode.jsonl")
     path = parser.parse_args(argv).file
     if not path.is_file():
@@ -370,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     records, skipped = checks.json_lines(path, check)
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
-    # of a file that holds both, one kind
+    # a file may hold both kinds: show the first one
     records = [r for r in records if ("level" in r) == ("level" in records[0])]
     if not records:
         print(f"error: {checks.printable(path)} has no record", file=sys.stderr)

@@ -5,44 +5,43 @@
     python benchmarks/seq_scaling.py --baselines all    the literature's systems too
     python benchmarks/seq_scaling.py --device cuda --dtype bfloat16 --batch 4 --heads 16
 
-Every case is checked against float64 before it is timed. Writes DIR/seq_scaling.jsonl, .md, .png.
-The end of --quick's minutes leaves out longer sequences, never the shortest one of a case. A case
-without a row is an error, unless it cannot run here and was not asked for by name.
+Every case is compared with float64 before it is timed. Writes DIR/seq_scaling.jsonl, .md and .png.
+When the minutes of --quick are over, longer sequences are left out; each case keeps its shortest
+one. A case without a row is an error, unless it cannot run here and you did not name it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
-import devices
-import options
+import cases
 import report
-from baseline_cases import BASELINE_CASES
-from cases import CASES, GPU_CASES, TABLES
-from harness import BASELINE, MODES, TRAINING, Case, Setup, check, environment, measure_time
-from isolated import InProcess, Isolated, runner
-from memory import measure_memory
+from cases import LITERATURE
+from timing import command
+from timing.isolated import InProcess, Isolated, runner
+from timing.measure import BASELINE, MODES, TRAINING, check, measure_time
+from timing.memory import measure_memory, total_memory
 from tqdm import tqdm
 
-from baselines import BASELINES
+from fastpe_lab.baselines import BASELINES
+from fastpe_lab.records import Setup, describe, environment
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a measurement may cost.
+    """The most that a measurement may cost.
 
     Args:
-        gigabytes: Extra memory of a call, predicted.
-        call_seconds: Time of a call, predicted.
-        seconds: Time to spend on the repeats of a case at one length and mode.
-        slow_start: Also measure what compiles for long.
-        minutes: After so many of measuring, checks not counted, longer sequences are skipped; every
-            case gets its first one. None for no end.
+        gigabytes: predicted extra memory of a call.
+        call_seconds: predicted time of a call.
+        seconds: time to spend on the repeats of a case at one length and mode.
+        slow_start: whether cases that compile for long are measured too.
+        minutes: time spent on measuring, without checks, after which longer sequences are skipped;
+            every case gets its first one. None for no limit.
     """
 
     gigabytes: float
@@ -54,82 +53,73 @@ class Limits:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--min-len", type=int, help="default 256, 512 with --quick")
     parser.add_argument("--max-len", type=int, help="default 16384, 4096 with --quick")
-    options.add(parser)
-    cases = [name for name in GPU_CASES if name not in BASELINE_CASES]
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(cases)}")
+    names = [name for name in cases.GPU_CASES if name not in LITERATURE]
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"some of {', '.join(names)}")
     parser.add_argument(
         "--baselines",
         nargs="+",
         metavar="NAME",
         default=[],
-        help=f"further rows: all, or of {', '.join(BASELINES)}",
+        help=f"further rows: all, or some of {', '.join(BASELINES)}",
     )
-    parser.add_argument("--data", help="an .npz of songs instead of Bach's prelude")
+    parser.add_argument("--data", help="an .npz of songs, in place of Bach's prelude")
     parser.add_argument("--song", type=int, default=0, help="which song of --data")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, shorter, no compile")
     parser.add_argument("--max-memory", type=float, metavar="GB", help="default 60%% of all")
-    parser.add_argument("--max-seconds", type=float, help="of one call; default 30, 1 with --quick")
+    parser.add_argument("--max-seconds", type=float, help="for a call; default 30, 1 with --quick")
     args = parser.parse_args(argv)
-    # an explicit 0 is kept, and refused below
+    # an explicit 0 is refused below
     if args.min_len is None:
         args.min_len = 512 if args.quick else 256
     args.max_len = args.max_len or (4096 if args.quick else 16384)
     args.max_seconds = args.max_seconds or (1.0 if args.quick else 30.0)
-    known = [name for name in cases_of(args.device) if name not in BASELINE_CASES]
+    known = [name for name in cases.of_device(args.device) if name not in LITERATURE]
     for option, allowed in (("cases", known), ("baselines", ["all", *BASELINES])):
         unknown = set(getattr(args, option) or ()) - set(allowed)
         if unknown:
             names = ", ".join(sorted(unknown))
             parser.error(f"--{option} must be of {', '.join(allowed)}, got {names}")
-    options.check(parser, args, "min_len")
+    command.check(parser, args, "min_len")
     if args.max_len < args.min_len:
         parser.error(f"--max-len {args.max_len} is below --min-len {args.min_len}")
-    args.max_memory = args.max_memory or 0.6 * devices.total_memory(args.device) / 1e9
+    args.max_memory = args.max_memory or 0.6 * total_memory(args.device) / 1e9
     return args
 
 
-def cases_of(device: str) -> dict[str, Case]:
-    """Return the cases that run on a device."""
-    return CASES if device == "cpu" else GPU_CASES
-
-
 def chosen(args: argparse.Namespace) -> list[str]:
-    """Return the rows to measure, in order.
+    """Return the rows to measure: SDPA, other peers, fastpe's cases, the literature's systems.
 
-    SDPA first: the others are timed in turn with it where it is affordable. Then fastpe's; the
-    literature's last.
+    SDPA is first because the others are timed in turn with it, where it is affordable.
     """
-    cases = cases_of(args.device)
-    names = [n for n in cases if n not in BASELINE_CASES and n in (args.cases or cases)]
-    names += [n for n in BASELINE_CASES if n in args.baselines or "all" in args.baselines]
+    known = cases.of_device(args.device)
+    names = [n for n in known if n not in LITERATURE and n in (args.cases or known)]
+    names += [n for n in LITERATURE if n in args.baselines or "all" in args.baselines]
     names = list(dict.fromkeys([BASELINE, *names]))
-    return sorted(names, key=lambda n: (n != BASELINE, not cases[n].ours, n in BASELINE_CASES))
+    return sorted(names, key=lambda n: (n != BASELINE, not known[n].ours, n in LITERATURE))
 
 
 class Sweep:
-    """Measures cases over lengths, on the CPU in processes of their own, within limits."""
+    """Measures cases at growing lengths, within limits; on the CPU each in a fresh process."""
 
     def __init__(self, setup: Setup, limits: Limits, isolated: Isolated | InProcess) -> None:
         self.setup, self.limits, self.isolated = setup, limits, isolated
-        self.cases, self.table = cases_of(setup.device), TABLES[setup.device]
+        self.cases = cases.of_device(setup.device)
         self.checked: dict[str, dict] = {}
-        # {case: (status, reason)} of those not to be measured (any more)
+        # {case: (status, reason)} for cases that are not measured (any more)
         self.out: dict[str, tuple[str, str]] = {}
-        # those of them that cannot run here, or not with --quick
+        # the cases among them that cannot run here, or not with --quick
         self.unavailable: set[str] = set()
-        # {(case, mode): (length, ms, extra MB)} of the longest length measured
+        # {(case, mode): (length, ms, extra MB)} at the longest length measured
         self.last: dict[tuple[str, str], tuple[int, float, float]] = {}
         self.baseline: set[tuple[int, str]] = set()
-        # spent on measuring
+        # time spent on measuring
         self.seconds = 0.0
 
     def check(self, name: str) -> None:
-        """Compare a case with float64, or note why it is left out."""
+        """Compare a case with float64, or note why it is skipped."""
         case = self.cases[name]
         reason = case.unavailable(self.setup)
         if not reason and case.slow_start and not self.limits.slow_start:
@@ -138,7 +128,7 @@ class Sweep:
             self.out[name] = "skipped", reason
             self.unavailable.add(name)
             return
-        result = self.isolated(check, self.table, name, self.setup)
+        result = self.isolated(check, name, self.setup)
         if "error" in result:
             self.out[name] = "error", result["error"]
         else:
@@ -169,7 +159,7 @@ class Sweep:
         times = {}
         if modes:
             seconds = self.limits.seconds
-            times = self.isolated(measure_time, self.table, name, setup, modes, seconds)
+            times = self.isolated(measure_time, name, setup, modes, seconds)
         records = []
         for mode, reason in reasons.items():
             record = self._record(name, setup, mode)
@@ -179,7 +169,7 @@ class Sweep:
                 record |= {"status": "error", "reason": times["error"]}
             else:
                 variant = times[mode]["variant"]
-                memory = self.isolated(measure_memory, self.table, name, setup, mode, variant)
+                memory = self.isolated(measure_memory, name, setup, mode, variant)
                 record |= {"status": "ok", "check": self.checked[name], **times[mode], **memory}
                 if "error" in memory:
                     record |= {"status": "error", "reason": memory["error"]}
@@ -195,7 +185,7 @@ class Sweep:
             self.baseline.add((length, mode))
 
     def _too_much(self, name: str, setup: Setup, mode: str) -> str | None:
-        # why a measurement would cost more than the limits allow
+        # the limit that a measurement would exceed
         over = self.limits.minutes and self.seconds > 60 * self.limits.minutes
         if over and (name, mode) in self.last:
             return f"the {self.limits.minutes:g} minutes of --quick are over"
@@ -220,11 +210,11 @@ class Sweep:
         return None
 
     def missing(self, records: list[dict], named: Collection[str]) -> list[str]:
-        """Return "case, mode: reason" of all that has no row.
+        """Return "case, mode: reason" for each case and mode without a row.
 
         Args:
-            records: All that were made.
-            named: Cases that were asked for: these must have rows even where they cannot run.
+            records: all records.
+            named: cases that must have rows even if they cannot run here.
         """
         found = {(r["case"], r["mode"]) for r in records if r["status"] == "ok"}
         reasons: dict[tuple[str, str], str] = {}
@@ -244,7 +234,7 @@ class Sweep:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 if a case was wrong, failed or has no row."""
     args = parse(argv)
-    setup = options.setup(args, args.max_len, data=args.data, song=args.song)
+    setup = command.setup(args, args.max_len, data=args.data, song=args.song)
     try:
         piece = setup.piece()
     except ValueError as error:
@@ -260,32 +250,28 @@ def main(argv: list[str] | None = None) -> int:
         minutes=(3.2 if args.baselines else 1.6) if args.quick else None,
     )
     found = asdict(setup) | environment(setup)
-    print(f"{piece.name}; {report.describe(found)}", file=sys.stderr)
+    print(f"{piece.name}; {describe(found)}", file=sys.stderr)
     sweep = Sweep(setup, limits, runner(args.device))
-    records = []
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = args.out / "seq_scaling.jsonl"
+    records, lines = [], command.Lines(args.out / "seq_scaling.jsonl")
     total = len(names) * (len(lengths) + 1)
-    with lines.open("w") as file, tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
         for name in names:
             bar.set_description(f"check {name:23}")
             sweep.check(name)
             bar.update()
-        # all cases of a length before the next: what is cut short still compares them
+        # all cases of a length before the next one, so that an aborted run still compares them
         for length in lengths:
             for name in names:
                 bar.set_description(f"{length:5} {name:23}")
-                for record in sweep.rows(name, length):
-                    records.append(record)
-                    file.write(json.dumps(record) + "\n")
-                file.flush()
+                records += [lines.write(record) for record in sweep.rows(name, length)]
                 bar.update()
     text = report.tables(records)
     print(text)
-    lines.with_suffix(".md").write_text(text)
-    wrote = [str(lines), lines.with_suffix(".md").name]
-    if report.plot(records, lines.with_suffix(".png")):
-        wrote.append(lines.with_suffix(".png").name)
+    page, picture = (lines.path.with_suffix(suffix) for suffix in (".md", ".png"))
+    page.write_text(text)
+    wrote = [str(lines.path), page.name]
+    if report.plot(records, picture):
+        wrote.append(picture.name)
     print(f"wrote {', '.join(wrote)}")
     missing = sweep.missing(records, {*(args.cases or ()), *args.baselines})
     for line in missing:

@@ -1,17 +1,17 @@
-"""Whether each backend gives right numbers here at all, a process for each case.
+"""Whether each backend gives right numbers here at all, each case in a process of its own.
 
     python benchmarks/smoke.py --device cuda                        a minute at most
     python benchmarks/smoke.py --device cpu --backends cpu reference
 
 Compares output and every gradient of four encodings in two dtypes with float64. A case that crashes
-or hangs is an error and stops no other. Appends a line to DIR/smoke.jsonl as each case ends.
+or hangs is an error and does not stop the others. Appends a line to DIR/smoke.jsonl as each case
+ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,27 +19,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from cases import TABLES
-from harness import TOLERANCE, Setup, check
-from isolated import Isolated
+from timing.command import OUT, Lines
+from timing.isolated import Isolated
+from timing.measure import check
 
 import fastpe
+from fastpe_lab.clocks import TOLERANCE
+from fastpe_lab.records import Setup
 
 ENCODINGS = ("fastpe", "fastpe-rope", "fastpe-sinespe", "fastpe-fstripe-pooled")
 
 
 def measure(isolated: Isolated, name: str, setup: Setup) -> dict:
-    """Return the record of a case: its errors against float64, or why there are none."""
+    """Return a case's record: its errors against float64, or why there are none."""
     start = time.monotonic()
-    found = isolated(check, TABLES[setup.device], name, setup, setup.length)
+    found = isolated(check, name, setup, setup.length)
     return {"case": name} | asdict(setup) | {"seconds": time.monotonic() - start} | found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     known = [name for name in fastpe.backends.NAMES if name != "auto"]
     parser.add_argument("--backends", nargs="+", choices=known, default=["triton", "cuda"])
@@ -48,8 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=333)
     parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of a process at most")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit for a process")
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is False")
@@ -63,21 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     isolated = Isolated(args.seconds, ("triton",))
     setup = Setup(args.length, batch=2, heads=3, head_dim=64, device=args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    lines = Lines(args.out / "smoke.jsonl", anew=False)
     cases = itertools.product(args.backends, args.dtypes, ENCODINGS)
     failed = 0
-    with (
-        ThreadPoolExecutor(args.jobs) as pool,
-        (args.out / "smoke.jsonl").open("a") as file,
-    ):
+    with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
             pool.submit(measure, isolated, name, replace(setup, backend=backend, dtype=dtype))
             for backend, dtype, name in cases
         ]
         for job in as_completed(jobs):
-            row = job.result()
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            row = lines.write(job.result())
             failed += "error" in row
             said = row.get("error") or f"right, errors up to {max(row['check'].values()):.1e}"
             what = f"{row['backend']} {row['dtype']} {row['case']}"

@@ -3,11 +3,11 @@
     python benchmarks/tiles.py                                  a minute
     python benchmarks/tiles.py --seconds 600 --roles forward    more of them, of one kernel
 
-A role is a kernel of the scan. A tile is how many tokens and columns a program takes at a time, and
-with how many warps and loads ahead (`causal_dot_launch.blocks`); here it also says into how many
-segments a row is cut. Each candidate first runs in a process of its own, where its results are
-compared with those of the default tile. Those that are right are timed here. Appends a line to
-DIR/tiles.jsonl for each candidate as it is done, and prints the best of each role.
+A role is a kernel of the scan. A tile says how many tokens and columns a program takes at a time,
+with how many warps and how many loads ahead (`causal_dot_launch.blocks`), and here also into how
+many segments a row is cut. Each candidate first runs in a process of its own, where its results are
+compared with those of the default tile. The right ones are timed in this process. Appends a line to
+DIR/tiles.jsonl for each candidate at once, and prints the best of each role.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,23 +22,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
-import devices
-import options
-import report
 import torch
-from harness import TOLERANCE, Setup, environment, relative_error
-from isolated import Isolated
+from timing import command
+from timing.isolated import Isolated
+from timing.turns import gaussian
 from torch import Tensor
-from turns import gaussian
 
 import fastpe
 from fastpe.backends import triton as backend
 from fastpe.backends.specs import ScanOptions
 from fastpe.backends.triton import causal_dot_launch
+from fastpe_lab.clocks import TOLERANCE, clock, relative_error
+from fastpe_lab.records import Setup, environment, markdown
 
 ENCODINGS = ("none", "rope")
-# by role: the block of columns that `columns` sets, and the inputs whose gradients run it (of q, k
-# and v; none: the forward runs it)
+# {role: (the block of columns that `columns` sets, the inputs whose gradients run the kernel)};
+# inputs are the numbers of q, k and v, and the forward runs kernels without any
 ROLES = {
     "forward": ("be", ()),
     "grad_q": ("bw", (0,)),
@@ -48,9 +46,9 @@ ROLES = {
     "grad_v": ("be", (2,)),
     "state": ("be", ()),
 }
-# what a process imports is imported once for all of them
+# modules that are imported once for all processes
 PRELOAD = ("triton", "fastpe.backends.triton")
-# part of the time for the comparisons; what is left is for timing
+# part of the time for the comparisons; the rest is for timing
 COMPARING = 0.65
 
 
@@ -58,11 +56,11 @@ class Tile(NamedTuple):
     """A candidate; 0 leaves the choice to the launcher.
 
     Attributes:
-        c: Tokens of a tile.
-        columns: Columns of the result that a program makes.
-        warps: Warps of a program.
-        stages: Loads ahead.
-        segments: Parts of a row that run at a time.
+        c: number of tokens in a tile.
+        columns: number of columns that a program makes.
+        warps: number of warps in a program.
+        stages: number of loads ahead.
+        segments: number of parts of a row that run at a time.
     """
 
     c: int = 0
@@ -73,14 +71,14 @@ class Tile(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What one tile is chosen for."""
+    """The kernel, encoding and width that share a tile."""
 
     role: str
     encoding: str
     head_dim: int
 
 
-# what a simulation of the machine code found fastest (none of it measured): tried first
+# a simulation of the machine code found these fastest; none is measured; they are tried first
 PREDICTED = {
     Group("forward", "none", 64): [Tile(64, 64, 4, 3, 4), Tile(64, 64, 4, 2, 4)],
     Group("forward", "rope", 64): [Tile(32, 64, 4, 3, 4)],
@@ -92,11 +90,11 @@ PREDICTED = {
 
 
 def groups(args: argparse.Namespace) -> list[Group]:
-    """Return what to search, the most valuable first."""
+    """Return the groups to search, the most valuable first."""
     found = []
     for role in args.roles:
         for d, encoding in itertools.product(args.head_dims, ENCODINGS):
-            # where a program holds the whole state, one kernel makes both gradients
+            # one kernel makes both gradients if a program holds the whole state
             if role in ("grad_kv", "grad_k", "grad_v") and (role == "grad_kv") != (d <= 64):
                 continue
             found.append(Group(role, encoding, d))
@@ -125,7 +123,7 @@ def override(group: Group, tile: Tile) -> Iterator[None]:
         block = ROLES[role][0]
         fields = {"c": tile.c, "warps": tile.warps, "stages": tile.stages}
         if block and tile.columns:
-            # of pairs, where they rotate; a product takes no fewer than 16
+            # rotated columns count in pairs; a product takes at least 16
             fields[block] = max(tile.columns // (parts if block == "bw" else 1), 16)
         return found._replace(**{name: x for name, x in fields.items() if x})
 
@@ -150,7 +148,7 @@ def prepare(group: Group, setup: Setup) -> Callable[[], list[Tensor]]:
     where = None, None
     scan = ScanOptions("elu1", "sum", 1e-6, False, False, True, 1.0, 0, "triton")
     if group.encoding == "rope":
-        rotation = fastpe.RoPE(group.head_dim).position_maps(torch.device(setup.device))[0]
+        rotation = fastpe.RoPE(group.head_dim).make_maps(torch.device(setup.device))[0]
         t = torch.arange(setup.length, dtype=torch.float64, device=setup.device)
         where = t[None, :, None], rotation.freq.detach()
         scan = scan._replace(interleaved=rotation.interleaved, map_first=rotation.map_first)
@@ -169,12 +167,12 @@ def prepare(group: Group, setup: Setup) -> Callable[[], list[Tensor]]:
 
 
 def compare(group: Group, tile: Tile, setup: Setup) -> dict:
-    """Return how far a tile's results are from the default's, or what is wrong with them."""
+    """Return how far a tile's results are from the default's, or the error."""
     with torch.no_grad():
         run = prepare(group, setup)
         expected = run()
         with override(group, tile):
-            # what a kernel leaves unwritten is in memory that held NaN
+            # fill the memory with NaN, so that a missing write shows
             spoiled = [torch.full_like(x, torch.nan) for x in expected]
             del spoiled
             found, again = run(), run()
@@ -189,7 +187,7 @@ def compare(group: Group, tile: Tile, setup: Setup) -> dict:
 def milliseconds(run: Callable[[], object], device: str, repeats: float) -> float:
     """Return the median time of a call, over about `repeats` milliseconds."""
     if device == "cpu":
-        return devices.clock(device)(run)
+        return clock(device)(run)
     from triton.testing import do_bench
 
     return do_bench(run, warmup=5, rep=repeats, return_mode="median")
@@ -199,11 +197,10 @@ class Search:
     """Compares and times candidates until the time is over."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.setup = args, options.setup(args, args.length)
+        self.args, self.setup = args, command.setup(args, args.length)
         self.start = time.monotonic()
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.file = (args.out / "tiles.jsonl").open("a")
-        self.file.write(json.dumps(asdict(self.setup) | environment(self.setup)) + "\n")
+        self.lines = command.Lines(args.out / "tiles.jsonl", anew=False)
+        self.lines.write(asdict(self.setup) | environment(self.setup))
         # {group: {tile: ms}}; the default is Tile()
         self.times: dict[Group, dict[Tile, float]] = {}
         self.failed = 0
@@ -214,12 +211,10 @@ class Search:
 
     def write(self, group: Group, tile: Tile, **found: object) -> None:
         """Append a line."""
-        row = group._asdict() | {"tile": tile._asdict()} | found
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.lines.write(group._asdict() | {"tile": tile._asdict()} | found)
 
     def compared(self) -> list[tuple[Group, Tile]]:
-        """Return the candidates that are right, of those for which there is time."""
+        """Return the candidates that are right, as far as the time allows."""
         lists = [[(g, tile) for tile in candidates(g)] for g in groups(self.args)]
         # the most promising of each group before the second of any
         rows = itertools.zip_longest(*(x[: self.args.most] for x in lists))
@@ -254,14 +249,14 @@ class Search:
         self.write(group, tile, ms=ms)
 
     def run(self) -> None:
-        """Compare, then time: nothing else is on the card then."""
+        """Compare all, then time, so that the card is free for timing."""
         right = self.compared()
         for group in groups(self.args):
             tiles = [tile for g, tile in right if g == group]
             if not tiles or self.left() < 0:
                 continue
             call = prepare(group, self.setup)
-            # the default twice: what two times of one thing differ by is noise
+            # the default is timed twice: the difference is noise
             for tile in (Tile(), *tiles):
                 if self.left() > 0:
                     self.measure(group, tile, call)
@@ -277,24 +272,21 @@ class Search:
             ms, least = times[Tile()], times[best]
             cells = [f"{ms:.4g}", f"{least:.4g}", f"{ms / least:.2f}x", said, str(len(times))]
             lines.append([group.role, group.encoding, str(group.head_dim), *cells])
-        return report.markdown(lines)
+        return markdown(lines)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add(parser, batch=4, heads=16, dtype="bfloat16", device="cuda")
+    parser = command.parser(__doc__, batch=4, heads=16, dtype="bfloat16", device="cuda")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seconds", type=float, default=60.0, help="for everything")
-    parser.add_argument("--most", type=int, default=100, help="candidates of a role")
+    parser.add_argument("--most", type=int, default=100, help="candidates for a role")
     parser.add_argument("--jobs", type=int, default=12, help="processes at a time")
-    parser.add_argument("--repeats", type=float, default=50.0, help="milliseconds of a timing")
+    parser.add_argument("--repeats", type=float, default=50.0, help="milliseconds for a tile")
     args = parser.parse_args(argv)
-    options.check(parser, args, "length", "head_dims", "most", "jobs")
+    command.check(parser, args, "length", "head_dims", "most", "jobs")
     return args
 
 

@@ -1,41 +1,39 @@
-"""Error of attention by FAVOR+ with SineSPE: in two stages, and in one on exact sines.
+"""Errors of attention by FAVOR+ with SineSPE, in two stages and in one stage on exact sines.
 
     python benchmarks/variance.py --features 64 256
 
-At the same number of features, against exp(sum_d q_d k_d C_d(lag) / sqrt(D)) in closed form:
+All rows have the same number of features. The exact weights are exp(sum_d q_d k_d C_d(lag) /
+sqrt(D)) in closed form.
 
-    two stages               SPE's noise makes R features, of which FAVOR+ makes the others
-    two stages, orthogonal   the same with SPE's noise orthogonal, where SineSPE offers it
+    two stages               SPE's noise makes R features, from which FAVOR+ makes the final ones
+    two stages, orthogonal   the same with orthogonal noise
     one stage                FAVOR+ projects SPE's sines themselves
 
-Queries and keys are standard normal times --scale, parameters SPE's own at first; noise is drawn
---draws times. Prints of the relative error of a weight the root mean square, the median of its size
-and the mean, and how much of a normalised row of weights is in the wrong place. Writes
+Queries and keys are standard normal times --scale. Parameters are SPE's initial ones. Noise is
+drawn --draws times. Prints the relative error of a weight (root mean square, median of its size,
+mean) and the part of a normalised row of weights that is in the wrong place. Writes
 DIR/variance.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import json
 import math
 import sys
-from pathlib import Path
 
-import report
 import torch
-from harness import Setup, environment
+from timing import command
 from torch import Tensor
 
 import fastpe
 from fastpe.ops.position_map import encoded
+from fastpe_lab.records import Setup, environment, markdown
 
 MEASURES = ("rms", "median", "mean", "misplaced")
 
 
 def exact_weights(encoding: fastpe.SineSPE, q: Tensor, k: Tensor) -> Tensor:
-    """Return the weights in closed form, [T, T], of q and k [T, D]."""
+    """Return the weights in closed form, [T, T], for q and k [T, D]."""
     at = torch.arange(q.shape[0], dtype=torch.float64)
     c = encoding.kernel(at[:, None] - at)[:, :, 0].diagonal(dim1=-2, dim2=-1)
     return (torch.einsum("md,nd,mnd->mn", q, k, c) / q.shape[-1] ** 0.5).exp()
@@ -44,11 +42,11 @@ def exact_weights(encoding: fastpe.SineSPE, q: Tensor, k: Tensor) -> Tensor:
 def estimated_weights(
     encoding: fastpe.SineSPE, psi: fastpe.Favor, q: Tensor, k: Tensor, backend: str
 ) -> Tensor:
-    """Return the weights of one draw for each head, [H, T, T]."""
+    """Return the weights, [H, T, T], each head with a draw of its own."""
     length, heads = q.shape[0], encoding.num_heads
     positions = torch.arange(length, dtype=torch.float64).view(1, length, 1)
     features = []
-    for x, position_map in zip((q, k), encoding.position_maps(), strict=True):
+    for x, position_map in zip((q, k), encoding.make_maps(), strict=True):
         x = x[None, :, None].expand(1, length, heads, x.shape[-1])
         if encoding.num_realizations is None:
             exponent, half_square = psi.exponents(x, positions, position_map, backend)
@@ -59,7 +57,7 @@ def estimated_weights(
 
 
 def errors(found: Tensor, exact: Tensor) -> dict[str, float]:
-    """Return the errors over all draws, queries, and keys up to the query."""
+    """Return the errors over all draws, all queries, and all keys up to the query."""
     seen = torch.ones_like(exact, dtype=torch.bool).tril()
     relative = (found / exact - 1)[:, seen]
     rows, exact_rows = (x.tril() / x.tril().sum(-1, keepdim=True) for x in (found, exact))
@@ -71,11 +69,10 @@ def errors(found: Tensor, exact: Tensor) -> dict[str, float]:
     }
 
 
-def stages(args: argparse.Namespace) -> dict[str, dict]:
-    """Return the options of SineSPE for each row."""
-    rows = {"two stages": {"num_realizations": args.realizations}}
-    if "noise" in inspect.signature(fastpe.SineSPE).parameters:
-        rows["two stages, orthogonal"] = rows["two stages"] | {"noise": "orthogonal"}
+def stages(realizations: int) -> dict[str, dict]:
+    """Return {row: options of SineSPE}."""
+    two = {"num_realizations": realizations}
+    rows = {"two stages": two, "two stages, orthogonal": two | {"noise": "orthogonal"}}
     return rows | {"one stage": {"num_realizations": None}}
 
 
@@ -86,8 +83,8 @@ def measure(args: argparse.Namespace, backend: str) -> list[dict]:
     q, k = args.scale * torch.randn(2, *shape, dtype=torch.float64)
     exact = fastpe.SineSPE(args.head_dim, 1, num_sines=args.sines, num_realizations=None).double()
     wanted, records = exact_weights(exact, q, k), []
-    for name, chosen in stages(args).items():
-        # every head has the same parameters and noise of its own
+    for name, chosen in stages(args.realizations).items():
+        # every head has the same parameters, but noise of its own
         encoding = fastpe.SineSPE(
             args.head_dim, args.draws, num_sines=args.sines, seed=args.seed, **chosen
         ).double()
@@ -102,18 +99,16 @@ def measure(args: argparse.Namespace, backend: str) -> list[dict]:
 
 
 def main() -> int:
-    """Run the benchmark; return 1 if an error came out as no number."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the benchmark; return 1 if an error is not finite."""
+    parser = command.plain_parser(__doc__)
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--realizations", type=int, default=64, help="R of SPE's noise")
+    parser.add_argument("--realizations", type=int, default=64, help="R, SPE's realisations")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--sines", type=int, default=10)
-    parser.add_argument("--scale", type=float, default=1.0, help="of queries and keys")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of queries and keys")
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     setup = Setup(args.length, heads=args.draws, head_dim=args.head_dim, dtype="float64")
@@ -121,14 +116,14 @@ def main() -> int:
     with torch.no_grad():
         records = measure(args, about["backend"])
     chosen = {name: value for name, value in vars(args).items() if name not in ("out", "features")}
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(about | chosen | record) for record in records]
-    (args.out / "variance.jsonl").write_text("\n".join(lines) + "\n")
+    lines = command.Lines(args.out / "variance.jsonl")
+    for record in records:
+        lines.write(about | chosen | record)
     table = [["features made in", "R", *MEASURES]]
     for r in records:
         numbers = (f"{r[name]:.3g}" for name in MEASURES)
         table.append([r["row"], str(r["features"]), *numbers])
-    print(report.markdown(table))
+    print(markdown(table))
     lost = [r for r in records if not all(math.isfinite(r[name]) for name in MEASURES)]
     for r in lost:
         print(f"error: {r['row']}, R = {r['features']}: not finite", file=sys.stderr)

@@ -36,11 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastpe
+from fastpe_lab import corpus, pieces
 
 from music import codec, sound
-
-import corpus
-import pieces
 
 FRAME_RATE, CODEBOOKS, ENTRIES = 50, 4, 64
 # seconds a sixteenth, at 72 quarters a minute; a bar is then no whole number of frames

@@ -10,7 +10,7 @@ Attention is linear, so the state keeps its size and a step costs the same in a 
 If the positions are chords, they are those of the song; after its last bar they start again with
 its first.
 
-The songs are Bach's chorales. --data takes others: an .npz (see benchmarks/corpus.py) or a folder
+The songs are Bach's chorales. --data takes others: an .npz (see fastpe_lab/corpus.py) or a folder
 of MIDI files. The script writes everything into --out: a .mid and a .png for each piece, and
 checkpoint.pt, which Ctrl-C leaves too and --model continues from. --measure writes speed.jsonl and
 speed.png. --save writes model and states to a file. --resume continues from that file as if the run
@@ -38,12 +38,12 @@ from harmonize import (
     windows_of,
 )
 
+from fastpe_lab import checks
+from fastpe_lab.corpus import BAR, Song
+
 from music import decoding, midi, pictures, speed
 from music.model import Config
 from music.training import Budget, Trainer, restore
-
-import checks
-from corpus import BAR, Song
 
 # length of a picture at most
 DRAWN_BARS = 64

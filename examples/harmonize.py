@@ -5,7 +5,7 @@
     python examples/harmonize.py evaluate --out runs/rope
     python examples/harmonize.py generate --out runs/rope --song 3 --play-bars 64
 
-The songs are Bach's chorales. --data takes others: an .npz (see benchmarks/corpus.py) or a folder
+The songs are Bach's chorales. --data takes others: an .npz (see fastpe_lab/corpus.py) or a folder
 of MIDI files. The script writes everything into --out: checkpoint.pt, metrics.json, and a .mid and
 a .png for each generation.
 
@@ -27,14 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastpe_lab import checks
+from fastpe_lab.baselines import BASELINES
+from fastpe_lab.corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
+
 from music import decoding, evaluation, midi, pictures, sources
 from music.model import ADDED, ENCODINGS, MAPS, Config, takes_labels, variant
 from music.training import Budget, Trainer, restore
 from music.windows import KEYS, LOWEST, Windows
-
-import checks
-from baselines import BASELINES
-from corpus import ACCOMPANIMENT, MELODY, PITCHES, PRIORS, Song
 
 # parsing the chorales takes a minute or two, so this file keeps them
 CHORALES = Path("runs/chorales.npz")

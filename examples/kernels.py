@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastpe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import pieces
+from fastpe_lab import pieces
 
 HEAD_DIM, REALIZATIONS, STEPS = 16, 64, 16
 PRIORS = {

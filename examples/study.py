@@ -26,11 +26,11 @@ import torch
 from harmonize import default_bars, guarded, load_songs, name_of, windows_of
 from tqdm import tqdm
 
+from fastpe_lab import checks
+
 from music import evaluation, findings
 from music.rows import ROWS
 from music.training import Budget, Trainer
-
-import checks
 
 
 def run(name: str, budget: Budget, data: Path | None) -> dict:
@@ -82,7 +82,7 @@ def train(args: argparse.Namespace, file: Path, budget: Budget) -> tuple[list[di
     """
     done, good = read(file, budget), True
     if file.exists() and not file.read_bytes().endswith(b"\n"):
-        # what was cut off keeps a line of its own
+        # a line that was cut off stays a line of its own
         with file.open("a") as out:
             out.write("\n")
     wanted = [(name, seed) for seed in args.seeds for name in args.rows]

@@ -28,7 +28,7 @@ class SwappedAttention(fastpe.nn.CausalLinearAttention):
 
     Args:
         mha: Causal self-attention, batch_first; what it drops out, weights, is not there any more.
-        options: Of `fastpe.nn.CausalLinearAttention`.
+        options: options of `fastpe.nn.CausalLinearAttention`.
 
     Raises:
         ValueError: mha is not batch_first or not made for self-attention.
@@ -101,7 +101,7 @@ def swap_(
     Args:
         model: Whose attention is causal self-attention.
         make_encoding: head_dim, num_heads to the encoding of a layer; default none.
-        options: Of `fastpe.nn.CausalLinearAttention`, such as feature_map.
+        options: options of `fastpe.nn.CausalLinearAttention`, such as feature_map.
     """
     found = [
         (parent, name, child)

@@ -241,7 +241,7 @@ def trace(name: str, dtype: torch.dtype, d: int, e: int, shape: tuple[int, int, 
     """Run forward and backward of one encoding on tensors without memory."""
     (b, t, h), make = shape, (ENCODINGS | SINES)[name]
     encoding = make(d, h) if make else None
-    maps = None if encoding is None else encoding.position_maps(torch.device("cpu"))
+    maps = None if encoding is None else encoding.make_maps(torch.device("cpu"))
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

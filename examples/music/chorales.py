@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import checks
-import corpus
+from fastpe_lab import checks, corpus
+from fastpe_lab.corpus import ACCOMPANIMENT, BAR, MELODY, STEPS, Song
+
 from .harmony import estimate_chords, estimate_key
 from .optional import need
 from .split import split
-from corpus import ACCOMPANIMENT, BAR, MELODY, STEPS, Song
 
 if TYPE_CHECKING:
     from music21.stream import Part, Score

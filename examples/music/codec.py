@@ -20,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checks
-from corpus import by_first_appearance
+from fastpe_lab import checks
+from fastpe_lab.corpus import by_first_appearance
 
 _LARGEST_DENOMINATOR = 10**6
-# tokens of a codebook: what is beyond is no token, and a model has a row for each
+# tokens of a codebook: larger numbers are no tokens, and a model has a row for each token
 MOST_TOKENS = 2**20
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 import fastpe
+from fastpe_lab import checks, corpus
+from fastpe_lab.corpus import BAR, Song
 
-import checks
-import corpus
 from .model import Config, Model, check_step, saved_config
 from .windows import KEYS, Windows, positions_of
-from corpus import BAR, Song
 
 
 def joined(songs: Sequence[Song], bars: int) -> Song:
@@ -46,7 +45,7 @@ class Sampler:
         temperature: 1 takes the probabilities as they are; less draws them away from the threshold;
             at 0 all above it sounds.
         top_k: Keys that may sound at once.
-        generator: Of the coins.
+        generator: generator of the random draws.
     """
 
     threshold: float = 0.5
@@ -63,11 +62,11 @@ class Sampler:
             raise ValueError(f"top_k must be 1 to {KEYS}, got {self.top_k}")
 
     def __call__(self, logits: Tensor, sounding: Tensor) -> Tensor:
-        """Return what sounds and is struck, bool [B, 2, 88].
+        """Return the keys that sound and that are struck, bool [B, 2, 88].
 
         Args:
             logits: [B, 2, 88].
-            sounding: What sounded at the step before, bool [B, 88]: the rest can only be struck.
+            sounding: keys that sounded at the step before, bool [B, 88]; others must be struck.
         """
         keys, strikes = logits.unbind(1)
         middle = torch.tensor(self.threshold, dtype=keys.dtype).logit(eps=1e-6)
@@ -90,7 +89,7 @@ class Pieces:
     last one.
 
     Args:
-        model: Of the task "next".
+        model: a model for the task "next".
         songs: One for each piece.
         bars: How many of each song the model reads; its own ones stand behind them.
 
@@ -213,7 +212,7 @@ def check(config: Config) -> None:
 
 
 def size_of(states: list[object]) -> int:
-    """Return the bytes of states; of a cache's room only what is in use counts."""
+    """Return the bytes of states; unused room in a cache does not count."""
     total = 0
     for state in states:
         if isinstance(state, fastpe.LinearAttentionState):

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpe_lab.corpus import BAR
+
 from . import metrics
 from .model import Model, nats
 from .windows import Windows, batched
-from corpus import BAR
 
 # tokens of a batch, which bounds the memory
 _TOKENS = 2048
@@ -19,7 +20,7 @@ _TOKENS = 2048
 def outputs_of(
     model: Model, windows: Windows, starts: list[tuple[int, int]], bars: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of windows, and what the model should have said, [N, T, 2, 88] each."""
+    """Return the logits of windows and their targets, [N, T, 2, 88] each."""
     model.eval()
     size = max(1, _TOKENS // (BAR * bars))
     logits, targets = [], []
@@ -48,7 +49,7 @@ def fit_threshold(model: Model, windows: Windows, bars: int, count: int = 64) ->
     Args:
         model: Trained on the windows.
         windows: To train on.
-        bars: Of a window.
+        bars: number of bars in a window.
         count: Windows to look at, spread over the songs.
     """
     starts = starts_of(windows, bars)
@@ -65,8 +66,8 @@ def evaluate(model: Model, windows: Windows, bars: int, threshold: float) -> dic
 
     Args:
         model: To be evaluated.
-        windows: Of songs it has not seen.
-        bars: Of a window.
+        windows: windows of songs that the model has not seen.
+        bars: number of bars in a window.
         threshold: Probability above which a key is said to sound, see `fit_threshold`.
     Returns:
         nll: Nats a sixteenth of the keys that sound (the headline), onset_nll: of these, of the

@@ -1,4 +1,4 @@
-"""What a study found: means and differences in a table, what is claimed, a plot."""
+"""The findings of a study: means and differences in a table, claims, a plot."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from report import markdown
 
-import checks
+from fastpe_lab import checks
+from fastpe_lab.records import markdown
+
 from .rows import ROWS
 
 COLOURS = {
@@ -34,7 +35,7 @@ SCORES = {
 
 
 def check(record: object) -> None:
-    """Raise a ValueError unless a record, as it was read, has what is told of it here."""
+    """Raise a ValueError unless a record has the fields that are shown here."""
     checks.record(record, {"row": str, "config": dict, "budget": dict, "bars": dict})
     checks.record(record["budget"], {"seed": int}, "budget")
     for bars, found in record["bars"].items():
@@ -56,13 +57,13 @@ def interval(values: list[float]) -> str:
 
 
 def report(records: list[dict]) -> str:
-    """Return the tables, what is to be seen beside them, and what is claimed."""
+    """Return the tables, the values to compare them with, and the claims."""
     parts = (likelihoods(records), scores(records), f"{beside(records)}\n{claims(records)}")
     return "\n\n".join(parts)
 
 
 def likelihoods(records: list[dict]) -> str:
-    """Return NLL with 95 % intervals over seeds, and what is gained over "none" seed by seed."""
+    """Return NLL with 95 % intervals over seeds, and the gain over "none" seed by seed."""
     lengths = lengths_of(records)
     head = ["", "seeds"]
     for bars in lengths:
@@ -141,7 +142,7 @@ CLAIMS = (
 
 
 def claims(records: list[dict]) -> str:
-    """Return what is claimed of every seed, and whether it holds at each length."""
+    """Return the claims about every seed, and whether they hold at each length."""
     lines = []
     for name, other, least in CLAIMS:
         for bars in lengths_of(records):

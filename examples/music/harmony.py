@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-import corpus
-from corpus import BAR, BEATS, PITCHES, STEPS
+from fastpe_lab import corpus
+from fastpe_lab.corpus import BAR, BEATS, PITCHES, STEPS
 
 # pitch classes above the root
 QUALITIES = {

@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import checks
-import corpus
+from fastpe_lab import checks, corpus
+from fastpe_lab.corpus import (
+    ACCOMPANIMENT,
+    BAR,
+    BEATS,
+    BRIDGE,
+    MELODY,
+    MOST_BARS,
+    PITCHES,
+    STEPS,
+    Song,
+)
+
 from .harmony import estimate_chords, estimate_key
 from .optional import need
-from corpus import ACCOMPANIMENT, BAR, BEATS, BRIDGE, MELODY, MOST_BARS, PITCHES, STEPS, Song
 
 if TYPE_CHECKING:
     from symusic import Score
@@ -25,7 +35,7 @@ _ONE_VOICE = 1.25
 # as many notes as the fullest voice has, times this: sparser ones are fills, not melodies; POP909's
 # bridges are, and the sopranos of chorales are not
 _FULL = 0.7
-# ticks a beat, velocity and tempo of what is written or not said
+# ticks a beat, velocity and tempo for files that we write or that do not say
 _TICKS, _VELOCITY, _BPM = 480, 80, 120.0
 
 
@@ -56,7 +66,7 @@ def read(path: Path | str, accompanied: bool = True) -> Song:
 
 
 def read_folder(path: Path | str) -> tuple[list[Song], list[str]]:
-    """Return the songs of all .mid and .midi files below a folder, by path, and what was skipped.
+    """Return the songs of all .mid and .midi files below a folder, by path, and skipped files.
 
     Returns:
         songs: Titled by their path in the folder.
@@ -86,8 +96,8 @@ def write(
 
     Args:
         path: Where to.
-        parts: Name of each track and what sounds in it, bool [T, 128], a step a sixteenth.
-        onsets: What is struck, bool [T, 128], of some tracks; a note held there is struck anew.
+        parts: {name of a track: notes that sound in it, bool [T, 128]}, a step a sixteenth.
+        onsets: {name of a track: notes that begin, bool [T, 128]}; a held note begins anew.
             Otherwise notes that follow each other at one pitch are one note.
         bpm: Beats a minute, `corpus.SLOWEST` to FASTEST.
     Raises:

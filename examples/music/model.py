@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastpe
+from fastpe_lab import checks
+from fastpe_lab.baselines import BASELINES
+from fastpe_lab.baselines.ape import LearnedAPE, SinusoidalAPE, StructuralAPE
 
-import checks
 from .attention import BaselineAttention, LinearAttention, SoftmaxAttention
 from .windows import KEYS, input_size, num_levels, split, structural_levels
-from baselines import BASELINES
-from baselines.ape import LearnedAPE, SinusoidalAPE, StructuralAPE
 
-# 64 bars, for what has a parameter for each step
+# 64 bars, for modules that have a parameter for each step
 LONGEST = 1024
 # of freqs at the start: sigmoid(-1) / 2 = 0.13 cycles a label
 STRUCTURAL_FREQUENCY = -1.0
@@ -62,7 +62,7 @@ class Config:
         task: "harmonize" or "next", see `windows.Windows`.
         attention: "linear", "softmax", or the name of one of `baselines.BASELINES`.
         pe: One of `ADDED` or, with linear attention, of `ENCODINGS`; "rope" with softmax too.
-        prior: Of the positions: priors joined by +.
+        prior: priors of the positions, joined by +.
         feature_map: One of `MAPS`, of linear attention.
         chords: Whether the chords' pitch classes are inputs.
         labels: "own", or "another": positions are those of another song, as a control.
@@ -152,7 +152,7 @@ def takes_labels(attention: str) -> bool:
 
 
 def variant(pe: str, prior: str) -> str:
-    """Return what a name stands for: APE of structure is S-APE, SPE of vectors F-StrIPE:SFF."""
+    """Return the encoding behind a name: structural APE is S-APE, vector SPE is F-StrIPE:SFF."""
     if pe == "ape" and any(structural_levels(prior)):
         return "sape"
     return "fstripe-sff" if pe == "spe" and num_levels(prior) > 1 else pe
@@ -208,7 +208,7 @@ def make_attention(config: Config) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Attention and two linear layers, each on what is normalised and added."""
+    """Attention and two linear layers, each normalised before and added to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -233,10 +233,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Keys that sound and are struck at each sixteenth, of what was heard until then.
+    """Predicts the keys that sound and are struck at each sixteenth, from the input until then.
 
     Args:
-        config: Of attention, encoding and sizes.
+        config: attention, encoding and sizes.
     """
 
     def __init__(self, config: Config) -> None:
@@ -280,7 +280,7 @@ class Model(nn.Module):
         return self.added(x, positions if self.config.pe == "sape" else None)
 
     def auxiliary_loss(self) -> Tensor | float:
-        """Return the sum of what attention systems with a loss of their own ask for."""
+        """Return the sum of the auxiliary losses of the attention systems."""
         cores = [getattr(block.attention, "core", None) for block in self.blocks]
         return sum(core.auxiliary_loss for core in cores if hasattr(core, "auxiliary_loss"))
 

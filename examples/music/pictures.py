@@ -14,10 +14,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation, Transform, blended_transform_factory
 
-from .chords import chord_name
-from corpus import BAR, PITCHES, STEPS, Song, notes_of, runs
+from fastpe_lab.corpus import BAR, PITCHES, STEPS, Song, notes_of, runs
 
-# hues of like lightness in the order of fifths from F: what is near in key is near in hue
+from .chords import chord_name
+
+# hues of equal lightness in the order of fifths from F: near keys have near hues
 _FIFTHS = (
     *("#3f7fe0", "#6a5be8", "#a24ae0", "#d13fc0", "#e5407f", "#e85a4a"),
     *("#e07b1e", "#c2960f", "#86a516", "#3fa94a", "#14a58c", "#1698c2"),
@@ -41,8 +42,8 @@ def piano_rolls(
 
     Args:
         song: Whose bars, chords and phrases are shown; lanes without a label are left out.
-        rolls: Name -> what sounds, bool [song.num_steps, 128], from top to bottom.
-        path: Of the picture.
+        rolls: {name: notes that sound, bool [song.num_steps, 128]}, from top to bottom.
+        path: file for the picture.
         title: Above it, default the song's.
     Raises:
         ValueError: there is no roll, or one is not as above.

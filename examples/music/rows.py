@@ -13,7 +13,7 @@ class Row:
 
     Args:
         label: In the table.
-        config: Of the model.
+        config: configuration of the model.
     """
 
     label: str

@@ -20,7 +20,7 @@ _FLOOR = 1e-6
 
 
 def notes_of(roll: np.ndarray, onset: np.ndarray) -> list[tuple[int, int, int]]:
-    """Return (first step, end, pitch) of the notes of bool [T, 128]: what sounds, what is struck.
+    """Return (first step, end, pitch) for notes that sound and that begin, bool [T, 128] each.
 
     A note ends where its pitch falls silent or is struck again.
     """
@@ -87,14 +87,14 @@ def band_energies(sound: np.ndarray, frame_rate: int) -> np.ndarray:
 
 
 class ResidualKMeans:
-    """Codebooks, each learned by k-means on what the ones before leave over.
+    """Codebooks, each learned by k-means on the residual of those before.
 
     Args:
         frames: To learn from, [N, F], N at least `size`.
         num_codebooks: How many.
         size: Entries of each.
-        seed: Of the first entries, frames chosen at random.
-        rounds: Of Lloyd's algorithm.
+        seed: seed for the first entries, which are random frames.
+        rounds: number of rounds of Lloyd's algorithm.
     Raises:
         ValueError: there are fewer frames than entries.
     """

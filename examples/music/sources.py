@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import corpus
+from fastpe_lab import corpus
+from fastpe_lab.corpus import Song
+
 from . import chorales, midi
 from .split import split
-from corpus import Song
 
 
 def songs(
@@ -15,16 +16,16 @@ def songs(
 ) -> list[Song]:
     """Return songs with their splits, "train", "val" and "test".
 
-    MIDI files that are no song are skipped, with a line each and a count.
+    MIDI files without a song are skipped, with a line each and a count.
 
     Args:
-        path: None for Bach's chorales, an .npz file (`corpus.load`), or a MIDI file or a folder of
-            them.
-        cache: Where the chorales are kept once parsed, an .npz file.
-        at_least: Number of songs that must be found; one alone is of no split.
+        path: None for Bach's chorales, an .npz file (`corpus.load`), a MIDI file, or a folder of
+            MIDI files.
+        cache: .npz file that keeps the parsed chorales.
+        at_least: number of songs that must be found; a single song has no split.
     Raises:
-        ImportError: what reads the songs is not installed.
-        ValueError: there is no such file, it is not a corpus, or there are too few songs in it.
+        ImportError: a package that reads the songs is not installed.
+        ValueError: there is no such file, it is not a corpus, or it has too few songs.
     """
     if path is None:
         return chorales.load(cache)

@@ -1,8 +1,8 @@
 """Steps a second and bytes of state as a piece grows: linear attention beside softmax with a cache.
 
 All models take the same sixteenths of real songs, timed in turn in one process. A row counts only
-if its steps are what one forward over the whole piece says. Parameters are as at the start of a
-training, which the time of a step does not depend on.
+if its steps agree with one forward over the whole piece. Models are untrained: the time of a step
+does not depend on the parameters.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from harness import TOLERANCE, Setup, alternate, environment, relative_error, spread
 from torch import Tensor
+
+from fastpe_lab.clocks import TOLERANCE, alternate, relative_error, spread
+from fastpe_lab.corpus import BAR, Song
+from fastpe_lab.records import Setup, environment
 
 from .decoding import joined, size_of
 from .model import Config, Model
 from .windows import Windows
-from corpus import BAR, Song
 
-# of a measured call
+# steps in a measured call
 STEPS = 32
 ELU, FAVOR = "RoPEPool, elu+1", "F-StrIPE, FAVOR+"
 SOFTMAX = "softmax with KV cache, RoPE"
@@ -37,9 +39,9 @@ class Decoder:
     """A model after a context, and the steps that go on from there.
 
     Args:
-        config: Of the model.
-        songs: What it hears, one after the other.
-        context: Sixteenths before the steps.
+        config: configuration of the model.
+        songs: songs that the model hears, one after the other.
+        context: number of sixteenths before the steps.
     """
 
     def __init__(self, config: Config, songs: Sequence[Song], context: int) -> None:
@@ -56,7 +58,7 @@ class Decoder:
         """Return a call of STEPS steps, which returns logits [1, STEPS, 2, 88]."""
         before = self.context - 1
         states = self.model(self.inputs[:, :before], self.positions[:, :before])[1]
-        # one more as a step: a cache makes room for more with it
+        # take the last one as a step, so that a cache makes room for more
         self.states = self._step(before, states)[1]
         return self._run
 
@@ -83,15 +85,14 @@ def measure(
 ) -> list[dict]:
     """Return a record of each model at each length.
 
-    All are timed in turn, those of different lengths too, so that a machine that is slow for a
-    while is so for all of them.
+    All models and lengths are timed in turn, so that a slow moment of the machine affects all.
 
     Args:
-        songs: Real music, repeated as often as needed.
-        bars: Lengths of what was decoded before, in ascending order.
-        seconds: For all repeats, of which there are three or more.
-        patience: Seconds that the prompt and the check of softmax attention may take, which grow
-            with the square of the length at most; where more are predicted it is left out.
+        songs: real music, repeated as often as needed.
+        bars: numbers of bars before the steps, in ascending order.
+        seconds: time for all repeats, which are three or more.
+        patience: seconds that the prompt and the check of softmax attention may take. They grow at
+            most with the square of the length; longer predicted times are left out.
     """
     rows, calls = [], {}
     for name, config in MODELS.items():
@@ -125,7 +126,7 @@ def _describe(name: str, config: Config, bars: int) -> dict:
 
 
 def _checked(decoder: Decoder, row: dict) -> Callable[[], Tensor] | None:
-    # what is to be timed; None if it is wrong
+    # the call to time, or None if it is wrong
     run = decoder.prepare()
     row["relative_error"] = decoder.error(run)
     if not row["relative_error"] <= TOLERANCE[row["dtype"]][0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from corpus import Song, by_first_appearance
+from fastpe_lab.corpus import Song, by_first_appearance
 
 
 def split(songs: Sequence[Song], groups: Sequence[Hashable] | None = None) -> list[Song]:

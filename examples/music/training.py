@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checks
+from fastpe_lab import checks
+
 from .evaluation import fit_threshold
 from .model import Config, Model, nats, saved_config
 from .windows import Window, Windows
@@ -28,12 +29,12 @@ class Budget:
     Args:
         steps: Number of updates.
         batch: Windows a step.
-        bars: Of a window.
+        bars: number of bars in a window.
         lr: Peak of the learning rate, which rises over a tenth of the steps and falls to zero as a
             cosine.
-        position_lr: Times lr, for what encodings learn.
-        seed: Of parameters, noise and windows.
-        data: Name of what is trained on.
+        position_lr: factor on lr for the parameters of encodings.
+        seed: seed of parameters, noise and windows.
+        data: name of the training data.
     """
 
     steps: int = 300
@@ -59,8 +60,8 @@ class Trainer:
     that a training that was cut off goes on as if it had not been.
 
     Args:
-        config: Of the model.
-        budget: Of the training.
+        config: configuration of the model.
+        budget: budget of the training.
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:

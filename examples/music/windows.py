@@ -1,4 +1,4 @@
-"""Songs cut into windows of bars: what a model sees, what it is to say, and where it stands."""
+"""Songs cut into windows of bars: inputs, targets and positions of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpus import ACCOMPANIMENT, BAR, MELODY, PRIORS, Song
+from fastpe_lab.corpus import ACCOMPANIMENT, BAR, MELODY, PRIORS, Song
 
 # the keys of a piano
 LOWEST, KEYS = 21, 88
@@ -20,7 +20,7 @@ class Window:
     """Some bars of a song, or a batch of them (then B stands in front of every shape).
 
     Args:
-        inputs: float [T, C]: what sounds and what is struck, with chords also their pitch classes.
+        inputs: float [T, C]: keys that sound, keys that are struck, and maybe chords (12).
         target: float [T, 2, 88]: the keys that sound, and of these the keys that are struck.
         positions: float64 [T, L], by the priors.
     """
@@ -73,9 +73,9 @@ class Windows:
     at it; in "next" it hears all that sounded before a step and is to say what sounds at it.
 
     Args:
-        songs: Of which windows are taken; those too short for a window are passed over.
+        songs: songs to take windows from; songs shorter than a window are passed over.
         task: "harmonize" or "next".
-        priors: Of the positions, joined by +.
+        priors: priors of the positions, joined by +.
         chords: Give the chords' pitch classes as inputs too.
         labels: "own", or "another": positions are those of another song. What remains of an
             encoding's advantage then is not the music's structure.
@@ -114,7 +114,7 @@ class Windows:
         """Return bars `first` to `first + bars` of song i."""
         heard, target = (roll[first * BAR : (first + bars) * BAR] for roll in self._rolls[i])
         if self.task == "next":
-            # at a step what sounded before it is known; nothing before the first
+            # a step knows the notes before it; the first step knows none
             heard = np.concatenate((np.zeros_like(heard[:1]), heard[:-1]))
         inputs = heard.reshape(len(heard), -1)
         cut = self.songs[i].cut(first, bars)
@@ -158,7 +158,7 @@ def batched(windows: list[Window]) -> Window:
 
 
 def _rolls(song: Song, task: str) -> tuple[np.ndarray, np.ndarray]:
-    # what is heard and what is to be said, bool [T, 2, 88]
+    # the input and the target, bool [T, 2, 88]
     def both(*tracks: int) -> np.ndarray:
         return np.stack(song.rolls(*tracks), axis=1)[:, :, LOWEST : LOWEST + KEYS]
 

@@ -1,19 +1,12 @@
 """Encodings of inputs: learned, sinusoidal, of structure."""
 
-import sys
-from pathlib import Path
-
 import baseline_oracle
 import pytest
 import torch
 from helpers import assert_within
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.append(BENCHMARKS)
-
-from baselines import LearnedAPE, SinusoidalAPE, StructuralAPE  # noqa: E402
-from baselines.stripe import Stripe  # noqa: E402
+from fastpe_lab.baselines import LearnedAPE, SinusoidalAPE, StructuralAPE
+from fastpe_lab.baselines.stripe import Stripe
 
 B, L = 2, 2
 

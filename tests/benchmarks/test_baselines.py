@@ -1,8 +1,6 @@
 """The literature's systems: their definitions, causality, memories, hashes."""
 
 import math
-import sys
-from pathlib import Path
 
 import baseline_oracle
 import pytest
@@ -11,14 +9,10 @@ from baseline_oracle import DIRECT
 from helpers import assert_within
 from torch.nn import functional as F
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.append(BENCHMARKS)
-
-from baselines import BASELINES  # noqa: E402
-from baselines.compressive import Compressive  # noqa: E402
-from baselines.reformer import Reformer  # noqa: E402
-from baselines.transformer_xl import TransformerXL  # noqa: E402
+from fastpe_lab.baselines import BASELINES
+from fastpe_lab.baselines.compressive import Compressive
+from fastpe_lab.baselines.reformer import Reformer
+from fastpe_lab.baselines.transformer_xl import TransformerXL
 
 B, H, D, L = 2, 2, 6, 2
 # so small that 23 tokens are many blocks, and drop out of what is remembered

@@ -1,18 +1,11 @@
 """Benchmarks write what they have measured at once: one that is stopped leaves its records."""
 
 import json
-import sys
-from pathlib import Path
 
+import bars
+import decode
 import pytest
-
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.append(BENCHMARKS)
-
-import bars  # noqa: E402
-import decode  # noqa: E402
-import turns  # noqa: E402
+from timing import turns
 
 MS = {"median": 1.0, "q1": 1.0, "q3": 1.0, "repeats": 3}
 SIZE = ["--batch", "1", "--heads", "1", "--head-dim", "16", "--threads", "1", "--device", "cpu"]

@@ -8,11 +8,13 @@ import pytest
 import torch
 from songs import example
 
+from fastpe_lab import clocks, records
+
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"{package} is not installed")
-cases, decode, harness, isolated, report, seq_scaling, variance = map(
+cases, decode, isolated, measure, report, seq_scaling, variance = map(
     example,
-    ("cases", "decode", "harness", "isolated", "report", "seq_scaling", "variance"),
+    ("cases", "decode", "timing.isolated", "timing.measure", "report", "seq_scaling", "variance"),
 )
 SIZES = ["--heads", "2", "--head-dim", "8", "--threads", "1"]
 
@@ -30,9 +32,9 @@ def here(monkeypatch):
 @pytest.fixture
 def made_up(monkeypatch):
     """Every case is right, and takes a millisecond and a megabyte."""
-    measured = {"ms": harness.spread([1.0] * 3), "sdpa_ms": None, "variant": None}
+    measured = {"ms": clocks.spread([1.0] * 3), "sdpa_ms": None, "variant": None}
 
-    def measure_time(table, name, setup, modes, seconds):
+    def measure_time(name, setup, modes, seconds):
         return dict.fromkeys(modes, measured)
 
     monkeypatch.setattr(seq_scaling, "check", lambda *args: {"check": {"o": 1e-9}})
@@ -66,7 +68,7 @@ def test_every_case_has_a_row_on_a_slow_machine(slow_clock, made_up, tmp_path, c
     assert code == 0
     names = seq_scaling.chosen(seq_scaling.parse(QUICK))
     assert {"sdpa", *cases.OURS} <= set(names)
-    for name, mode in itertools.product(names, harness.MODES):
+    for name, mode in itertools.product(names, measure.MODES):
         first, *others = (found[name, length, mode] for length in (64, 128, 256))
         if cases.CASES[name].slow_start:
             assert first["reason"].startswith("compiles for a minute")
@@ -122,18 +124,18 @@ def test_rows_are_measured(slow_clock, tmp_path, monkeypatch):
     monkeypatch.setattr(seq_scaling, "measure_memory", lambda *args: {"extra_mb": 1.0})
     code, found = _run(tmp_path, *QUICK, "--cases", "fastpe")
     assert code == 0
-    for name, mode in itertools.product(("sdpa", "fastpe"), harness.MODES):
+    for name, mode in itertools.product(("sdpa", "fastpe"), measure.MODES):
         first, second, _ = (found[name, length, mode] for length in (64, 128, 256))
         assert (first["status"], second["status"]) == ("ok", "skipped")
         assert first["ms"]["repeats"] >= 3
         assert first["ms"]["median"] > 0
-        assert first["check"]["dq"] <= harness.TOLERANCE["float32"][0]
+        assert first["check"]["dq"] <= clocks.TOLERANCE["float32"][0]
 
 
 def test_without_quick_there_is_no_end(slow_clock, made_up, tmp_path):
     code, found = _run(tmp_path, "--min-len", "64", "--max-len", "256", "--cases", "fastpe")
     assert code == 0
-    assert len(found) == 2 * 3 * len(harness.MODES)
+    assert len(found) == 2 * 3 * len(measure.MODES)
     assert {record["status"] for record in found.values()} == {"ok"}
 
 
@@ -145,7 +147,7 @@ def test_a_case_without_a_row_is_an_error(made_up, tmp_path, capsys):
     assert found["softmax", 64, "forward"]["status"] == "skipped"
     assert found["fastpe", 64, "forward"]["status"] == "ok"
     error = capsys.readouterr().err
-    for mode in harness.MODES:
+    for mode in measure.MODES:
         assert f"error: no row of softmax, {mode}: predicted" in error
     assert "no row of fastpe" not in error
     assert "nothing was measured" not in error
@@ -158,7 +160,7 @@ def test_nothing_measured_is_an_error(made_up, tmp_path, monkeypatch, capsys):
     assert code == 1
     assert {record["status"] for record in found.values()} == {"error", "skipped"}
     out, error = capsys.readouterr()
-    for name, mode in itertools.product(("sdpa", "fastpe"), harness.MODES):
+    for name, mode in itertools.product(("sdpa", "fastpe"), measure.MODES):
         assert f"error: no row of {name}, {mode}: broken" in error
     assert error.rstrip().endswith("error: nothing was measured")
     # there is no picture of nothing
@@ -171,7 +173,6 @@ def test_cases_that_cannot_run_here(named, made_up, tmp_path, monkeypatch, capsy
     absent = replace(cases.CASES["fastpe-rope"], unavailable=lambda setup: "no such thing here")
     few = {name: cases.CASES[name] for name in ("sdpa", "fastpe")} | {"absent": absent}
     monkeypatch.setattr(cases, "CASES", few)
-    monkeypatch.setattr(seq_scaling, "CASES", few)
     options = ["--quick", "--min-len", "64", "--max-len", "64"]
     code, found = _run(tmp_path, *options, *(["--cases", "fastpe", "absent"] if named else []))
     assert found["absent", 64, "forward"]["reason"] == "no such thing here"
@@ -184,7 +185,7 @@ def test_a_row_of_decoding_without_kernels_is_an_error(monkeypatch):
     """Times of PyTorch and of softmax alone are no row."""
     reasons = {"cpu": None, "reference": None, "cuda": "not built", "triton": "not installed"}
     monkeypatch.setattr(decode.fastpe, "available_backends", lambda: reasons)
-    setup = harness.Setup(80, device="cuda")
+    setup = records.Setup(80, device="cuda")
     with pytest.raises(RuntimeError, match=r"no kernels run on cuda: .*not built"):
         decode.backends(setup)
     reasons["triton"] = None

@@ -3,25 +3,20 @@
 import importlib.util
 import itertools
 import os
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.append(BENCHMARKS)
-
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-import smoke  # noqa: E402
-import tiles  # noqa: E402
-from harness import Setup  # noqa: E402
-from isolated import Isolated  # noqa: E402
-from tiles import Group, Tile  # noqa: E402
+import smoke
+import tiles
+from tiles import Group, Tile
+from timing.isolated import Isolated
+
+from fastpe_lab.records import Setup
 
 SETUP = Setup(48, batch=1, heads=1, dtype="float32", backend="triton")
 interpreted = pytest.mark.skipif(

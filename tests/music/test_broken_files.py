@@ -10,11 +10,12 @@ import torch
 from damage import CHANGE, changed, fixed, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from songs import corpus, example, make_song, song_of_chords
+from songs import corpus, make_song, song_of_chords
+
+from fastpe_lab import pieces
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 chorales, codec = map(songs.module, ("chorales", "codec"))
-pieces = example("pieces")
 EDITS = st.lists(st.tuples(st.integers(0, 10**5), st.integers(0, 255)), min_size=1, max_size=5)
 
 

@@ -16,7 +16,7 @@ from music.rows import ROWS
 from music.training import Budget, Trainer
 from music.windows import Windows
 
-BASELINES = importlib.import_module("baselines").BASELINES
+BASELINES = importlib.import_module("fastpe_lab.baselines").BASELINES
 harmonize = importlib.import_module("harmonize")
 SMALL = {"dim": 16, "heads": 2, "layers": 2}
 

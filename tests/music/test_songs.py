@@ -1,4 +1,4 @@
-"""Songs and their files: what sounds, positions, cuts, the .npz format (benchmarks/corpus.py)."""
+"""Songs and their files: what sounds, positions, cuts, the .npz format (fastpe_lab/corpus.py)."""
 
 import itertools
 from dataclasses import replace

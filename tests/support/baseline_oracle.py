@@ -1,4 +1,4 @@
-"""Direct O(T^2) definitions of the systems in benchmarks/baselines, token by token and key by key.
+"""Direct O(T^2) definitions of the systems in fastpe_lab/baselines, token by token and key by key.
 
 Each takes a module (for its parameters and sizes), q, k, v [B, T, H, D] and positions [B, T, L].
 """

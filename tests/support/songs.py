@@ -1,19 +1,14 @@
-"""Songs made up for tests, and the modules of the examples."""
+"""Songs made up for tests, and the modules of examples and benchmarks."""
 
 import importlib
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
+from fastpe_lab import corpus
+
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-if str(EXAMPLES) not in sys.path:
-    sys.path.insert(0, str(EXAMPLES))
-# the package puts the benchmarks' folder on the path
-importlib.import_module("music")
-corpus = importlib.import_module("corpus")
 ACCOMPANIMENT, BAR, BRIDGE, MELODY = (
     getattr(corpus, name) for name in ("ACCOMPANIMENT", "BAR", "BRIDGE", "MELODY")
 )
@@ -23,7 +18,7 @@ _CHORDS = ((0, 0), (9, 1), (5, 0), (7, 0), (2, 1), (4, 1))
 
 
 def example(name):
-    """Return examples/name.py."""
+    """Return examples/name.py or benchmarks/name.py."""
     return importlib.import_module(name)
 
 

@@ -1,0 +1,1 @@
+"""How the benchmarks measure: checks, time in turn, peak memory, fresh processes, options."""

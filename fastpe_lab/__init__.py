@@ -1,0 +1,1 @@
+"""What `benchmarks/` and `examples/` share: songs, the literature's attention systems, timing."""
