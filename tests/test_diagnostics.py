@@ -131,14 +131,14 @@ def test_defaults_are_ones_and_lags():
     ratio = signal_to_noise(encoding, lags)
     assert torch.equal(ratio, signal_to_noise(encoding, lags + 3, torch.tensor(3)))
     assert torch.equal(ratio, signal_to_noise(encoding, lags, q=torch.ones(H, D)))
-    # MATH section 2.1, from the correlation
+    # docs/math.md, "SPE with sines", from the correlation
     c = encoding.kernel(lags).sum((-2, -1))
     c = c / (encoding.power("q").sum(-1) * encoding.power("k").sum(-1)).sqrt()
     assert_within(ratio, 3 * c / (1 + c**2).sqrt(), 1e-12)
 
 
 def test_realizations_for_a_ratio():
-    """MATH section 2.1: at R = 64 a correlation of 0.1 has 0.8."""
+    """docs/math.md, "SPE with sines": at R = 64 a correlation of 0.1 has 0.8."""
     assert num_realizations_for(0.79, 0.1) <= 64 < num_realizations_for(0.81, 0.1)
     for snr, c in ((1.0, 0.1), (3.0, -0.5), (0.1, 1.0)):
         r = num_realizations_for(snr, c)

@@ -81,9 +81,10 @@ class Resampled(nn.Module):
         It is made anew if it would be recorded, or if inputs are on a GPU, which a look waits for.
         The bytes of inputs are compared: versions do not count what `.data` or FSDP2 writes.
         """
+        if torch.is_grad_enabled() or observed():
+            return make()
         inputs, noise = self.map_inputs(), self.noise_key
-        readable = all(x.is_cpu and x.is_contiguous() and not x.is_neg() for x in inputs)
-        if torch.is_grad_enabled() or observed() or not readable:
+        if not all(x.is_cpu and x.is_contiguous() and not x.is_neg() for x in inputs):
             return make()
         contents = [ctypes.string_at(x.data_ptr(), x.nbytes) for x in inputs]
         key = device, id(noise), [x.dtype for x in inputs], contents
@@ -113,6 +114,8 @@ class Resampled(nn.Module):
         source = self._noise_source()
         if not source._random:
             return None
+        if source._newest is not None and _torch.backward_number() == -1:
+            source._restore()  # the last backward failed, or this torch has no `after_backward`
         if observed():
             return source._made_key(_decoded(source.seed_code))
         # return the same tensor until the noise changes: states are then compared by identity

@@ -55,7 +55,11 @@ class FeatureMap(nn.Module):
         return self.num_heads is not None
 
     def check_normalize(self, normalize: bool | str) -> None:
-        """Raise ValueError if attention with this map cannot be normalised in this way."""
+        """Raise ValueError if attention with this map cannot be normalised in this way.
+
+        Args:
+            normalize: True, False or "abs".
+        """
 
     @property
     def signature(self) -> str:

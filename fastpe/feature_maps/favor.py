@@ -71,7 +71,11 @@ class Favor(Resampled, FeatureMap):
         self._reset_noise()
 
     def check_normalize(self, normalize: bool | str) -> None:
-        """Raise ValueError unless normalize is True."""
+        """Raise ValueError unless normalize is True.
+
+        Args:
+            normalize: True, False or "abs".
+        """
         if normalize is not True:
             raise ValueError(
                 "normalize must be True with Favor, whose features are known up to a factor, got "

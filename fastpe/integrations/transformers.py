@@ -26,7 +26,6 @@ from ..attention.api import causal_linear_attention, linear_attention
 from ..attention.state import LinearAttentionState
 from ..attention.validation import check_options
 from ..feature_maps.base import FeatureMap
-from . import transformers_config
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
@@ -37,6 +36,8 @@ try:
         causal_mask_function,
     )
     from transformers.modeling_utils import AttentionInterface
+
+    from . import transformers_config
 except ImportError as error:
     raise ImportError(
         "fastpe.integrations.transformers needs transformers >= 5.5: "

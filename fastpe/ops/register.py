@@ -112,6 +112,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx, *grads):
+            if not any(grad is not None for grad in grads):
+                return (None,) * (count + 1)
             tensors = ctx.saved_tensors
             needs = [ctx.needs_input_grad[i] for i in where]
             args = (*grads, *tensors[:count], *ctx.options, *tensors[count:], needs)

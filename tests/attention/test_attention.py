@@ -10,7 +10,7 @@ from fastpe import causal_linear_attention, causal_linear_attention_step
 from fastpe.backends import native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# MATH section 13, T5
+# docs/math.md, "Tolerances", T5
 T5 = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 

@@ -8,7 +8,7 @@ from helpers import assert_within, leaf, make_inputs, make_positions
 
 import fastpe
 from fastpe import DPFP, Favor, RoPE, SineSPE
-from fastpe.attention.call import kernel_widths
+from fastpe.attention import favor, linear
 
 B, T, H, D, E = 2, 37, 3, 8, 6
 EXACT = encodings("sinespe-exact", "fstripe-unpooled", "fstripe-vector")
@@ -191,10 +191,10 @@ def test_kernels_need_not_take_the_sines():
     """Exact sines are as wide as no kernel takes; only maps other than Favor see them."""
     q, _, v = make_inputs(1, 4, 1, 16, E)
     encoding = SineSPE(16, 1, num_sines=10, num_realizations=None)
-    assert kernel_widths(q, v, encoding, Favor(8)) == (16, 8, E)
-    assert kernel_widths(q, v, encoding, DPFP()) == (672, 672, E)
-    assert kernel_widths(q, v, SineSPE(16, 1), Favor(8)) == (64, 8, E)
-    assert kernel_widths(q, v, None, "elu1") == (16, 16, E)
+    assert favor.kernel_sizes(q, v, encoding, Favor(8))[1] == (16, 8, E)
+    assert linear.kernel_sizes(q, v, encoding, DPFP())[1] == (672, 672, E)
+    assert favor.kernel_sizes(q, v, SineSPE(16, 1), Favor(8))[1] == (64, 8, E)
+    assert linear.kernel_sizes(q, v, None, "elu1")[1] == (16, 16, E)
 
 
 def test_state_without_its_references_is_refused():

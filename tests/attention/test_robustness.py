@@ -77,7 +77,7 @@ def test_saturated(backend, kind, value):
     _finite(o, leaves)
 
 
-# shapes at the edge (MATH section 13), with masks and packing
+# shapes at the edge (docs/math.md, "Tolerances"), with masks and packing
 
 
 @pytest.mark.parametrize("make", encodings("-rope-vector", "-fstripe-vector"))
@@ -140,7 +140,7 @@ def test_nothing_to_attend_to(backend, make, d):
 )
 def test_malformed_sequences(backend, more, message, monkeypatch):
     """Refused before a kernel is called."""
-    monkeypatch.setattr(fastpe.backends.native.library.Library, "call", None)
+    monkeypatch.setattr(fastpe.backends.native.library.Library, "run", None)
     q, k, v = make_inputs(1, 5, 2, 8, 3, torch.float32)
     with pytest.raises(ValueError, match=message):
         causal_linear_attention(q, k, v, pos_encoding=RoPE(8), backend=backend, **more)

@@ -106,7 +106,7 @@ def test_other_versions_are_refused(tmp_path, table, fits):
     assert reason.startswith(OTHER)
     assert "install fastpe again, in a clone by `FASTPE_CPU=1 pip install -e .`" in reason
     with pytest.raises(ImportError, match=OTHER):
-        made.call("causal_dot", library.CausalDot())
+        made.run("causal_dot", library.CausalDot())
 
 
 def test_libraries_here_are_ours():

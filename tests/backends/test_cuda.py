@@ -1,5 +1,7 @@
 """The CUDA kernels without a card, as loops on the CPU (csrc/cuda/block.h), and the backend."""
 
+import sys
+
 import pytest
 import torch
 from conftest import encodings
@@ -86,7 +88,7 @@ def test_columns_are_shared_out_without_a_difference(cuda_host, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_card_has_the_memory(cuda_host, dtype, monkeypatch):
     """Head sizes up to 256 fit in 99 KiB of shared memory, which compute capability 8.0 has."""
-    monkeypatch.setattr(native, "CUDA", cuda_host)
+    monkeypatch.setattr(native.library, "CUDA", cuda_host)
     for widths in [(16, 16, 16), (64, 32, 64), (100, 100, 1), (128, 128, 300), (256, 256, 256)]:
         assert native.shared_memory(dtype, widths) <= 99 << 10
 
@@ -122,7 +124,7 @@ def test_a_step_without_room_takes_several_calls(cuda_host, monkeypatch):
     options = {"pos_encoding": encoding, "positions": case.positions, "initial_state": case.state}
     with torch.no_grad():
         in_one = causal_linear_attention(case.q, case.k, case.v, backend="cpu", **options)
-        monkeypatch.setattr(native, "_STEP_ROOM", 0)
+        monkeypatch.setattr(sys.modules[native.step.__module__], "_STEP_ROOM", 0)
         maps = encoding.make_maps()
         assert native.step(case.q, case.k, case.v, None, None, None, maps, None) is None
         several = causal_linear_attention(case.q, case.k, case.v, backend="cpu", **options)

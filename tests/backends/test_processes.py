@@ -133,9 +133,9 @@ def test_forked_processes_keep_their_threads(native_kernels, threads, monkeypatc
         counted.append(args[0].threads)
         return run(library, name, *args)
 
-    run = fastpe.backends.native.library.Library._call
+    run = fastpe.backends.native.library.Library.run
     _tensors()
-    monkeypatch.setattr(fastpe.backends.native.library.Library, "_call", call)
+    monkeypatch.setattr(fastpe.backends.native.library.Library, "run", call)
     monkeypatch.setattr(fastpe.backends.forks, "forked", True)
     _attend()
     assert counted == [2, 2]

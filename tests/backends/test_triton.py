@@ -15,8 +15,9 @@ if fastpe.available_backends()["triton"] is not None:
 
 from fastpe.backends import triton as backend
 from fastpe.backends.native import cuda
-from fastpe.backends.triton import causal_dot, causal_dot_launch, common
+from fastpe.backends.triton import causal_dot_launch, common
 from fastpe.backends.triton.blocks import blocks
+from fastpe.backends.triton.causal_dot import slots_kernel
 from fastpe.backends.triton.common import power
 
 # bytes of shared memory for one program
@@ -76,7 +77,7 @@ def test_slots_hold_every_segment_once(sequences):
     length, t = 16, int(ranges.max()) + 5
     slots = torch.full((sequences - 1 + -(-t // length), 6), -1)
     constants = {"num_warps": 1, "num_stages": 1}
-    common.Kernel(causal_dot.slots_kernel, constants)(
+    common.Kernel(slots_kernel, constants)(
         (len(slots), 1, 1), (ranges.to(DEVICE), slots := slots.to(DEVICE)), (sequences, length)
     )
     expected = []

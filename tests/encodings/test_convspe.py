@@ -158,7 +158,7 @@ def test_other_positions_are_refused(value):
 
 
 def _kernel(encoding, lag):
-    """C_d of MATH sections 2.1 and 2.2, sum by sum."""
+    """C_d of docs/math.md, "SPE with sines", sum by sum."""
     a, b, taps = encoding.weight_q, encoding.weight_k, encoding.kernel_size
     p = sum(
         (a[..., j] * b[..., j + lag] for j in range(taps) if 0 <= j + lag < taps),
@@ -181,7 +181,7 @@ def test_closed_form(gated, realizations):
 
 
 def test_mean_is_the_kernel():
-    """T2: within 5 sigma of the variance of MATH section 2.1, whose codes these are too."""
+    """T2: within 5 sigma of the variance of docs/math.md, whose codes these are too."""
     r = 50_000
     encoding = _encoding(num_realizations=r, kernel_size=3)
     q, k = make_inputs(1, 4, H, D, 1)[:2]
@@ -199,7 +199,7 @@ def test_mean_is_the_kernel():
 
 
 def test_initial_parameters():
-    """MATH section 2.2: E P_d(0) = 1/2."""
+    """docs/math.md, "SPE with sines": E P_d(0) = 1/2."""
     encoding = ConvSPE(64, 8)
     assert encoding.weight_q.shape == encoding.weight_k.shape == (8, 64, 128)
     for weight in (encoding.weight_q, encoding.weight_k):

@@ -15,7 +15,7 @@ from fastpe import FStripe, RoPE, RoPEPool, SineSPE, causal_linear_attention
 NOISY = ("sinespe", "sinespe-ungated", "fstripe-sff", "convspe")
 EXACT = [p for p in encodings("-none") if p.id not in NOISY]
 SINES = [p for p in encodings("-none") if p.id.startswith(("sinespe", "fstripe"))]
-# relative in every product of features, MATH section 5b
+# relative in every product of features, docs/math.md, "The kernel of an encoding"
 SHIFT_INVARIANT = [p for p in EXACT if p.id not in ("ropepool", "fstripe-pooled", "custom")]
 SHIFT_VARIANT = encodings("ropepool", "fstripe-pooled")
 
@@ -179,7 +179,7 @@ def test_half_precision_module_keeps_frequencies():
 
 
 def test_fstripe_of_one_sine_is_rope():
-    """F-StrIPE_1 turns pairs [x_d, 0] (arXiv 2504.05364, eq. 15; MATH section 3)."""
+    """F-StrIPE_1 turns pairs [x_d, 0] (arXiv 2504.05364, eq. 15; docs/math.md, "F-StrIPE")."""
     encoding = FStripe(4, 1, num_sines=1, pool=False, unit_gains=True, scale="paper").double()
     assert [name for name, _ in encoding.named_parameters()] == ["freqs"]
     x, _, _ = make_inputs(1, 12, 1, 4, 1)
@@ -197,7 +197,7 @@ def test_fstripe_of_one_sine_is_rope():
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 def test_exact_features_are_the_closed_form(gated):
-    """T3, with C written out from MATH section 2.1."""
+    """T3, with C written out from docs/math.md, "SPE with sines"."""
     encoding = SineSPE(5, 2, num_sines=3, num_realizations=None, gated=gated)
     narrow, encoding = encoding, copy.deepcopy(encoding).double()
     q, k, _ = make_inputs(1, 20, 2, 5, 1)
@@ -241,7 +241,7 @@ def test_saturated_parameters(backend, make, name, value):
 
 @pytest.mark.parametrize("make", SINES)
 def test_open_gate_switches_position_off(make):
-    """The sign of the PyTorch package: g = 1 leaves the content alone (MATH section 2.1)."""
+    """The sign of the PyTorch package: g = 1 leaves the content alone (docs/math.md)."""
     encoding, q, k, positions_q, positions_k = _example(make)
     if not encoding.gated:
         pytest.skip("no gate")
@@ -254,7 +254,7 @@ def test_open_gate_switches_position_off(make):
 @pytest.mark.parametrize("start", [0, 4096, 10**6])
 @pytest.mark.parametrize("make", encodings("-none", "-custom"))
 def test_long_positions(backend, make, start):
-    """float32 stays within 1e-5 of float64 wherever the sequence begins (MATH section 11)."""
+    """float32 stays within 1e-5 of float64 wherever the sequence begins (docs/math.md)."""
     encoding = make(8, 2)
     q, k, v = make_inputs(1, 40, 2, 8, 6, torch.float32)
     positions = start + torch.arange(40)
@@ -353,7 +353,7 @@ def test_parameters_of_a_functional_call(make):
 
 
 def test_defaults():
-    """MATH sections 2.4, 3, 4, 5 and the table of 5b."""
+    """docs/math.md and the table of 5b."""
     assert SineSPE(16, 2).feature_dim == 64
     assert SineSPE(16, 2).num_sines == 10
     assert SineSPE(16, 2).gated
@@ -368,7 +368,7 @@ def test_defaults():
 
 
 def test_initial_parameters():
-    """As SPE's code draws them, by the moments that MATH section 2.1 gives for K = 10."""
+    """As SPE's code draws them, by the moments that docs/math.md gives for K = 10."""
     encoding = SineSPE(100, 50, num_sines=10)
     f = encoding.freqs.sigmoid() / 2
     assert f.median().item() == pytest.approx(0.009, rel=0.03)

@@ -73,7 +73,7 @@ def test_exact_in_attention(backend):
 
 @pytest.mark.parametrize("r", [1, 5, 11, ROWS + 5])
 def test_variance(r):
-    """MATH section 8.2, about 1 - R / M of the Gaussian's; exactly what a uniform subspace has.
+    """docs/math.md, about 1 - R / M of the Gaussian's; exactly what a uniform subspace has.
 
     For columns that are uniform and orthonormal, P_ij the entries of their projection of rank R,
     Var P_ij = R (M - R) / (M (M + 2) (M - 1)) ((1 - 2 / M) d_ij + 1), with Z Z^T = M P.
@@ -97,7 +97,7 @@ def test_variance(r):
         assert abs(sample.mean() - mean) < 5 * (stated / n) ** 0.5
         assert abs(centred.mean() - stated) < 5 * centred.std() / n**0.5
         if r < ROWS:
-            # what MATH gives without its terms of order 1 / M
+            # what theory gives without its terms of order 1 / M
             assert stated / gaussian == pytest.approx(1 - r / ROWS, rel=2 / ROWS)
 
 

@@ -1,4 +1,4 @@
-"""SPE's noise in expectation: mean, variance and non-linear moments of MATH section 2.1."""
+"""SPE's noise in expectation: mean, variance and non-linear moments of docs/math.md."""
 
 import math
 
@@ -13,7 +13,7 @@ R = 200_000
 
 
 def _draw(encoding, t=3):
-    """Return rho, sq, sk of MATH section 2.1, [M, N], and the R products behind each pair.
+    """Return rho, sq, sk of docs/math.md, [M, N], and the R products behind each pair.
 
     The products are for one realisation, that is times sqrt(R): q^_r k^_r of an encoder of R = 1.
     """
@@ -62,7 +62,7 @@ def draw(request):
 
 
 def test_mean_is_the_kernel(draw):
-    """T2: within 5 sigma of the variance that MATH states."""
+    """T2: within 5 sigma of the variance that docs/math.md states."""
     encoding, (rho, sq, sk, q, k) = draw
     d = encoding.head_dim
     products = torch.einsum("mr,nr->mn", q, k) / math.sqrt(R)  # back to R realisations
@@ -122,7 +122,7 @@ def test_relu_limit(draw):
 
 
 def test_structural_noise_averages_to_half_the_exact_kernel():
-    """F-StrIPE:SFF keeps SPE's 1 / 2K, eq. 9 has 1 / K (MATH section 3)."""
+    """F-StrIPE:SFF keeps SPE's 1 / 2K, eq. 9 has 1 / K (docs/math.md, "F-StrIPE")."""
     torch.manual_seed(0)
     noisy = FStripe(4, 2, num_sines=3, num_realizations=8)
     exact = FStripe(4, 2, num_sines=3, pool=False)

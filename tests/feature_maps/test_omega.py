@@ -104,7 +104,7 @@ def test_one_stage_expectation(make):
 
 
 def test_two_stage_expectation():
-    """SPE's noise inflates the kernel, as MATH section 2.1 says: within 5 sigma."""
+    """SPE's noise inflates the kernel, as docs/math.md, "SPE with sines" says: within 5 sigma."""
     draws, r, d = 4000, 16, 4
     encoding = SineSPE(d, 1, num_sines=2, num_realizations=r, gated=False).double()
     many = SineSPE(d, draws, num_sines=2, num_realizations=r, gated=False, seed=1).double()

@@ -13,8 +13,8 @@ from fastpe import (
     causal_linear_attention_step,
     linear_attention,
 )
-from fastpe.attention import banded
 from fastpe.nn import CausalLinearAttention
+from fastpe.ops import banded as ops
 
 B, T, H, D, E, KAPPA = 2, 23, 3, 5, 4, 6
 
@@ -54,7 +54,7 @@ def _inputs(t=T, d=D, dtype=torch.float64):
 @pytest.mark.parametrize("room", [2**18, 1], ids=["one-tile", "tiles"])
 def test_output_and_gradients(monkeypatch, normalize, taps, dtype, room):
     """eps clamps some of the sums; lags reach beyond the sequence."""
-    monkeypatch.setattr(banded, "_ROOM", room)
+    monkeypatch.setattr(ops, "_ROOM", room)
     options = {"normalize": normalize, "eps": 1.5}
     tensors = _inputs(dtype=dtype) | {"p": _kernel(taps, dtype=dtype)}
     actual = _results(lambda q, k, v, p: banded_attention(q, k, v, p, **options), tensors)
@@ -167,7 +167,7 @@ def _encoding(gated=True, **options):
 
 
 def _exact(encoding, q, k, v, normalize, eps, s0=None):
-    """Return o with C of MATH sections 2.1 and 2.2 for every pair, from the parameters."""
+    """Return o with C of docs/math.md, "SPE with sines" for every pair, from the parameters."""
     a, b = encoding.weight_q, encoding.weight_k
     p = torch.stack([(a[..., : KAPPA - lag] * b[..., lag:]).sum(-1) for lag in range(KAPPA)], -1)
     g = encoding.gate.sigmoid() if encoding.gated else torch.zeros(H, D, dtype=torch.float64)

@@ -9,7 +9,7 @@ from helpers import LAYOUTS, Problem, assert_within, error, leaf, make_inputs, p
 
 import fastpe
 from fastpe import causal_linear_attention
-from fastpe.ops.sine_features import SineFeatures
+from fastpe.ops.sine_features import SineFeatures, SineOptions
 
 # B, T, H, D, E: odd ones, around the widths of vectors and the lengths of chunks
 SHAPES = [
@@ -54,7 +54,7 @@ def test_long_sequence(backend):
 
 
 def test_steps_of_half_precision_do_not_stall(backend):
-    """A key sum in bfloat16 would stop growing at 256 equal increments (MATH section 6)."""
+    """A key sum in bfloat16 would stop growing at 256 equal increments (docs/math.md)."""
     one = torch.ones(1, 1, 4, dtype=torch.bfloat16)
     state = None
     for t in range(600):
@@ -242,7 +242,7 @@ def test_grouped_by_unique_position(kernels, make, dtype):
         x, positions = leaf(case.q), leaf(labels)
         sines = case.encoding.make_maps()[0]
         tensors = [None if i is None or not i.requires_grad else i for i in sines[:4]]
-        y = SineFeatures.apply(x, positions, *sines, group, kernels)
+        y = SineFeatures.apply(x, positions, *sines[:5], SineOptions(sines[5], group, kernels))
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
         used = [x, positions, *(i for i in tensors if i is not None)]
         return [y, *torch.autograd.grad((y * weight).sum(), used)]
@@ -253,11 +253,12 @@ def test_grouped_by_unique_position(kernels, make, dtype):
         assert_within(actual, expected, tolerance, f"result {i}")
     # tokens of one label that change places change their codes with them
     order = labels[:, :, 0].argsort(dim=1, stable=True)
+    sines = case.encoding.make_maps()[0]
     y = [
         SineFeatures.apply(
             case.q.gather(1, order[:, :, None, None].expand_as(case.q)),
             labels.gather(1, order[:, :, None].expand_as(labels)),
-            *(*case.encoding.make_maps()[0], group, kernels),
+            *(*sines[:5], SineOptions(sines.pool, group, kernels)),
         )
         for group in (True, False)
     ]

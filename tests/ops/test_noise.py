@@ -33,7 +33,7 @@ def draw(backend):
 
 
 def test_known_answers(draw):
-    """T13: the vectors of MATH section 9."""
+    """T13: the vectors of docs/math.md, "Noise"."""
     first = draw(1234, 0, 0, noise.SINE, (1, 1, 4))
     wanted = [1.229155497, -1.616490416, 0.464621076, -1.560540540]
     assert first.flatten().tolist() == pytest.approx(wanted, abs=6e-10)
@@ -277,7 +277,7 @@ def test_prefill_and_decode_use_one_noise(backend):
 
 
 def test_sharing_over_layers():
-    """One draw of the codes for all layers, gates of their own (MATH section 2.3)."""
+    """One draw of the codes for all layers, gates of their own (docs/math.md, "SPE with sines")."""
     torch.manual_seed(0)
     source = SineSPE(4, 2, num_sines=2, num_realizations=8, seed=1)
     shares = [source.share(), source.share()]

@@ -9,7 +9,7 @@ from helpers import assert_within, compute_dtype, leaf
 
 from fastpe.backends.specs import ScanOptions
 from fastpe.ops.causal_dot import CausalDot
-from fastpe.ops.sine_features import SineFeatures
+from fastpe.ops.sine_features import SineFeatures, SineOptions
 
 D, E = 8, 6
 # in no order, two of them empty, one as long as several chunks, gaps before, between and behind
@@ -209,7 +209,8 @@ def test_sine_features_of_heads_that_share(kernels, make):
     tensors = [leaf(x), leaf(labels), *map(leaf, sines[:4]), sines.noise, sines.pool]
 
     def run(spread):
-        y = SineFeatures.apply(spread(tensors[0]), *tensors[1:], True, kernels)
+        *inputs, pool = spread(tensors[0]), *tensors[1:]
+        y = SineFeatures.apply(*inputs, SineOptions(pool, True, kernels))
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=y.dtype)
         return y, *torch.autograd.grad(y, [x for x in tensors[:6] if x is not None], weight)
 

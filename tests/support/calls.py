@@ -15,7 +15,7 @@ WIDE = "taylor2", "dpfp", "favor"
 
 
 def _features(feature_map, encoding, params, x, at, side):
-    """Return features for the numerator and for the normaliser (MATH sections 6 and 7)."""
+    """Return features for the numerator and for the normaliser (docs/math.md)."""
     if getattr(encoding, "apply_order", None) == "after":
         x = oracle.content(feature_map, x)
         return oracle.encode(encoding, params, x, at, side), x

@@ -25,7 +25,7 @@ traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 
 
 def tolerance(name, dtype):
-    """Return what MATH section 13 (T1, T4, T7) asks, relative, in float64 and float32."""
+    """Return what docs/math.md (T1, T4, T7) asks, relative, in float64 and float32."""
     if dtype == torch.float64:
         return 1e-11
     if dtype == torch.float32:
@@ -290,9 +290,9 @@ def rms(x):
 def assert_close(actual, exact, plain=(), dtype=torch.float64):
     """Check each tensor of a dict against the exact one.
 
-    float64: within the tolerance of MATH section 13. Otherwise within twice the error of the same
+    float64: within the tolerance of docs/math.md. Otherwise within twice the error of the same
     maths in plain PyTorch at that dtype (the worst of `plain`, each a dict), and one rounding: in
-    root mean square; in the largest error too, where MATH does not allow more.
+    root mean square; in the largest error too, where docs/math.md does not allow more.
     """
     eps, failures = torch.finfo(dtype).eps, []
     for name, x in actual.items():

@@ -1,4 +1,4 @@
-"""The mathematics once more, written from design/MATH.md alone: slow, explicit, in any dtype.
+"""The mathematics once more, written from docs/math.md alone: slow, explicit, in any dtype.
 
 Nothing here calls fastpe. Form "direct" in float64 is the truth: SPE's codes of each position,
 every query against every key. Forms "matmul" and "recurrent" are the same maths as one would write
@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 TURN = 2 * math.pi
 
 
-# noise, MATH section 9
+# noise, docs/math.md, "Noise"
 
 
 def philox(counter, key):
@@ -50,7 +50,7 @@ def normal(seed, step, module, kind, hd, rows, r):
 
 
 def rope_features(encoding, params, x, positions):
-    """MATH sections 4 and 5: every pair (x1, x2) of components, one after the other."""
+    """docs/math.md: every pair (x1, x2) of components, one after the other."""
     heads, levels = x.shape[2], positions.shape[-1]
     width = encoding.rotary_dim // 2
     columns = list(x.unbind(-1))
@@ -75,7 +75,7 @@ def rope_features(encoding, params, x, positions):
 
 
 def sine_features(encoding, params, x, positions, side, form):
-    """MATH sections 2.1 and 3; section 8.1 where the form is not "direct"."""
+    """docs/math.md, "SPE with sines" and "F-StrIPE"; section 8.1 where the form is not "direct"."""
     h, d, k = encoding.num_heads, encoding.head_dim, encoding.num_sines
     r, dtype = encoding.num_realizations, params["freqs"].dtype
     freq = torch.sigmoid(params["freqs"].double()) / 2  # [H, D, K, L]
@@ -110,7 +110,7 @@ def sine_features(encoding, params, x, positions, side, form):
 
 
 def conv_features(encoding, params, x, positions, side):
-    """MATH section 2.2: the code of every token, filtered from the noise around its position."""
+    """docs/math.md: the code of every token, filtered from the noise around its position."""
     h, d, taps = params["weight_q"].shape
     r, dtype = encoding.num_realizations, params["weight_q"].dtype
     at = positions[..., 0].long().cpu()
@@ -145,7 +145,7 @@ def encode(encoding, params, x, positions, side, form="direct"):
 
 
 def content(name, x):
-    """MATH section 7."""
+    """docs/math.md, "Feature maps"."""
     if name == "elu1":
         # clamp has slope 1 at 0 as elu has, where minimum would share it between its arguments
         return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
@@ -155,7 +155,7 @@ def content(name, x):
 
 
 def streams(encoding, params, q, k, positions, feature_map, form):
-    """Return phi, psi of the numerator and of the denominator (MATH section 6)."""
+    """Return phi, psi of the numerator and of the denominator (docs/math.md)."""
     if getattr(encoding, "apply_order", None) == "after":
         pd, kd = content(feature_map, q), content(feature_map, k)
         phi = encode(encoding, params, pd, positions, "q")
@@ -201,7 +201,7 @@ SCANS = {"direct": direct, "matmul": matmul, "recurrent": recurrent}
 
 
 def divided(num, den, normalize, eps):
-    """The denominator policies of MATH section 6."""
+    """The denominator policies of docs/math.md, "Causal linear attention"."""
     if not normalize:
         return num
     if normalize == "abs":
@@ -241,7 +241,7 @@ def attention(
     return divided(num, den, normalize, eps), s, z
 
 
-# FAVOR+, MATH section 7
+# FAVOR+, docs/math.md, "Feature maps"
 
 
 def favor_exponents(omega, x):

@@ -15,7 +15,6 @@ from ..specs import ScanOptions, state_heads
 from ..tensors import SCAN, SCAN_BACKWARD, check_devices, sum_groups, sum_to
 from . import library
 from .library import (
-    CUDA,
     DTYPES,
     CausalDot,
     StridedTensor,
@@ -76,9 +75,9 @@ class Scan:
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         q, k, v, s0, z0, positions, freq, ranges = inputs
-        index = q.get_device()
+        cpu, index = q.is_cpu, q.get_device()
         for x in inputs:
-            if x is not None and x.get_device() != index:
+            if x is not None and (x.is_cpu is not cpu or x.get_device() != index):
                 check_devices(SCAN, inputs)
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         layouts = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()
@@ -207,4 +206,4 @@ def shared_memory(dtype: torch.dtype, widths: tuple[int, int, int]) -> int:
     if r <= d:  # a rotation needs most
         args.freq, args.W, args.L, args.map_first, args.pool = 1, (d + 1) // 2, 1, 1, r < d
     args.q.dtype = DTYPES[dtype]
-    return CUDA.functions.fastpe_cuda_shared_memory(ctypes.byref(args))
+    return library.CUDA.functions.fastpe_cuda_shared_memory(ctypes.byref(args))

@@ -113,8 +113,8 @@ class Library:
             )
         getattr(library, f"{self.prefix}error").restype = ctypes.c_char_p
         for name, structs in _FUNCTIONS.items():
-            if self.on_gpu <= (name != "philox_normal"):
-                function = getattr(library, self.prefix + name)
+            function = getattr(library, self.prefix + name, None)
+            if function is not None:  # the CUDA library has no noise
                 function.argtypes = [ctypes.POINTER(x) for x in structs]
         return library
 
@@ -160,9 +160,11 @@ CUDA = Library(_HERE / "libfastpe_cuda.so", "fastpe_cuda_", (_NVCC, "FASTPE_CUDA
 libraries = {"cpu": CPU, "cuda": CUDA}
 
 
-def call(name: str, device: torch.device, *args: Structure | None) -> None:
-    """Call a function of the library for a device, on its current stream."""
-    library = libraries[device.type]
+def call(
+    name: str, device: torch.device, *args: Structure | None, library: Library | None = None
+) -> None:
+    """Call a function of a library, by default that for the device, on its current stream."""
+    library = library or libraries[device.type]
     if device.type == "cpu":
         if forks.forked and args[0].threads > 1:
             # a new thread has no record of OpenMP threads that stayed behind: it gets its own

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tensors import check_devices
 from . import library
-from .library import DTYPES, PhiloxNormal, call, thread_count
+from .library import CPU, DTYPES, PhiloxNormal, call, thread_count
 
 
 def philox_normal(
@@ -39,5 +39,5 @@ def philox_normal(
         r=r,
         out=out.data_ptr(),
     )
-    call("philox_normal", out.device, args)
+    call("philox_normal", out.device, args, library=CPU)
     return out

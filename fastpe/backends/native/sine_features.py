@@ -20,9 +20,9 @@ class Sines:
     """Arguments common to the features and their gradient; holds on to the tensors behind them."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
-        inputs, index = (x, positions, *sines[:5]), x.get_device()
-        for other in inputs:
-            if other is not None and other.get_device() != index:
+        inputs, cpu, index = (x, positions, *sines[:5]), x.is_cpu, x.get_device()
+        for y in inputs:
+            if y is not None and (y.is_cpu is not cpu or y.get_device() != index):
                 check_devices(SINES, inputs)
         b, t, hx, d = x.shape
         freq, offset, gain, gate, noise, pool = sines

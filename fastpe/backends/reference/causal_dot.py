@@ -284,10 +284,10 @@ def _by_range(
 ) -> tuple[Tensor, None, Tensor, Tensor]:
     """Return the same for ranges of the tokens of one row, by a look at where they end."""
     q, k, v, s0, z0, positions, freq = inputs
-    pieces, last, empty = [], 0, [x[:, :0] for x in (q, k, v)]
-    # of no sequence too there is a state, of no rows
-    _, _, *states = causal_dot(*empty, None, None, *_cut(positions, 0, 0), freq, None, options)
-    states = [[x[:0]] for x in states]
+    last, empty = 0, [x[:, :0] for x in (q, k, v)]
+    # no sequence has outputs and a state too, of no rows
+    o, _, *states = causal_dot(*empty, None, None, *_cut(positions, 0, 0), freq, None, options)
+    pieces, states = [o], [[x[:0]] for x in states]
     for i, (begin, end) in enumerate(ranges.tolist()):
         before = (None, None) if s0 is None else (s0[i : i + 1], z0[i : i + 1])
         part = [x[:, begin:end] for x in (q, k, v)]

@@ -28,7 +28,8 @@ def philox_normal(
 ) -> Tensor:
     """Return standard normal numbers [HD, J, R] for the key (seed, module, kind) and the step.
 
-    Number (hd, j, r) is lane r mod 4 of counter (r // 4, first + j, hd, step), docs/math.md, "Noise".
+    Number (hd, j, r) is lane r mod 4 of counter (r // 4, first + j, hd, step): docs/math.md,
+    "Noise".
 
     Args:
         seed: int64 scalar tensor; all 64 bits are used.
