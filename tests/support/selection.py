@@ -15,6 +15,7 @@ SLOW = {
     "tests/attention/test_numerics.py::test_a_hundred_thousand_steps",
     "tests/attention/test_numerics.py::test_a_million_equal_keys",
     "tests/attention/test_numerics.py::test_a_million_repeated_keys",
+    "tests/attention/test_properties.py::test_any_arguments",
     "tests/attention/test_properties.py::test_any_strides",
     "tests/attention/test_robustness.py::test_no_leak",
     "tests/backends/test_processes.py::test_data_loader",
