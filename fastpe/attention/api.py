@@ -50,49 +50,50 @@ def causal_linear_attention(
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
     """Causal attention whose cost is linear in T, with a relative positional encoding.
 
-    o_m = sum_{n<=m} (phi_m . psi_n) v_n / (sum_{n<=m} phi_m . psi_n + eps), where phi and psi are
-    the features of q and k: the encoding's, then the feature map's (RoPE with apply="after" the
-    other way round, and not in the normaliser). Arithmetic is float32, for float64 inputs float64.
-    Under autocast q, k and v are cast to its dtype first, unless they are float64, as
-    `F.scaled_dot_product_attention` does; outside autocast they must have one dtype.
+    o_m = sum_{n<=m} (phi_m . psi_n) v_n / (sum_{n<=m} phi_m . psi_n + eps). phi and psi are the
+    features of q and k: the encoding acts first, then the feature map. RoPE with apply="after" acts
+    after the feature map, and not in the normaliser. The arithmetic is float32, or float64 for
+    float64 inputs. q, k and v must have one dtype. Under autocast they are first cast to its dtype,
+    as `F.scaled_dot_product_attention` does; float64 stays.
 
     Args:
         q: Queries, [B, T, H, D], any strides; float32, float64, bfloat16 or float16.
-        k: Keys, [B, T, Hk, D]; Hk divides H, and H / Hk neighbours share a head of k and v. Where
-            an encoding has parameters of its own for each of H heads, each has its own features
-            of these keys.
+        k: Keys, [B, T, Hk, D]; Hk divides H, and each H / Hk neighbouring heads of q share a head
+            of k and v. If the encoding has parameters for each of H heads, each head of q sees its
+            own features of these keys.
         v: Values, [B, T, Hk, E].
-        pos_encoding: RoPE, RoPEPool, SineSPE, ConvSPE, FStripe or one of your own; default none.
-        positions: [T] or [B, T], for an encoding of L levels [T, L] or [B, T, L]; any finite
-            numbers, in any order, as integers, bools, float32 or float64; default 0, 1, 2, ... of
-            each sequence, continued from initial_state. Where k is longer than q (or shorter),
-            those of the longer one.
+        pos_encoding: RoPE, RoPEPool, SineSPE, ConvSPE, FStripe or your own; default none.
+        positions: Positions, [T] or [B, T]; for an encoding of L levels [T, L] or [B, T, L]. Any
+            finite numbers in any order: integers, bools, float32 or float64. The default counts
+            0, 1, 2, ... in each sequence and goes on from initial_state. If k and q differ in
+            length, give the positions of the longer one.
         feature_map: "elu1", "relu", "exp", "identity", "dpfp", "taylor2", or a module: Favor, DPFP,
-            Taylor2, Hedgehog, or a FeatureMap of your own. Modules see encoded queries and keys, so
-            RoPE and RoPEPool need apply="before" with them.
-        normalize: Divide by the sum of weights. True adds eps to it, which needs weights >= 0, so
-            not feature_map="identity"; "abs" divides by max(|sum|, eps); False does not divide.
-            Favor needs True, and no eps.
-        eps: Added to the sum of weights, or its least magnitude with "abs".
-        cu_seqlens: Packed sequences: int32 or int64 [S + 1] from 0 to T, with B = 1; sequence i has
-            the tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1. The result is that of each alone.
-        key_padding_mask: [B, T of k], True at padding, on any side. It is as if these tokens were
-            not there: they change nothing, whatever they hold, and their outputs are 0.
-        align: Which query stands at which key where their numbers differ: "end", the last at the
-            last (decoding with all keys at hand), or "start", the first at the first (as
-            scaled_dot_product_attention's is_causal has it). Must then be given.
+            Taylor2, Hedgehog or your own FeatureMap. Modules see encoded queries and keys, so RoPE
+            and RoPEPool need apply="before" with them.
+        normalize: How to divide by the sum of weights. True divides by sum + eps, which needs
+            weights >= 0, so not feature_map="identity". "abs" divides by max(|sum|, eps). False
+            does not divide. Favor needs True and ignores eps.
+        eps: Number added to the sum of weights, or its least magnitude with "abs".
+        cu_seqlens: Bounds of packed sequences, int32 or int64 [S + 1] from 0 to T, with B = 1.
+            Sequence i has the tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1, and gets the result
+            that it has alone.
+        key_padding_mask: [B, T of k], True at padding, on any side. Padded tokens change nothing,
+            whatever they hold, and their outputs are 0.
+        align: Which query stands at which key if their numbers differ; then you must give it. "end"
+            puts the last at the last, for decoding with all keys at hand. "start" puts the first at
+            the first, as is_causal of scaled_dot_product_attention does.
         initial_state: State after the tokens before these, from the same configuration.
         output_final_state: Return the state after the last token too.
-        chunk_size: Tokens that are handled together; changes speed and rounding only. Default:
-            the backend's choice.
-        backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and says so
-            once.
+        chunk_size: Number of tokens that are processed together; it changes speed and rounding
+            only. Default: the backend's choice.
+        backend: "auto", "cpu", "triton", "cuda" or "reference". Only "auto" falls back, and it
+            warns once.
     Returns:
-        o: [B, T, H, E] in v's dtype; with output_final_state a pair of o and the state, of S or B
-            sequences, and of Hk heads, or H where each encodes in its own way.
+        o: [B, T, H, E] in v's dtype. With output_final_state a pair of o and the state: of B or S
+            sequences and Hk heads, or H heads if each encodes keys in its own way.
     Raises:
         ValueError, TypeError: an argument is not as above.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the named backend cannot run here.
     """
     q, k, v, context = take_inputs(q, k, v)
     feature_map = check_options(feature_map, normalize, eps, chunk_size)
@@ -167,28 +168,27 @@ def linear_attention(
     """Attention of every query to every key, in O(T): for encoders and between sequences.
 
     o_m = sum_n (phi_m . psi_n) v_n / (sum_n phi_m . psi_n + eps), with the features of
-    `causal_linear_attention`, whose arguments these are where not said otherwise. There is nothing
-    to scan: the sums over keys and their products with queries are matrix products of PyTorch's,
-    in the dtype of arithmetic, of features that are stored.
+    `causal_linear_attention`, whose arguments these are unless listed. There is nothing to scan.
+    PyTorch stores the features and multiplies matrices in float32, or float64 for float64 inputs.
 
     Args:
         q: Queries, [B, Tq, H, D].
         k: Keys, [B, Tk, Hk, D].
         v: Values, [B, Tk, Hk, E].
-        positions: Of the queries, default 0, 1, 2, ... of each sequence.
-        key_positions: Of the keys, likewise; given if, and only if, positions are. For the same
-            tokens give the same.
-        cu_seqlens: Packed sequences of queries, [S + 1] from 0 to Tq, with B = 1; their longest is
-            looked up, for which a GPU is waited for.
-        key_cu_seqlens: Of the keys; default cu_seqlens.
-        query_padding_mask: [B, Tq], True at padding: their outputs are 0.
+        positions: Positions of the queries; default 0, 1, 2, ... in each sequence.
+        key_positions: Positions of the keys; give both or neither. If keys and queries are the same
+            tokens, give the same positions.
+        cu_seqlens: Bounds of packed queries, [S + 1] from 0 to Tq, with B = 1. The longest is read
+            on the host, which synchronises with a GPU.
+        key_cu_seqlens: Bounds of packed keys; default cu_seqlens.
+        query_padding_mask: [B, Tq], True at padding, whose outputs are 0.
         key_padding_mask: [B, Tk], True at padding.
-        backend: Of the features.
+        backend: Backend that makes the features.
     Returns:
         o: [B, Tq, H, E] in v's dtype.
     Raises:
         ValueError, TypeError: an argument is not as above.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the named backend cannot run here.
     """
     q, k, v, context = take_inputs(q, k, v)
     feature_map = check_options(feature_map, normalize, eps, None)
@@ -239,23 +239,24 @@ def causal_linear_attention_step(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, LinearAttentionState]:
-    """Attend with one more token, in time and memory that do not depend on the tokens before.
+    """Attend with one more token, at a cost that does not depend on the tokens before.
 
-    The same as the last token of `causal_linear_attention`, whose arguments these are.
+    The result is that of the last token of `causal_linear_attention`, whose arguments these are
+    unless listed.
 
     Args:
         q: Query, [B, H, D].
         k: Key, [B, Hk, D].
         v: Value, [B, Hk, E].
         state: State after the tokens before; it is not changed.
-        positions: A number or [B], for an encoding of L levels [L] or [B, L]; default
-            state.length, which may differ from sequence to sequence.
+        positions: A number or [B]; for an encoding of L levels [L] or [B, L]. Default state.length,
+            which may differ between sequences.
     Returns:
         o: [B, H, E] in v's dtype.
         state: State after this token.
     Raises:
         ValueError, TypeError: an argument is not as above or there.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the named backend cannot run here.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 3:

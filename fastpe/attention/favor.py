@@ -79,7 +79,7 @@ def readout(
     setting: Setting,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """Return what queries see of a state, as `linear.readout`."""
+    """Return the outputs of queries that see a state alone, as `linear.readout`."""
     q = blank(q.to(compute_dtype(q)), padding)
     a, _ = _exponents(q, positions, "q", setting)
     return blank(log_scan.readout(a, state[:3]), padding)

@@ -139,7 +139,15 @@ def readout(
     setting: Setting,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """Return what queries see of a state, [B, T, H, E] in the dtype of arithmetic; 0 at padding."""
+    """Return the outputs of queries that see a state alone, [B, T, H, E]; 0 at padding.
+
+    Args:
+        q: [B, T, H, D].
+        positions: [B or 1, T, L] with an encoding.
+        state: The state to read.
+        setting: How to attend.
+        padding: [B, T], True at padding.
+    """
     phi, dq = _streams(blank(q, padding), positions, "q", setting, padding)
     options = {"normalize": setting.normalize, "eps": setting.eps, "padding": padding}
     return blank(reference.readout(phi, dq, state.s, state.z, **options), padding)
@@ -148,6 +156,6 @@ def readout(
 def _streams(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting, padding: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return `features` with zeros at padding, none for a normaliser that there is not."""
+    """Return `features` with zeros at padding; without normaliser its part is empty."""
     x, norm = (blank(y, padding) for y in features(x, positions, side, setting))
     return x, norm if setting.normalize else norm[..., :0]

@@ -87,15 +87,15 @@ class _Reorder(torch.autograd.Function):
 class Rows:
     """Rows with padding as one row of ranges: the tokens of each row, then its padding.
 
-    What is padding is moved, but never computed with.
+    Padding is moved, but no kernel computes with it.
 
     Args:
-        padding: [B, T], True at padding, wherever it stands.
+        padding: [B, T], True at padding, on any side.
     """
 
     def __init__(self, padding: Tensor) -> None:
         self.shape = b, t = padding.shape
-        # no look at the values: it would wait for a GPU, and could not be compiled
+        # without reading values, which would synchronise with a GPU and could not be compiled
         inside = padding.to(torch.int8).argsort(dim=1, stable=True)
         begin = torch.arange(b, device=padding.device) * t
         self.order = (inside + begin[:, None]).flatten()
@@ -116,7 +116,7 @@ class Rows:
 
 
 def blank(x: Tensor, padding: Tensor | None) -> Tensor:
-    """Return x [B, T, ...] with zeros at padding, whatever stands there, NaN too."""
+    """Return x [B, T, ...] with zeros at padding, also in place of NaN."""
     if padding is None:
         return x
     return x.masked_fill(padding.view(*padding.shape, *(1,) * (x.ndim - 2)), 0)

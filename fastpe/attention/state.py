@@ -14,19 +14,20 @@ from ..feature_maps.base import FeatureMap
 
 
 class LinearAttentionState(NamedTuple):
-    """What the tokens so far leave behind: constant in size, enough to go on.
+    """All that the tokens so far leave behind: its size is constant, and decoding goes on from it.
 
     Attributes:
-        s: sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs); H is the
-            number of key heads, unless each head of queries encodes them in its own way. Of
-            ConvSPE without noise the last values, and in z the last keys, stand behind sums.
-        z: sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser.
-        length: Number of tokens so far, int64 [B] where it differs between sequences; default
-            positions continue from it.
-        config: The configuration it belongs to; another one refuses it.
-        noise: The noise key of a random encoding, of a random feature map, int64 [2], or of both,
-            [4]; else None.
-        c: With Favor, what s and z are relative to: the sums are s exp(c) and z exp(c), [B, H, R].
+        s: Sum of features (x) values, [B, H, R, E], float32 (float64 for float64 inputs). H counts
+            key heads, or query heads if each encodes keys in its own way. For ConvSPE without noise
+            the last values follow the sums.
+        z: Sum of the normaliser's features, [B, H, Rz]; Rz = 0 without normaliser. For ConvSPE
+            without noise the last keys follow the sums.
+        length: Number of tokens so far, int64 [B] if it differs between sequences; default
+            positions go on from it.
+        config: The configuration that the state belongs to; a call with another one refuses it.
+        noise: The noise key, int64 [2], of a random encoding or a random feature map; [4] with
+            both; else None.
+        c: With Favor, [B, H, R]: s and z are relative to it, the sums are s exp(c) and z exp(c).
         lost: After a step of the native backends, the part of the sums that float32 rounded off,
             [B, H, R E + Rz], for s and then z; else None. The next step adds it, so that sums over
             any number of tokens keep their digits.

@@ -1,4 +1,4 @@
-"""Checks of arguments: everything behind them assumes what they establish."""
+"""Every check of an argument. The code behind relies on them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
-# by name and device; what an error cut short is not known
+# by name and device; a check that an error cut short leaves no entry
 _reasons: dict[tuple[str, torch.device], str | None] = {}
 _warned: set[str] = set()
 
@@ -40,11 +40,11 @@ def unavailable(name: str, device: torch.device | None = None) -> str | None:
     """Return why a backend cannot run here, or None if it can.
 
     Args:
-        name: Of the backend.
-        device: Of the tensors; default the current GPU, or the CPU where there is none.
+        name: Name of the backend.
+        device: Device of the tensors; default the current GPU, or the CPU without one.
     Raises:
-        RuntimeError: its check cannot run now, for lack of memory or because a CUDA graph is being
-            recorded. The next call checks it.
+        RuntimeError: the check cannot run now, because memory is short or a CUDA graph is being
+            recorded. The next call checks again.
     """
     if device is None:
         device = current_device()
@@ -99,10 +99,10 @@ def resolve(
 
     Args:
         name: "auto" or a backend.
-        device: Of the tensors.
-        dtype: Of the tensors.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
         widths: D, R and E.
-        one_token: whether it is for one token after a state.
+        one_token: Whether the call is for one token after a state.
     """
     check_name(name)
     if name == "auto":

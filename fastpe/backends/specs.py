@@ -1,6 +1,6 @@
-"""What kernels are told: encodings as data, options of the scan, dtypes.
+"""Specs: an encoding as data for a kernel, the options of the scan, dtypes.
 
-Everything here lies below the operators and the backends.
+Operators and backends import this module; it imports neither.
 """
 
 from __future__ import annotations
@@ -99,17 +99,17 @@ class ScanOptions(NamedTuple):
 
     @property
     def relative(self) -> bool:
-        """Whether only differences of positions count, unless a state goes in or out.
+        """Whether only differences of positions count, as long as no state goes in or out.
 
-        The gradient of frequencies then is that of positions from the first on, which are small:
-        their products with rounding errors do not cancel as the exact ones do.
+        The gradient of frequencies can then take positions from the first one on. They are small,
+        so rounding errors that they multiply stay small too.
         """
         return not self.pool and (self.map_first or self.feature_map == "identity")
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Return R and Rz, the features of the numerator and of the normaliser."""
         r = head_dim // 2 if self.pool else head_dim
-        # the normaliser sees the features that are not rotated, if psi comes first
+        # if psi comes first, the normaliser sees features before the rotation
         rz = head_dim if self.map_first else r
         return r, 0 if self.normalize == "none" else rz
 

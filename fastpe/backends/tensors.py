@@ -1,4 +1,4 @@
-"""What the backends with kernels do with tensors alike."""
+"""Checks and sums of tensors that all backends with kernels share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SINES = ("x", "positions", "freq", "offset", "gain", "gate", "noise")
 def check_devices(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Raise ValueError unless all tensors are on the device of the first.
 
-    A kernel takes addresses, and would crash at one of another device's. The public functions check
-    what they are given; this finds what was kept from an earlier call.
+    A kernel takes addresses and would crash at one of another device. The public functions check
+    their arguments; this check finds tensors that were kept from an earlier call.
     """
     first = tensors[0]
-    # the cheapest questions, since every step of decoding asks them
+    # the cheapest questions: every step of decoding asks them
     if first.is_cpu:
         wrong = [x for x in tensors if x is not None and not x.is_cpu]
     else:

@@ -50,7 +50,7 @@ def _fixed(
 
     Args:
         layouts: Shapes of q, k and v, then their strides.
-        dtypes: Of q, k and v.
+        dtypes: Dtypes of q, k and v.
         rotation: Shape of freq, and the rows of positions; zeros without.
         sequences: S.
         options: How features and weights are made.

@@ -93,10 +93,10 @@ class Library:
     """A library of csrc/.
 
     Attributes:
-        path: Where it is, once built.
-        prefix: What the names of its functions begin with.
-        needs: What builds it, and the variable that shows the compiler's error.
-        on_gpu: whether it has the CUDA kernels.
+        path: The file, once built.
+        prefix: Beginning of the names of its functions.
+        needs: The compiler that builds it, and the variable that shows the compiler's error.
+        on_gpu: True if it has the CUDA kernels.
     """
 
     def __init__(self, path: Path, prefix: str, needs: tuple[str, str], on_gpu: bool) -> None:
