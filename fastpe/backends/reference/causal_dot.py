@@ -211,7 +211,8 @@ def chunked(
 
     def split(x: Tensor) -> Tensor:  # [B, N, C, H, .], zeros behind the end
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * size - length))
-        return x.unflatten(1, (chunks, size))
+        # contiguous: a slice of packed sequences gets the bits of the sequence alone
+        return x.contiguous().unflatten(1, (chunks, size))
 
     qc, kc, vc, dqc, dkc = (split(x) for x in (q, k, v, dq, dk))
     # the state before each chunk: [B, N + 1, H, R, E], the last one is final
@@ -282,10 +283,10 @@ def _blank(x: Tensor, padding: Tensor | None) -> Tensor:
 def _by_range(
     inputs: tuple[Tensor | None, ...], ranges: Tensor, options: ScanOptions
 ) -> tuple[Tensor, None, Tensor, Tensor]:
-    """Return the same for ranges of the tokens of one row, by a look at where they end."""
+    """Return the same for ranges of the tokens of one row; this reads their bounds on the host."""
     q, k, v, s0, z0, positions, freq = inputs
     last, empty = 0, [x[:, :0] for x in (q, k, v)]
-    # no sequence has outputs and a state too, of no rows
+    # without any sequence the outputs and states have no rows
     o, _, *states = causal_dot(*empty, None, None, *_cut(positions, 0, 0), freq, None, options)
     pieces, states = [o], [[x[:0]] for x in states]
     for i, (begin, end) in enumerate(ranges.tolist()):
