@@ -28,7 +28,7 @@ def _private(name: str, fallback: Callable) -> Callable:
 
 
 def _in_checkpoint() -> int:
-    """Return -1 unless activation checkpointing runs a forward again, as a backward makes it do."""
+    """Return 0 if a checkpoint runs a forward again inside a backward, else -1."""
     frame = sys._getframe()
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -53,6 +53,9 @@ saved_tensors_hooks = _private(
 after_backward = _private("autograd.Variable._execution_engine.queue_callback", lambda run: None)
 # raise RuntimeError where a condition is computed, on a GPU too, without waiting for it
 assert_later = _private("_assert_async", lambda condition, message: None)
+
+# a context in which tensors are real ones, also under FakeTensorMode
+without_modes = _private("utils._python_dispatch._disable_current_modes", contextlib.nullcontext)
 
 if not hasattr(forward_ad, "_current_level"):
     MISSING.append("autograd.forward_ad._current_level")
@@ -79,7 +82,7 @@ def plain(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def in_mode() -> bool:
-    """Return whether a mode sees operations before they run, so that values may not be there."""
+    """Return whether torch compiles or a dispatch mode is on: tensors may hold no values then."""
     return torch.compiler.is_compiling() or _modes() > 0
 
 
@@ -90,12 +93,3 @@ def constant_in_graphs(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
-
-
-def without_modes() -> contextlib.AbstractContextManager:
-    """Return a context in which tensors are real ones, also under FakeTensorMode."""
-    try:
-        from torch.utils._python_dispatch import _disable_current_modes
-    except ImportError:
-        return contextlib.nullcontext()
-    return _disable_current_modes()

@@ -21,8 +21,8 @@ def attend_aligned(
 ) -> tuple[Tensor, Sums]:
     """Return the result of a route's `attend` if q and k differ in length.
 
-    Tokens that both have are scanned. Further keys go into the state before or behind them, further
-    queries read the state there.
+    It scans the tokens that q and k share. It adds further keys to the state, before or behind
+    these, and further queries read the state there.
 
     Args:
         positions: Positions of the longer one.

@@ -195,10 +195,11 @@ def linear_attention(
     check_encoding(pos_encoding, q)
     check_feature_map(feature_map, pos_encoding, q)
     route = choose(pos_encoding, feature_map)
+    name = "cu_seqlens" if key_cu_seqlens is None else "key_cu_seqlens"
     if key_cu_seqlens is None:
         key_cu_seqlens = cu_seqlens
     of_q = check_packing(cu_seqlens, query_padding_mask, q, "query_padding_mask")
-    of_k = check_packing(key_cu_seqlens, key_padding_mask, k, name="key_cu_seqlens")
+    of_k = check_packing(key_cu_seqlens, key_padding_mask, k, name=name)
     if (cu_seqlens is None) != (key_cu_seqlens is None) or (
         cu_seqlens is not None and cu_seqlens.shape != key_cu_seqlens.shape
     ):

@@ -93,7 +93,7 @@ def kernel_sizes(
 ) -> tuple[torch.dtype, tuple[int, int, int]]:
     """Return the dtype that the kernels receive, and the largest D, R and E."""
     # the scan of the gate, which adds up weights as one more value
-    return q.dtype, (q.shape[-1], q.shape[-1], v.shape[-1] + 1)
+    return compute_dtype(q), (q.shape[-1], q.shape[-1], v.shape[-1] + 1)
 
 
 def attend(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..backends.specs import Band, Rotation, SineMap
@@ -38,12 +37,6 @@ class Setting(NamedTuple):
     backend: str
     route: ModuleType
     maps: tuple[Rotation, Rotation] | tuple[SineMap, SineMap] | tuple[Band, Band] | None = None
-
-    def prepared(self, device: torch.device) -> Setting:
-        """Return the setting with the encoding's maps, which are made once for a call."""
-        if self.encoding is None:
-            return self
-        return self._replace(maps=self.encoding.make_maps(device))
 
 
 def per_head(encoding: PositionalEncoding | None, feature_map: str | FeatureMap) -> bool:

@@ -128,7 +128,10 @@ def _first(b: Tensor, state: State | None) -> Tensor:
 
 
 def _level(b: Tensor, state: State | None, backend: str) -> bool:
-    """Return whether all features stay below e^40 times the first token's; a masked one fails."""
+    """Return whether all features stay below e^40 times the first token's.
+
+    False also if the first token of a sequence is masked: its logarithms are -inf.
+    """
     # reading values would synchronise with a GPU and cannot be compiled
     if backend in backends.IN_PYTORCH or b.device.type != "cpu" or observed() or not b.numel():
         return False

@@ -30,7 +30,7 @@ class LinearAttentionState(NamedTuple):
         c: With Favor, [B, H, R]: s and z are relative to it, the sums are s exp(c) and z exp(c).
         lost: After a step of the native backends, the part of the sums that float32 rounded off,
             [B, H, R E + Rz], for s and then z; else None. The next step adds it, so that sums over
-            any number of tokens keep their digits.
+            any number of tokens keep their digits. A longer call ignores it.
     """
 
     s: Tensor

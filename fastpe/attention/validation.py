@@ -1,4 +1,4 @@
-"""Every check of an argument. The code behind relies on them."""
+"""Checks of arguments, on which the code behind relies; state.py checks states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .packing import ROWS, Packing
 
 # up to here float64 holds every integer
 _LARGEST_POSITION = 2.0**53
-_FINITE = "positions must be finite, at most 2^53 in size"
+_FINITE = "must be finite, at most 2^53 in size"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -147,7 +147,7 @@ def check_encoding(encoding: PositionalEncoding | None, q: Tensor) -> None:
 
 
 def check_align(align: str | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Check that where q stands beside k is said if they differ in length."""
+    """Check `align`, which must be given if q and k differ in length."""
     if align not in (None, "start", "end"):
         raise ValueError(f"align must be 'end' or 'start', got {align!r}")
     if q.shape[1] == k.shape[1]:
@@ -169,7 +169,7 @@ def check_packing(
     mask: str = "key_padding_mask",
     name: str = "cu_seqlens",
 ) -> Packing:
-    """Return which tokens of x [B, T, ., .] are of which sequence."""
+    """Check bounds and mask; return which tokens of x [B, T, ., .] belong to which sequence."""
     if padding is None and cu_seqlens is None:
         return ROWS
     b, t = x.shape[:2]
@@ -277,7 +277,7 @@ def check_positions(
         return packing.default_positions(start, t, q.device)
     if type(positions) in (int, float) and t == 1:
         if not abs(positions) <= _LARGEST_POSITION:
-            raise ValueError(f"{_FINITE}, got {str(positions)[:20]}")
+            raise ValueError(f"{name} {_FINITE}, got {str(positions)[:20]}")
         return torch.full((1, 1, 1), positions, dtype=torch.float64, device=q.device)
     if not isinstance(positions, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(positions).__name__}")
@@ -299,7 +299,7 @@ def check_positions(
     if packing.padding is not None:  # whatever stands there
         positions = positions.masked_fill(packing.padding.unsqueeze(-1), 0)
     if positions.device.type == "cpu":  # on another device the look would wait for it
-        require((positions.detach().abs() <= _LARGEST_POSITION).all(), _FINITE)
+        require((positions.detach().abs() <= _LARGEST_POSITION).all(), f"{name} {_FINITE}")
     return positions
 
 

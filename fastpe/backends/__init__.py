@@ -2,13 +2,14 @@
 
 Each is a module with the same functions: `causal_dot` and `sine_features`, each with a `_backward`
 unless the backend is plain PyTorch (`IN_PYTORCH`); `unavailable`, `unsupported` and `describe`.
-Some have `step` and `philox_normal` too.
+`step` is optional (Triton and the reference have none), `philox_normal` too (the CUDA library).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 from types import ModuleType
 
@@ -34,6 +35,8 @@ def load(name: str) -> ModuleType:
 # by name and device; a check that an error cut short leaves no entry
 _reasons: dict[tuple[str, torch.device], str | None] = {}
 _warned: set[str] = set()
+# modules between the user's line and a warning
+_INSIDE = "fastpe.", "torch.nn.modules."
 
 
 def unavailable(name: str, device: torch.device | None = None) -> str | None:
@@ -139,7 +142,11 @@ def _choose(
 
 
 def _warn(message: str) -> None:
-    """Warn once in a process, at the call of the public function."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+    """Warn once in a process, at the line that called fastpe."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -40,8 +40,8 @@ def differentiable(
 ) -> type[torch.autograd.Function]:
     """Register an operator and its gradient; return the autograd Function around them.
 
-    The Function takes the tensors and then the options, and returns the outputs but for those that
-    are saved and not asked for, whose names begin with "_".
+    The Function takes the tensors, then the options as one argument. It returns the outputs except
+    those whose names begin with "_".
 
     Args:
         name: The operator's name; its gradient is `{name}_backward`.
@@ -50,11 +50,11 @@ def differentiable(
         outputs: Names of the outputs.
         learned: Names of the tensors that have gradients.
         saved: Names of the outputs that the gradient needs.
-        fake: Returns empty outputs, given the tensors and then the options.
-        forward: Returns the outputs, given the same.
-        backward: Returns the gradients of the learned tensors, empty where not needed, given the
-            gradients of the outputs, the tensors, the options, the saved outputs, and a bool for
-            each learned tensor: whether its gradient is needed.
+        fake: f(tensors, options), which returns empty outputs.
+        forward: f(tensors, options), which returns the outputs.
+        backward: f(grads, tensors, options, saved, needs), which returns the gradients of the
+            learned tensors. `needs` has a bool for each; a gradient that is not needed is empty.
+            Each argument is a tuple, and `options` the NamedTuple.
     """
     names = [x.rstrip("?") for x in tensors.split()]
     kinds = typing.get_type_hints(options)

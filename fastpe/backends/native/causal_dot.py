@@ -96,12 +96,12 @@ class Scan:
             freq=(freq, torch.float64),
             ranges=(ranges, torch.int64),
         )
-        self.padded = ranges is not None
+        self.ranged = ranges is not None
 
     def by_token(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return memory for numbers of every token: zeros where some may be of no sequence."""
         x = torch.empty(shape, dtype=dtype, device=self.inputs[0].device)
-        return x.zero_() if self.padded else x
+        return x.zero_() if self.ranged else x
 
     def run(self, name: str, save: bool, *more: Structure | None) -> tuple[Tensor | None, ...]:
         """Call a function that makes o, s and z, and den if it is to be saved; return these."""
@@ -164,7 +164,7 @@ def causal_dot_backward(
         return torch.empty((scan.sequences, h, *x.shape[2:]), dtype=scan.dtype, device=device)
 
     dq, dk, dv = (
-        of_tokens(x) if need else none() for x, need in zip((q, k, v), needs, strict=False)
+        of_tokens(x) if need else none() for x, need in zip((q, k, v), needs[:3], strict=True)
     )
     ds0 = of_states(s0) if needs[3] else none()
     dz0 = of_states(z0) if needs[4] else none()

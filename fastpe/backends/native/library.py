@@ -206,13 +206,11 @@ isa = 0
 
 
 def thread_count(rows: int) -> int:
-    """Return how many threads to run; a forked process starts them anew, not for one row."""
+    """Return how many threads to use: torch's number, but 1 for one row in a forked process.
+
+    A forked process would start its threads anew.
+    """
     return 1 if rows == 1 and forks.forked else torch.get_num_threads()
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """Return where the numbers of a tensor are, or None if it has none."""
-    return None if x is None or not x.numel() else x.data_ptr()
 
 
 def unavailable(device: torch.device) -> str | None:

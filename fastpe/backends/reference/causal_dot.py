@@ -44,7 +44,7 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Return the features of x for the numerator and for the normaliser (often the same).
 
-    A map with parameters for more heads than x has gives features of each.
+    If the encoding has parameters for each head, every head gets its own features.
     """
     psi = FEATURE_MAPS[feature_map]
     if isinstance(encoding, Rotation):
@@ -195,7 +195,7 @@ def chunked(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return the same as `quadratic` in O(T): quadratic inside chunks, the state between them.
 
-    Neighbours of q's H heads may share those of k, dk and v; the state then has the most of these.
+    Neighbouring heads of q may share heads of k, dk and v. The state has max(Hk, Hv) heads.
     """
     length, heads = q.shape[1], q.shape[2]
     states = max(k.shape[2], v.shape[2])
@@ -287,12 +287,12 @@ def _by_range(
     q, k, v, s0, z0, positions, freq = inputs
     last, empty = 0, [x[:, :0] for x in (q, k, v)]
     # without any sequence the outputs and states have no rows
-    o, _, *states = causal_dot(*empty, None, None, *_cut(positions, 0, 0), freq, None, options)
+    o, _, *states = causal_dot(*empty, None, None, _cut(positions, 0, 0), freq, None, options)
     pieces, states = [o], [[x[:0]] for x in states]
     for i, (begin, end) in enumerate(ranges.tolist()):
         before = (None, None) if s0 is None else (s0[i : i + 1], z0[i : i + 1])
         part = [x[:, begin:end] for x in (q, k, v)]
-        o, _, s, z = causal_dot(*part, *before, *_cut(positions, begin, end), freq, None, options)
+        o, _, s, z = causal_dot(*part, *before, _cut(positions, begin, end), freq, None, options)
         pieces += [o.new_zeros(1, begin - last, *o.shape[2:]), o]
         states[0].append(s)
         states[1].append(z)
@@ -301,5 +301,5 @@ def _by_range(
     return torch.cat(pieces, 1), None, *map(torch.cat, states)
 
 
-def _cut(positions: Tensor | None, begin: int, end: int) -> tuple[Tensor | None]:
-    return (None if positions is None else positions[:, begin:end],)
+def _cut(positions: Tensor | None, begin: int, end: int) -> Tensor | None:
+    return None if positions is None else positions[:, begin:end]
