@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from . import backends, distributed
 from ._checks import check_dense, check_positive
 from .attention.api import causal_linear_attention, causal_linear_attention_step, linear_attention
-from .attention.packing import blank
 from .attention.state import LinearAttentionState
 from .attention.validation import autocast_dtype, check_options, check_order, check_packing
+from .backends.tensors import blank
 from .encodings.base import PositionalEncoding
 from .feature_maps.base import FeatureMap
 

@@ -12,10 +12,11 @@ from .._checks import shape
 from .._torch import observed
 from ..backends import reference
 from ..backends.specs import Rotation, SineMap, compute_dtype
+from ..backends.tensors import blank
 from ..feature_maps.base import FeatureMap
 from ..ops.position_map import encoded
 from .call import Setting
-from .packing import Packing, blank
+from .packing import Packing
 
 
 def features(
@@ -35,7 +36,7 @@ def features(
     psi = setting.feature_map
     if setting.backend in backends.IN_PYTORCH or isinstance(psi, FeatureMap):
         x = x.to(compute_dtype(x))
-    x, position_map = custom(x, positions, side, setting)
+    x, position_map = apply_custom(x, positions, side, setting)
     if isinstance(psi, FeatureMap):
         x = encoded(x, positions, position_map, setting.backend)
         if psi.num_heads is not None:
@@ -50,7 +51,7 @@ def features(
 def before_scan(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting, packing: Packing
 ) -> Tensor:
-    """Return what the scan takes of queries or keys that are encoded before it, zeros at padding.
+    """Return queries or keys encoded before the scan, which takes them as they are; 0 at padding.
 
     On the CPU the tokens of a call decide how their sines are rounded. So packed sequences are
     encoded one by one there: each gets the bits that it has alone.
@@ -59,7 +60,7 @@ def before_scan(
     def make(x: Tensor, positions: Tensor | None) -> Tensor:
         if isinstance(setting.feature_map, FeatureMap):
             return features(x, positions, side, setting)[0]
-        x, position_map = custom(x, positions, side, setting)
+        x, position_map = apply_custom(x, positions, side, setting)
         return encoded(x, positions, position_map, setting.backend)
 
     x, bounds = blank(x, packing.padding), packing.cu_seqlens
@@ -70,12 +71,12 @@ def before_scan(
     return torch.cat([make(*each) for each in zip(x.split(lengths, 1), at, strict=False)], 1)
 
 
-def custom(
+def apply_custom(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting
 ) -> tuple[Tensor, Rotation | SineMap | None]:
     """Return x and its position map, or None.
 
-    An encoding that overrides `features` has no map: it is applied here, and checked.
+    An encoding that overrides `features` has no map: this applies it, and checks the result.
     """
     encoding, maps = setting.encoding, setting.maps
     if encoding is None or maps is not None:

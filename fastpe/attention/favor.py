@@ -9,14 +9,15 @@ from .. import backends
 from .._torch import observed
 from ..backends.reference import spread
 from ..backends.specs import ScanOptions, compute_dtype
+from ..backends.tensors import blank
 from ..encodings.base import PositionalEncoding
 from ..feature_maps.favor import Favor
 from ..ops.causal_dot import causal_dot
 from . import log_scan
 from .call import Setting, Sums
-from .encode import custom
+from .encode import apply_custom
 from .log_scan import State, divided
-from .packing import Packing, blank, one_by_one
+from .packing import Packing, one_by_one
 
 # features up to e^40 times the first key's: sums over 10^6 tokens stay finite in float32, and
 # underflow below e^-87 is lost beside a denominator of at least 1
@@ -89,7 +90,7 @@ def _exponents(
     x: Tensor, positions: Tensor | None, side: str, setting: Setting
 ) -> tuple[Tensor, Tensor]:
     """Return the logarithms of features in two parts, as `Favor.exponents`."""
-    x, position_map = custom(x, positions, side, setting)
+    x, position_map = apply_custom(x, positions, side, setting)
     return setting.feature_map.exponents(x, positions, position_map, setting.backend)
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from .. import backends
 from ..backends import reference
 from ..backends.specs import Rotation, ScanOptions, compute_dtype
+from ..backends.tensors import blank
 from ..encodings.base import PositionalEncoding
 from ..feature_maps.base import FeatureMap
 from ..ops.causal_dot import causal_dot, step
 from ..ops.sine_features import sine_features
 from .call import Setting, Sums, per_head
 from .encode import before_scan, features
-from .packing import Packing, Rows, blank
+from .packing import Packing, Rows
 
 _NORMALIZE = {False: "none", True: "sum", "abs": "abs"}
 

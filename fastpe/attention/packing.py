@@ -24,9 +24,6 @@ class Packing(NamedTuple):
     cu_seqlens: Tensor | None = None
     padding: Tensor | None = None
 
-    def __bool__(self) -> bool:
-        return self.cu_seqlens is not None or self.padding is not None
-
     def lengths(self, tokens: int) -> int | Tensor:
         """Return the number of tokens of every sequence, or int64 [S]."""
         if self.cu_seqlens is not None:
@@ -36,7 +33,7 @@ class Packing(NamedTuple):
         return tokens
 
     def part(self, tokens: slice) -> Packing:
-        """Return what is left of the rows when they are cut."""
+        """Return the packing of a slice of each row."""
         return self if self.padding is None else Packing(padding=self.padding[:, tokens])
 
     def along(self, tokens: int, align: str | None) -> Packing:
@@ -113,13 +110,6 @@ class Rows:
     def split(self, x: Tensor) -> Tensor:
         """Return the opposite of `join`."""
         return _Reorder.apply(x.squeeze(0), self.inverse, self.order).unflatten(0, self.shape)
-
-
-def blank(x: Tensor, padding: Tensor | None) -> Tensor:
-    """Return x [B, T, ...] with zeros at padding, also in place of NaN."""
-    if padding is None:
-        return x
-    return x.masked_fill(padding.view(*padding.shape, *(1,) * (x.ndim - 2)), 0)
 
 
 class Padded:

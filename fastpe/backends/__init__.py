@@ -107,11 +107,11 @@ def resolve(
         widths: D, R and E.
         one_token: Whether the call is for one token after a state.
     """
-    check_name(name)
     if name == "auto":
         names = _AUTO.get(device.type, ())
         # the last one takes one launch for a token
         return _choose(names[::-1] if one_token else names, device, dtype, widths)
+    check_name(name)
     reason = unavailable(name, device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")

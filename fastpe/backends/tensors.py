@@ -1,4 +1,4 @@
-"""Checks and sums of tensors that all backends with kernels share."""
+"""Checks and sums of tensors, and zeros at padding: shared by backends and attention."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ def sum_groups(x: Tensor, dim: int, heads: int, dtype: torch.dtype) -> Tensor:
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Return a gradient summed over the batch or the heads, where they share what it is of."""
     return (x.sum(0, keepdim=True) if like.shape[0] == 1 else x).to(like.dtype)
+
+
+def blank(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Return x [B, T, ...] with zeros at padding, also in place of NaN."""
+    if padding is None:
+        return x
+    return x.masked_fill(padding.view(*padding.shape, *(1,) * (x.ndim - 2)), 0)

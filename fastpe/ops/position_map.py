@@ -12,7 +12,7 @@ from .sine_features import sine_features
 def encoded(
     x: Tensor, positions: Tensor | None, position_map: Rotation | SineMap | None, backend: str
 ) -> Tensor:
-    """Return what a feature map sees of queries or keys, [B, T, H, R]."""
+    """Return queries or keys with their position map applied, [B, T, H, R]."""
     if position_map is None:
         return x
     if isinstance(position_map, Rotation):

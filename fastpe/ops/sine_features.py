@@ -61,7 +61,7 @@ def sine_features(
     Args:
         x: Queries or keys, [B, T, Hx, D].
         positions: [B or 1, T, L], float64.
-        sines: What to multiply them by.
+        sines: Sines of the position that multiply each component.
         group: Make codes once for equal positions; False is for measurements.
         backend: Name of a backend.
     """

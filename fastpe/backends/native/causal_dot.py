@@ -20,6 +20,7 @@ from .library import (
     StridedTensor,
     call,
     libraries,
+    on_one_device,
     point,
     strided,
     thread_count,
@@ -75,10 +76,7 @@ class Scan:
 
     def __init__(self, inputs: Sequence[Tensor | None], options: ScanOptions) -> None:
         q, k, v, s0, z0, positions, freq, ranges = inputs
-        cpu, index = q.is_cpu, q.get_device()
-        for x in inputs:
-            if x is not None and (x.is_cpu is not cpu or x.get_device() != index):
-                check_devices(SCAN, inputs)
+        on_one_device(SCAN, inputs)
         self.inputs = q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         layouts = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()
         rotation = (0, 0, 0, 0) if freq is None else (*freq.shape, positions.shape[0])
@@ -156,7 +154,7 @@ def causal_dot_backward(
         return q.new_empty(0)
 
     def of_tokens(x: Tensor) -> Tensor:
-        # of each head of q: those that share keys or values are added behind
+        # one gradient for each head of q; sum_groups adds those that share keys or values
         alone = x.shape[2] == h
         return scan.by_token(b, t, h, x.shape[-1], dtype=x.dtype if alone else scan.dtype)
 

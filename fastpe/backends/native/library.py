@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..tensors import contiguous
+from ..tensors import check_devices, contiguous
 from . import forks
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -184,6 +185,14 @@ def call(
 def strided(x: Tensor) -> StridedTensor:
     """Return where the entries of [B, T, H, width] are."""
     return StridedTensor(x.data_ptr(), x.stride(), DTYPES[x.dtype])
+
+
+def on_one_device(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError as `check_devices`, at the price that a step of decoding can pay."""
+    cpu, index = tensors[0].is_cpu, tensors[0].get_device()
+    for x in tensors:
+        if x is not None and (x.is_cpu is not cpu or x.get_device() != index):
+            check_devices(names, tensors)
 
 
 def point(args: Structure, **tensors: tuple[Tensor | None, torch.dtype]) -> list[Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..specs import SineMap, compute_dtype
 from ..tensors import SINES, check_devices, sum_groups, sum_to
 from . import library
-from .library import SineFeatures, call, libraries, point, strided, thread_count
+from .library import SineFeatures, call, libraries, on_one_device, point, strided, thread_count
 
-# of the tokens, that blocks of a CUDA kernel share out, whatever the card
+# parts of the tokens that blocks of a CUDA kernel share out, the same on every card
 _SLICES = 64
 
 
@@ -20,10 +20,7 @@ class Sines:
     """Arguments common to the features and their gradient; holds on to the tensors behind them."""
 
     def __init__(self, x: Tensor, positions: Tensor, sines: SineMap, group: bool) -> None:
-        inputs, cpu, index = (x, positions, *sines[:5]), x.is_cpu, x.get_device()
-        for y in inputs:
-            if y is not None and (y.is_cpu is not cpu or y.get_device() != index):
-                check_devices(SINES, inputs)
+        on_one_device(SINES, (x, positions, *sines[:5]))
         b, t, hx, d = x.shape
         freq, offset, gain, gate, noise, pool = sines
         h, k, wide = gain.shape[0], gain.shape[-1], torch.float64
@@ -76,7 +73,7 @@ def sine_features_backward(
     wide = {"dtype": torch.float64, "device": x.device}
     dx = x.new_empty(0)
     if needs[0]:
-        # of each head of features: those that share a head of x are added behind
+        # one gradient for each head of features; sum_groups adds those that share a head of x
         dtype = x.dtype if x.shape[2] == h else compute_dtype(x)
         dx = torch.empty((*made.shape, x.shape[-1]), dtype=dtype, device=x.device)
     dpositions = x.new_empty(0)

@@ -27,10 +27,10 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Return o, s, z and lost of one token, T = 1, after a state: encoding and scan in one call.
 
-    None where a CUDA block has no room for the sines.
+    None if a CUDA block has no room for the sines.
 
     Args:
-        lost: What float32 rounded off s0 and z0, [S, Hs, R E + Rz]; default nothing.
+        lost: The part of s0 and z0 that float32 rounded off, [S, Hs, R E + Rz]; default nothing.
     """
     sines, where = (None, None), (None, None)
     if maps is not None and isinstance(maps[0], SineMap):

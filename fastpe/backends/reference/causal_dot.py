@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..specs import Rotation, ScanOptions, SineMap, compute_dtype
+from ..tensors import blank
 from .elementwise import FEATURE_MAPS
 from .sine_features import phases, sine_features, spread
 
@@ -112,7 +113,7 @@ def readout(
     eps: float = 1e-6,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """Return what queries see of a state: q s / (dq z + eps), [B, T, H, E].
+    """Return the outputs of queries that see a state alone: q s / (dq z + eps), [B, T, H, E].
 
     Args:
         q: Features of the queries for the numerator, [B, T, H, R].
@@ -253,7 +254,7 @@ def causal_dot(
     if ranges is not None:
         return _by_range(inputs, ranges, options)
     dtype, wide = v.dtype, compute_dtype(q)
-    q, k, v = (_blank(x.to(wide), padding) for x in (q, k, v))
+    q, k, v = (blank(x.to(wide), padding) for x in (q, k, v))
     rotation = None
     if freq is not None:
         rotation = Rotation(
@@ -263,7 +264,7 @@ def causal_dot(
     for x in (q, k):
         x, norm = features(x, positions, rotation, options.feature_map)
         norm = norm[..., :0] if options.normalize == "none" else norm
-        streams.append((_blank(x, padding), _blank(norm, padding)))
+        streams.append((blank(x, padding), blank(norm, padding)))
     (q, dq), (k, dk) = streams
     o, (s, z) = chunked(
         *(q, k, v, dq, dk),
@@ -273,11 +274,7 @@ def causal_dot(
         chunk_size=options.chunk or None,
         padding=padding,
     )
-    return _blank(o, padding).to(dtype), None, s, z
-
-
-def _blank(x: Tensor, padding: Tensor | None) -> Tensor:
-    return x if padding is None else x.masked_fill(padding[..., None, None], 0)
+    return blank(o, padding).to(dtype), None, s, z
 
 
 def _by_range(
